@@ -1,0 +1,35 @@
+"""Where LoRA pairs come from: one file per library that defines LoRA layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from ctr_optim.adapters import peft, plain, torchtune
+from ctr_optim.adapters.discovery import find_roots
+from ctr_optim.lora import LoRAPair
+
+
+def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> list[LoRAPair]:
+    """LoRA pairs below ``root``, in the order of ``root.named_modules()`` for each library.
+
+    Args:
+        root: the model.
+        parameters: keep only pairs with A or B among these; ``None`` keeps all pairs.
+
+    Where one layer carries several adapters, each name is followed by its adapter's in brackets.
+    """
+    pairs = [pair for library in (peft, torchtune, plain) for pair in library.find(root)]
+    if parameters is not None:
+        wanted = {id(p) for p in parameters}
+        pairs = [pair for pair in pairs if id(pair.A) in wanted or id(pair.B) in wanted]
+    adapters_on = Counter(pair.name for pair in pairs)
+    return [
+        pair if adapters_on[pair.name] == 1 else replace(pair, name=f"{pair.name}[{pair.adapter}]") for pair in pairs
+    ]
+
+
+__all__ = ["find_pairs", "find_roots"]

@@ -1,0 +1,38 @@
+"""Find the models that own some parameters, given the parameters alone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The outermost modules that hold any of ``parameters``, by a scan of the live modules.
+
+    Every ``torch.optim`` user passes bare parameters; this is what makes that enough. The scan reads only
+    ``_parameters`` and ``_modules``, costs about a tenth of a second, and runs once, at construction.
+    """
+    wanted = {id(p) for p in parameters}
+    # type(), not isinstance(): weak proxies in the heap raise when asked for their class
+    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in o.__dict__]
+    parents: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module._modules.values():
+            if child is not None:
+                parents.setdefault(id(child), []).append(module)
+    roots: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    frontier = [m for m in modules if any(id(p) in wanted for p in m._parameters.values())]
+    while frontier:
+        module = frontier.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        above = parents.get(id(module), [])
+        if above:
+            frontier.extend(above)
+        else:
+            roots[id(module)] = module
+    return sorted(roots.values(), key=lambda m: -sum(1 for _ in m.modules()))

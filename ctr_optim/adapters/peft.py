@@ -1,0 +1,74 @@
+"""Hugging Face PEFT: ``LoraLayer`` keeps ``lora_A``/``lora_B`` in ModuleDicts, one entry per adapter.
+
+Also right for rsLoRA (only ``lora_alpha``'s meaning changes), DoRA (its magnitude has no rank axis) and for
+every quantised or plain base layer, since only the adapter's own linear maps are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ctr_optim.lora import LoRAPair
+
+_PREFIX = re.compile(r"^(?:.*\.)?base_model\.model\.")
+
+
+class PeftLibrary:
+    """Bookkeeping of one PEFT model."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._configs = [m for m in root.modules() if isinstance(getattr(m, "peft_config", None), dict)]
+        self.pairs: list[LoRAPair] = []
+
+    def scaling(self, pair: LoRAPair) -> float:
+        return float(pair.layer.scaling[pair.adapter])  # type: ignore[index,operator]
+
+    def rank_changed(self, pair: LoRAPair, old_scaling: float) -> None:
+        layer: Any = pair.layer
+        adapter, rank = pair.adapter, pair.rank
+        config = self._config(adapter)
+        pair.down.out_features = rank  # type: ignore[assignment]
+        pair.up.in_features = rank  # type: ignore[assignment]
+        layer.r[adapter] = rank
+        layer.scaling[adapter] = old_scaling
+        layer.lora_alpha[adapter] = old_scaling * (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
+        if config is not None:
+            self._write_patterns(config, adapter)
+
+    def _config(self, adapter: str | None) -> Any:
+        return next((m.peft_config[adapter] for m in self._configs if adapter in m.peft_config), None)  # type: ignore
+
+    def _write_patterns(self, config: Any, adapter: str | None) -> None:
+        """Replace the patterns by one exact entry a layer.
+
+        PEFT takes the first key that matches and may sort the keys, so that a user's own, broader pattern could
+        hide ours: the whole dict is ours from the first change on.
+        """
+        mine = [pair for pair in self.pairs if pair.adapter == adapter]
+        keys = ["^" + re.escape(pair.name) for pair in mine]
+        config.rank_pattern = {key: pair.rank for key, pair in zip(keys, mine, strict=True)}
+        config.alpha_pattern = {
+            key: pair.layer.lora_alpha[adapter]  # type: ignore[index,operator]
+            for key, pair in zip(keys, mine, strict=True)
+        }
+
+
+def find(root: nn.Module) -> Iterator[LoRAPair]:
+    """Pairs of every PEFT LoRA layer below ``root``: one for each adapter whose halves are both linear."""
+    library = PeftLibrary(root)
+    for name, module in root.named_modules():
+        downs, ups = module._modules.get("lora_A"), module._modules.get("lora_B")
+        if not (isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict)):
+            continue
+        if type(module).__name__ == "ParamWrapper":  # adapts a bare parameter: A and B are never called as modules
+            continue
+        for adapter, down in downs.items():
+            up = ups[adapter] if adapter in ups else None
+            if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
+                library.pairs.append(LoRAPair(_PREFIX.sub("", name), down, up, module, adapter, library))
+    yield from library.pairs

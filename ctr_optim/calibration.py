@@ -1,0 +1,237 @@
+"""Measure, on the model itself, how far a step moves its predictions.
+
+Two forward passes of a slice of the last batch, at theta + delta and theta - delta, give the logits' derivative along
+the step, and with it the exact Gauss-Newton form ``Var_p(J delta)``: twice the KL divergence per loss token, to second
+order, over all layers and positions together. The re-run leaves no trace: no gradients, random state forked, taps off,
+training mode and autocast as in the user's own forward, norm statistics and parameters restored bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class CannotRerun(Exception):
+    """The inputs of the model's forward hold something that cannot safely be used twice."""
+
+
+@dataclass
+class _Call:
+    """One training forward of the outermost module: what a re-run needs."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sequences: int
+    autocast: tuple[str, torch.dtype] | None
+    loss_mask: Tensor | None = None
+
+
+class Probe:
+    """Remembers a slice of the last training batch, and re-runs the model on it."""
+
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
+        self.enabled = False
+        self.paused = False
+        self.share = share
+        self.refused: str | None = None
+        self._call: _Call | None = None
+        self._depth: int | None = None
+        self._handles = []
+        for depth, module in enumerate(_common_ancestors(root, layers)):
+            before, after = _hooks_of(self, depth, id(module))
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after))
+
+    def close(self) -> None:
+        """Remove the hooks and forget the batch."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._call = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch to re-run."""
+        return self._call is not None
+
+    def entered(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward; the outermost module that is really called is the one to keep."""
+        if self.paused or not self.enabled or not torch.is_grad_enabled():
+            return
+        if self._depth is not None and depth > self._depth:
+            return
+        self._depth = depth
+        try:
+            self._call = self._slice(module, args, kwargs)
+        except CannotRerun as reason:
+            self._call, self.refused = None, str(reason)
+
+    def left(self, depth: int, output: Any) -> None:
+        """After a forward: learn from the gradient which tokens the loss looks at."""
+        if self.paused or self._depth != depth:
+            return
+        self._depth = None
+        call, logits = self._call, logits_of(output)
+        if call is None:
+            return
+        if logits is None:
+            self._call, self.refused = None, "the model's output holds no logits"
+        elif logits.requires_grad:
+
+            def remember(grad: Tensor) -> None:
+                call.loss_mask = (grad[: call.sequences] != 0).any(-1)
+
+            logits.register_hook(remember)
+
+    def _slice(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        size = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), 0)
+        keep = max(1, int(size * self.share))
+        device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
+        autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        kept_args, kept_kwargs = _take((args, kwargs), size, keep)
+        return _Call(module, kept_args, kept_kwargs, keep, autocast)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor | None:
+        """``(n, V)`` float32 logits of the slice's loss tokens, with the parameters as they are now."""
+        call = self._call
+        if call is None:
+            return None
+        with self._without_trace(call):
+            logits = logits_of(call.module(*call.args, **call.kwargs))
+        if logits is None:
+            return None
+        mask = call.loss_mask
+        return (logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)).float()
+
+    @contextmanager
+    def _without_trace(self, call: _Call) -> Iterator[None]:
+        devices = sorted({p.device.index or 0 for p in call.module.parameters() if p.is_cuda})
+        norms = [m for m in call.module.modules() if isinstance(m, _NormBase) and m.training]
+        buffers = [(b, b.clone()) for m in norms for b in m.buffers()]
+        self.paused = True
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.random.fork_rng(devices))
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                if call.autocast is not None:
+                    stack.enter_context(torch.autocast(call.autocast[0], dtype=call.autocast[1]))
+                yield
+        finally:
+            self.paused = False
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
+def moved(changes: Sequence[tuple[Sequence[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
+    """Parameters displaced for a while by ``factor`` times their stacked delta (None: set to zero); then restored bit for bit."""
+    saved = [(params, [p.clone() for p in params]) for params, _ in changes]
+    try:
+        for params, delta in changes:
+            if delta is None:
+                torch._foreach_zero_(params)
+            else:
+                torch._foreach_add_(params, list((factor * delta).unbind(0)))
+        yield
+    finally:
+        for params, values in saved:
+            torch._foreach_copy_(params, values)
+
+
+def gauss_newton_kl(plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed over tokens: ``Var_p(d) / 2`` with ``d = (plus - minus) / 2``; and the number of tokens.
+
+    Args:
+        plus, minus: logits ``(n, V)`` at theta + delta and theta - delta.
+
+    A single output (regression) is taken as the mean of a Gaussian of unit variance.
+    """
+    derivative = (plus - minus) / 2
+    if plus.shape[-1] == 1:
+        variance = derivative.square().squeeze(-1)
+    else:
+        p = ((plus + minus) / 2).softmax(-1)
+        variance = (p * derivative.square()).sum(-1) - (p * derivative).sum(-1).square()
+    return 0.5 * variance.sum(), variance.new_tensor(variance.numel())
+
+
+def kl_divergence(new: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(new || base)`` summed over tokens, and the number of tokens, from logits ``(n, V)``."""
+    log_new, log_base = new.log_softmax(-1), base.log_softmax(-1)
+    return (log_new.exp() * (log_new - log_base)).sum(), new.new_tensor(new.shape[0])
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits in a model's output: ``.logits``, a tensor, or the first float tensor of two or more dimensions."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.dim() >= 2 else None
+    if getattr(output, "logits", None) is not None:
+        return output.logits
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
+
+
+def _hooks_of(probe: Probe, depth: int, owner: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Forward hooks that serve only the module they were made for (``deepcopy(model)`` copies hooks too)."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) == owner:
+            probe.entered(depth, module, args, kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if id(module) == owner:
+            probe.left(depth, output)
+
+    return before, after
+
+
+def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """Modules that contain all ``layers``, outermost first."""
+    wanted = {id(m) for m in layers}
+    paths = [name.split(".") for name, module in root.named_modules() if id(module) in wanted]
+    chain, module = [root], root
+    for depth in range(min(map(len, paths), default=1) - 1):
+        if len({path[depth] for path in paths}) > 1:
+            break
+        module = getattr(module, paths[0][depth])
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            chain.append(module)
+    # a compiled model runs its own hooks eagerly and traces those inside: keep ours out of the graph
+    return chain[:1] if hasattr(root, "_orig_mod") else chain
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _take(tree: Any, size: int, keep: int) -> Any:
+    """The first ``keep`` of ``size`` sequences of every tensor in nested inputs, as copies."""
+    if isinstance(tree, Tensor):
+        sliced = tree[:keep] if tree.dim() > 0 and tree.shape[0] == size else tree
+        return sliced.detach().clone()
+    if isinstance(tree, dict):
+        return {key: _take(value, size, keep) for key, value in tree.items()}
+    if isinstance(tree, tuple) and type(tree) is tuple or isinstance(tree, list):
+        return type(tree)(_take(value, size, keep) for value in tree)
+    if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
+        return tree
+    raise CannotRerun(f"an input of type {type(tree).__name__} cannot be run twice")

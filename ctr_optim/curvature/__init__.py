@@ -1,0 +1,1 @@
+"""Kronecker factors of the Fisher matrix: what they are (factors) and how they are measured (capture, hutchinson)."""

@@ -1,0 +1,215 @@
+"""Structured estimates of a second moment E[v v^T] of width d.
+
+K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) writes a layer's Fisher matrix as ``C (x) S``, with C the second
+moment of its inputs and S that of the gradients at its outputs. Both are wide; three structures hold them:
+
+=============  ==========================  =========================================
+``Diagonal``   d numbers                   the default: calibrated, the metric needs no more
+``LowRank``    d (k + 1) numbers           Nystrom sketch of k columns, plus the diagonal that it misses
+``Dense``      d^2 numbers                 small layers, and the oracle of the tests
+=============  ==========================  =========================================
+
+Every structure is *linear* in v v^T: sums over tokens, layers and processes, and moving averages, act on its
+tensors directly. All tensors carry any number of leading batch dimensions (one layer each).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class Factor(ABC):
+    """A symmetric positive semi-definite matrix of shape ``(..., d, d)``, held in some structure."""
+
+    fields: tuple[str, ...]
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, index: int) -> Factor:
+        """The factor of one layer, sharing memory."""
+        return type(self)(*(t[index] for t in self.tensors))
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Field names with their tensors."""
+        return zip(self.fields, self.tensors, strict=True)
+
+    @staticmethod
+    @abstractmethod
+    def shapes(width: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the fields of one layer of width d."""
+
+    @abstractmethod
+    def add_rows_(self, rows: Tensor) -> None:
+        """Add ``sum_t v_t v_t^T``; rows ``(n, d)``, in any floating dtype; sums are taken in the factor's."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """``F x`` for x ``(..., d, n)``."""
+
+    @abstractmethod
+    def whitener(self, damping: float) -> Tensor | tuple[Tensor, ...]:
+        """What :meth:`whiten` needs, computed once; damping is relative to the mean eigenvalue."""
+
+    @staticmethod
+    @abstractmethod
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+        """``F^-1/2 x`` (symmetric root, damped) for x ``(..., d, n)``."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The matrix, ``(..., d, d)``."""
+
+
+class Diagonal(Factor):
+    """Only the diagonal: ``(..., d)``."""
+
+    fields = ("diagonal",)
+
+    @staticmethod
+    def shapes(width: int) -> tuple[tuple[int, ...], ...]:
+        return ((width,),)
+
+    def add_rows_(self, rows: Tensor) -> None:
+        (diagonal,) = self.tensors
+        # vector_norm sums in the wide dtype without a wide copy of the rows
+        diagonal += torch.linalg.vector_norm(rows, dim=0, dtype=diagonal.dtype).square_()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.tensors[0].unsqueeze(-1) * x
+
+    def whitener(self, damping: float) -> Tensor:
+        (diagonal,) = self.tensors
+        return _safe_rsqrt(diagonal + damping * diagonal.mean(-1, keepdim=True))
+
+    @staticmethod
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+        assert isinstance(whitener, Tensor)
+        return whitener.unsqueeze(-1) * x
+
+    def to_dense(self) -> Tensor:
+        return torch.diag_embed(self.tensors[0])
+
+
+class Dense(Factor):
+    """The whole matrix: ``(..., d, d)``."""
+
+    fields = ("matrix",)
+
+    @staticmethod
+    def shapes(width: int) -> tuple[tuple[int, ...], ...]:
+        return ((width, width),)
+
+    def add_rows_(self, rows: Tensor) -> None:
+        (matrix,) = self.tensors
+        rows = rows.to(matrix.dtype)
+        matrix += rows.mT @ rows
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.tensors[0] @ x
+
+    def whitener(self, damping: float) -> Tensor:
+        (matrix,) = self.tensors
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        eigenvalues = eigenvalues.clamp_min(0)
+        roots = _safe_rsqrt(eigenvalues + damping * eigenvalues.mean(-1, keepdim=True))
+        return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+        assert isinstance(whitener, Tensor)
+        return whitener @ x
+
+    def to_dense(self) -> Tensor:
+        return self.tensors[0]
+
+
+class LowRank(Factor):
+    """Nystrom sketch ``Y = F Omega`` of k columns, and the exact diagonal.
+
+    ``F ~ U L U^T + E``: the Nystrom approximation ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017, arXiv 1706.05736)
+    plus the part of the diagonal that it leaves out.
+    """
+
+    fields = ("sketch", "diagonal")
+    columns = 32
+
+    @staticmethod
+    def shapes(width: int) -> tuple[tuple[int, ...], ...]:
+        return ((width, min(LowRank.columns, width)), (width,))
+
+    def add_rows_(self, rows: Tensor) -> None:
+        sketch, diagonal = self.tensors
+        rows = rows.to(sketch.dtype)
+        sketch += rows.mT @ (rows @ _test_matrix(sketch))
+        diagonal += rows.square().sum(0)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Orthonormal U ``(..., d, k)``, eigenvalues ``(..., k)``, residual diagonal ``(..., d)``."""
+        sketch, diagonal = self.tensors
+        omega = _test_matrix(sketch)
+        # the shift keeps the Cholesky factor finite; it is taken back from the eigenvalues
+        shift = 1e-6 * torch.linalg.matrix_norm(sketch).clamp_min(torch.finfo(sketch.dtype).tiny)[..., None, None]
+        shifted = sketch + shift * omega
+        core = omega.mT @ shifted
+        root = torch.linalg.cholesky_ex(0.5 * (core + core.mT))[0]
+        half = torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT
+        u, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        values = (singular.square() - shift.squeeze(-1)).clamp_min(0)
+        residual = (diagonal - (u.square() * values.unsqueeze(-2)).sum(-1)).clamp_min(0)
+        return u, values, residual
+
+    def matmul(self, x: Tensor) -> Tensor:
+        u, values, residual = self._parts()
+        return u @ (values.unsqueeze(-1) * (u.mT @ x)) + residual.unsqueeze(-1) * x
+
+    def whitener(self, damping: float) -> tuple[Tensor, ...]:
+        u, values, residual = self._parts()
+        noise = residual + damping * self.tensors[1].mean(-1, keepdim=True)
+        scale = _safe_rsqrt(noise)
+        # (E + U L U^T)^-1/2 up to a rotation: E^-1/2 first, then the k directions that stand out of it
+        w, singular, _ = torch.linalg.svd(scale.unsqueeze(-1) * u * values.sqrt().unsqueeze(-2), full_matrices=False)
+        return scale, w, (1 + singular.square()).rsqrt() - 1
+
+    @staticmethod
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+        scale, w, shrink = whitener
+        x = scale.unsqueeze(-1) * x
+        return x + w @ (shrink.unsqueeze(-1) * (w.mT @ x))
+
+    def to_dense(self) -> Tensor:
+        u, values, residual = self._parts()
+        return (u * values.unsqueeze(-2)) @ u.mT + torch.diag_embed(residual)
+
+
+STRUCTURES: dict[str, type[Factor]] = {"diagonal": Diagonal, "lowrank": LowRank, "dense": Dense}
+
+
+def _safe_rsqrt(x: Tensor) -> Tensor:
+    """``x^-1/2``, and 0 where x is 0: a direction never seen is not amplified."""
+    return torch.where(x > 0, x.clamp_min(torch.finfo(x.dtype).tiny).rsqrt(), 0)
+
+
+def _test_matrix(sketch: Tensor) -> Tensor:
+    """The same Gaussian ``(d, k)`` on every process and in every run; never stored."""
+    width, columns = sketch.shape[-2:]
+    generator = torch.Generator().manual_seed(width)
+    return torch.randn(width, columns, generator=generator).to(sketch)
+
+
+def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
+    """Orthonormal eigenvectors of symmetric ``(..., r, r)`` matrices, in columns.
+
+    Where the decomposition fails or is not finite, that layer keeps its previous basis.
+    """
+    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    try:
+        vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))[1]
+    except torch.linalg.LinAlgError:
+        return previous.clone()
+    return torch.where(finite & torch.isfinite(vectors).all(-1).all(-1)[..., None, None], vectors, previous)

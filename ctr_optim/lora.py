@@ -1,0 +1,91 @@
+"""The word every room speaks: one LoRA-adapted linear map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class Library(Protocol):
+    """What a LoRA library has to tell us about one of its layers, and to be told when a rank changes."""
+
+    def scaling(self, pair: LoRAPair) -> float:
+        """The factor ``s`` in ``y = W0 x + s B A x``."""
+
+    def rank_changed(self, pair: LoRAPair, old_scaling: float) -> None:
+        """Bring the layer's bookkeeping in line with the shapes of A and B, ``s`` staying ``old_scaling``."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAPair:
+    """One adapted linear map ``y = W0 x + s B A x``.
+
+    Attributes:
+        name: the adapted layer's dotted name in its base model.
+        down: the module whose ``weight`` is A, shape ``(rank, d_in)``.
+        up: the module whose ``weight`` is B, shape ``(d_out, rank)``.
+        layer: the module that owns both (a PEFT ``LoraLayer``, a torchtune ``LoRALinear``, ...).
+        adapter: the adapter's name in libraries that allow several, else ``None``.
+        library: keeps ``layer``'s bookkeeping.
+    """
+
+    name: str
+    down: nn.Module
+    up: nn.Module
+    layer: nn.Module
+    adapter: str | None
+    library: Library
+
+    @property
+    def A(self) -> nn.Parameter:
+        """The down-projection, ``(rank, d_in)``."""
+        return self.down.weight  # type: ignore[return-value]
+
+    @property
+    def B(self) -> nn.Parameter:
+        """The up-projection, ``(d_out, rank)``."""
+        return self.up.weight  # type: ignore[return-value]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A: the directions that the layer holds."""
+        return self.A.shape[0]
+
+    @property
+    def max_rank(self) -> int:
+        """``min(d_in, d_out)``: more directions than this add nothing."""
+        return min(self.A.shape[1], self.B.shape[0])
+
+    @property
+    def scaling(self) -> float:
+        """The factor ``s``; it stays what it was when the rank changes."""
+        return self.library.scaling(self)
+
+    @torch.no_grad()
+    def resize(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Give the layer new weights of another rank, in place.
+
+        The Parameters stay the same objects, so that every list, hook and optimizer that holds them stays right;
+        ``set_`` (not ``.data``) also replaces the stale gradient accumulator of the old shape.
+
+        Args:
+            a: new A, ``(new_rank, d_in)``.
+            b: new B, ``(d_out, new_rank)``.
+
+        Raises:
+            ValueError: if the shapes do not belong to this layer.
+        """
+        rank, d_in, d_out = a.shape[0], self.A.shape[1], self.B.shape[0]
+        if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not 1 <= rank <= self.max_rank:
+            raise ValueError(
+                f"{self.name}: cannot take A {tuple(a.shape)} and B {tuple(b.shape)}; expected "
+                f"(r, {d_in}) and ({d_out}, r) with 1 <= r <= {self.max_rank}"
+            )
+        scaling = self.scaling
+        for parameter, new in ((self.A, a), (self.B, b)):
+            parameter.grad = None
+            parameter.set_(new.detach().to(device=parameter.device, dtype=parameter.dtype).clone().contiguous())
+        self.library.rank_changed(self, scaling)

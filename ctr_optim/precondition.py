@@ -1,0 +1,145 @@
+"""Adam in the K-FAC eigenbasis, batched over parameters of one shape.
+
+A's Fisher block is ``C (x) D``, B's is ``H (x) S``. Adam runs in the eigenbasis of the small, exact factor (D for A,
+H for B), as EKFAC (George et al., 2018, arXiv 1806.03884) and SOAP (Vyas et al., 2024, arXiv 2409.11321) do for
+whole weight matrices. With identity bases it is torch's AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def rotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
+    """Coordinates of x in ``basis`` (columns), along its rank dimension: -2 for A ``(r, d)``, -1 for B ``(d, r)``."""
+    return basis.mT @ x if rank_dim == -2 else x @ basis
+
+
+def unrotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
+    """Inverse of :func:`rotate` for orthonormal bases."""
+    return basis @ x if rank_dim == -2 else x @ basis.mT
+
+
+def adam_(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    live: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Update the moments in place and return Adam's direction ``m^ / (sqrt(v^) + eps)`` (Kingma & Ba, 2015).
+
+    Args:
+        grad, exp_avg, exp_avg_sq: ``(L, *shape)``.
+        step: ``(L,)`` number of updates so far, advanced here.
+        live: ``(L,)`` of 0 and 1. Where 0, nothing changes: no gradient this time, or one that is not finite.
+    """
+    step += live
+    wide = (-1,) + (1,) * (grad.dim() - 1)
+    on = live.view(wide).to(grad.dtype)
+    exp_avg.lerp_(grad, (1 - betas[0]) * on)
+    exp_avg_sq.lerp_(grad.square(), (1 - betas[1]) * on)
+    count = step.double().clamp_min(1).view(wide)
+    correction1 = (1 - betas[0] ** count).to(grad.dtype)
+    correction2 = (1 - betas[1] ** count).sqrt_().to(grad.dtype)
+    return (exp_avg / correction1).div_((exp_avg_sq.sqrt() / correction2).add_(eps))
+
+
+def change_basis_(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, rank_dim: int) -> None:
+    """Carry the moments from one orthonormal basis to another, in place.
+
+    First moments move exactly, ``m <- R m`` with ``R = new^T old``; second moments as ``v <- (R o R) v``, which is exact
+    for independent coordinates and for permutations.
+    """
+    turn = (new.mT @ old).mT
+    exp_avg.copy_(rotate(exp_avg, turn, rank_dim))
+    exp_avg_sq.copy_(rotate(exp_avg_sq, turn.square(), rank_dim))
+
+
+class Stack:
+    """Parameters of one shape, dtype, device and group, with their state in one tensor each.
+
+    ``optimizer.state[p]`` stays the truth that checkpoints see: its tensors are views into these. Anything that
+    replaces the views (loading, resizing) drops the stacks, and the next step stacks anew.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], group: dict[str, Any], state: Any, rank_dim: int | None) -> None:
+        self.params, self.group, self.rank_dim = list(params), group, rank_dim
+        for p in self.params:
+            if not state[p]:
+                state[p].update(initial_state(p, rank_dim))
+        self.tensors: dict[str, Tensor] = {}
+        for key in state[self.params[0]]:
+            self.tensors[key] = torch.stack([state[p][key] for p in self.params])
+            for index, p in enumerate(self.params):
+                state[p][key] = self.tensors[key][index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the state: float32 at least."""
+        return self.tensors["exp_avg"].dtype
+
+    def values(self) -> Tensor:
+        """The parameters, stacked in the state's dtype."""
+        return torch.stack([p.detach() for p in self.params]).to(self.dtype)
+
+    def gradients(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Gradients ``(L, *shape)`` and who has one ``(L,)``; all zero unless ``finite``. None where nobody has."""
+        grads = [p.grad for p in self.params]
+        missing = [g is None for g in grads]
+        if all(missing):
+            return None
+        zero = torch.zeros_like(self.params[0]) if any(missing) else None
+        stacked = torch.stack([zero if g is None else g for g in grads]).to(self.dtype)  # type: ignore[misc]
+        live = finite.to(self.tensors["step"].dtype).expand(len(grads))
+        if zero is not None:
+            live = live * torch.tensor([not m for m in missing], dtype=live.dtype).to(live.device)
+        stacked = torch.where(finite, -stacked if self.group["maximize"] else stacked, 0)
+        return stacked, live
+
+    def direction(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``, and ``live``."""
+        found = self.gradients(finite)
+        if found is None:
+            return None
+        grad, live = found
+        t, group = self.tensors, self.group
+        if self.rank_dim is not None:
+            grad = rotate(grad, t["basis"], self.rank_dim)
+        delta = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
+        if self.rank_dim is not None:
+            delta = unrotate(delta, t["basis"], self.rank_dim)
+        delta = delta * -group["lr"]
+        if group["weight_decay"] != 0:
+            delta -= group["lr"] * group["weight_decay"] * self.values()
+        return delta * live.view((-1,) + (1,) * (delta.dim() - 1)).to(delta.dtype), live
+
+    def set_basis(self, basis: Tensor) -> None:
+        """Move to a new eigenbasis, moments and all."""
+        t = self.tensors
+        assert self.rank_dim is not None
+        change_basis_(t["exp_avg"], t["exp_avg_sq"], t["basis"], basis, self.rank_dim)
+        t["basis"].copy_(basis)
+
+    def move_(self, delta: Tensor) -> None:
+        """``p <- p + delta``, summed in the wider dtype."""
+        torch._foreach_add_(self.params, list(delta.unbind(0)))
+
+
+def initial_state(p: nn.Parameter, rank_dim: int | None) -> dict[str, Tensor]:
+    """State of a parameter that has not moved yet; float32 also for half-precision parameters."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+        "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+    }
+    if rank_dim is not None:
+        state["basis"] = torch.eye(p.shape[rank_dim], dtype=dtype, device=p.device)
+    return state

@@ -1,0 +1,95 @@
+"""Every option of the optimizer in one frozen, checked place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ctr_optim.curvature.factors import STRUCTURES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of :class:`~ctr_optim.CTROptimizer` that are not per parameter group. See there for their meaning."""
+
+    max_kl: float | None
+    kl_schedule: str
+    calibration_interval: int | None
+    trust_penalty: float
+    curvature: str
+    factor_structure: str
+    factor_decay: float
+    factor_interval: int
+    basis_interval: int
+    damping: float
+    max_tokens: int | None
+    resize: str
+    loss_reduction: str
+
+    def __post_init__(self) -> None:
+        if self.max_kl is not None:
+            _number("max_kl", self.max_kl, above=0.0, hint="nats per token, or None for no trust region")
+        _choice("kl_schedule", self.kl_schedule, ("lr", "constant", "adaptive"))
+        if self.calibration_interval is not None:
+            _count("calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric")
+        _number("trust_penalty", self.trust_penalty, least=0.0)
+        _choice("curvature", self.curvature, ("kfac", "hutchinson", "none"))
+        _choice("factor_structure", self.factor_structure, tuple(STRUCTURES))
+        _number("factor_decay", self.factor_decay, least=0.0, below=1.0)
+        _count("factor_interval", self.factor_interval)
+        _count("basis_interval", self.basis_interval)
+        _number("damping", self.damping, above=0.0)
+        if self.max_tokens is not None:
+            _count("max_tokens", self.max_tokens, hint="or None for every token")
+        _choice("resize", self.resize, ("auto", "physical", "masked"))
+        _choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the options of one parameter group; raises ValueError or TypeError that names the option."""
+    _number("lr", _item(group["lr"]), least=0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas: got {betas!r}, expected two numbers in [0, 1)")
+    for index, beta in enumerate(betas):
+        _number(f"betas[{index}]", _item(beta), least=0.0, below=1.0)
+    _number("eps", group["eps"], least=0.0)
+    _number("weight_decay", group["weight_decay"], least=0.0)
+
+
+def _item(value: Any) -> Any:
+    """A number out of a 0-d tensor."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    hint: str = "",
+) -> None:
+    expected = "a finite number"
+    expected += f" >= {least:g}" if least > -math.inf else ""
+    expected += f" > {above:g}" if above > -math.inf else ""
+    expected += f" < {below:g}" if below < math.inf else ""
+    expected += f" ({hint})" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
+    if not (math.isfinite(value) and value >= least and value > above and value < below):
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def _count(name: str, value: Any, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a whole number {hint}".rstrip())
+    if value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected at least 1 {hint}".rstrip())
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
