@@ -153,13 +153,17 @@ class LowRank(Factor):
         sketch, diagonal = self.tensors
         omega = _test_matrix(sketch)
         # the shift keeps the Cholesky factor finite; it is taken back from the eigenvalues
-        shift = 1e-6 * torch.linalg.matrix_norm(sketch).clamp_min(torch.finfo(sketch.dtype).tiny)[..., None, None]
+        norm = torch.linalg.matrix_norm(sketch)[..., None, None]
+        shift = 8 * torch.finfo(sketch.dtype).eps * norm
         shifted = sketch + shift * omega
         core = omega.mT @ shifted
-        root = torch.linalg.cholesky_ex(0.5 * (core + core.mT))[0]
+        root, failed = torch.linalg.cholesky_ex(0.5 * (core + core.mT))
+        # nothing seen yet, or no factorisation: the diagonal alone
+        usable = (failed[..., None, None] == 0) & (norm > torch.finfo(sketch.dtype).tiny)
+        root = torch.where(usable, root, torch.eye(root.shape[-1], dtype=root.dtype, device=root.device))
         half = torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT
         u, singular, _ = torch.linalg.svd(half, full_matrices=False)
-        values = (singular.square() - shift.squeeze(-1)).clamp_min(0)
+        values = torch.where(usable.squeeze(-1), (singular.square() - shift.squeeze(-1)).clamp_min(0), 0)
         residual = (diagonal - (u.square() * values.unsqueeze(-2)).sum(-1)).clamp_min(0)
         return u, values, residual
 

@@ -1,0 +1,145 @@
+"""Structured factors against dense float64 oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import relative_error
+
+from ctr_optim.curvature.factors import STRUCTURES, Dense, Diagonal, Factor, LowRank, eigenbasis
+
+WIDTH = 40
+
+
+def rows(n: int, rank: int = WIDTH, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """``(n, WIDTH)`` vectors that span ``rank`` directions of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(0, -2, rank, dtype=torch.float64)
+    inner = torch.randn(n, rank, generator=generator, dtype=torch.float64) * spread
+    return (inner @ torch.randn(rank, WIDTH, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def empty(structure: type[Factor], *batch: int, dtype: torch.dtype = torch.float64) -> Factor:
+    return structure(*(torch.zeros(*batch, *shape, dtype=dtype) for shape in structure.shapes(WIDTH)))
+
+
+def filled(structure: type[Factor], v: torch.Tensor) -> Factor:
+    factor = empty(structure, dtype=v.dtype)
+    factor.add_rows_(v)
+    return factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dense_and_diagonal_sum_outer_products_of_rows(dtype: torch.dtype) -> None:
+    v = rows(50).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = v.double().mT @ v.double()
+    tol = 1e-12 if dtype == torch.float64 else 1e-5
+    for structure, target in ((Dense, expected), (Diagonal, expected.diagonal().diag())):
+        factor = empty(structure, dtype=wide)
+        factor.add_rows_(v[:20])
+        factor.add_rows_(v[20:])
+        assert factor.to_dense().dtype == wide
+        assert relative_error(factor.to_dense(), target) < tol
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-5), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("rank", [1, 5, 31])
+def test_low_rank_is_exact_where_the_rank_fits(rank: int, dtype: torch.dtype, tol: float) -> None:
+    v = rows(200, rank, dtype)
+    expected = v.double().mT @ v.double()
+    assert relative_error(filled(LowRank, v).to_dense(), expected) < tol
+
+
+def test_low_rank_keeps_the_diagonal_and_beats_it() -> None:
+    v = rows(400)
+    expected = v.mT @ v
+    got = filled(LowRank, v).to_dense()
+    torch.testing.assert_close(got.diagonal(), expected.diagonal(), rtol=1e-3, atol=0)
+    assert relative_error(got, expected) < 0.2 * relative_error(expected.diagonal().diag(), expected)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_matmul_is_a_product_with_the_dense_matrix(name: str) -> None:
+    factor, x = filled(STRUCTURES[name], rows(60)), torch.randn(WIDTH, 3, dtype=torch.float64)
+    assert relative_error(factor.matmul(x), factor.to_dense() @ x) < 1e-10
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@given(damping=st.floats(1e-3, 10.0), seed=st.integers(0, 50), n=st.integers(2, 100))
+def test_whitener_turns_the_damped_matrix_into_the_identity(name: str, damping: float, seed: int, n: int) -> None:
+    structure = STRUCTURES[name]
+    factor = filled(structure, rows(n, seed=seed))
+    dense = factor.to_dense()
+    eye = torch.eye(WIDTH, dtype=dense.dtype)
+    W = structure.whiten(factor.whitener(damping), eye)
+    damped = dense + damping * dense.diagonal().mean() * eye
+    torch.testing.assert_close(W @ damped @ W.mT, eye, rtol=0, atol=1e-5 if name == "lowrank" else 1e-8)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_batched_factors_equal_single_ones(name: str) -> None:
+    structure = STRUCTURES[name]
+    batch = empty(structure, 3)
+    x = torch.randn(3, WIDTH, 2, dtype=torch.float64)
+    singles = [filled(structure, rows(30, seed=i)) for i in range(3)]
+    for i in range(3):
+        batch[i].add_rows_(rows(30, seed=i))
+    whitener = batch.whitener(0.1)
+    for i, single in enumerate(singles):
+        torch.testing.assert_close(batch.to_dense()[i], single.to_dense())
+        torch.testing.assert_close(batch.matmul(x)[i], single.matmul(x[i]))
+        alone = structure.whiten(single.whitener(0.1), x[i])
+        torch.testing.assert_close(structure.whiten(whitener, x)[i], alone, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_that_saw_nothing_is_zero_and_finite(name: str, dtype: torch.dtype) -> None:
+    factor, x = empty(STRUCTURES[name], 2, dtype=dtype), torch.randn(2, WIDTH, 3, dtype=dtype)
+    assert torch.equal(factor.matmul(x), torch.zeros_like(x))
+    assert torch.equal(factor.to_dense(), torch.zeros(2, WIDTH, WIDTH, dtype=dtype))
+    assert torch.equal(type(factor).whiten(factor.whitener(0.1), x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_scale_of_the_rows_only_scales_the_matrix(name: str, scale: float) -> None:
+    v = rows(60, rank=10, dtype=torch.float32)
+    one, other = filled(STRUCTURES[name], v).to_dense(), filled(STRUCTURES[name], v * scale).to_dense()
+    assert relative_error(other.double() / scale**2, one) < 1e-2
+
+
+@given(seed=st.integers(0, 1000), rank=st.integers(1, 9))
+def test_eigenbasis_is_orthonormal_and_diagonalises(seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, rank, rank, generator=generator, dtype=torch.float64)
+    matrix, eye = x @ x.mT, torch.eye(rank, dtype=torch.float64)
+    Q = eigenbasis(matrix, eye.expand(4, rank, rank))
+    torch.testing.assert_close(Q.mT @ Q, eye.expand(4, rank, rank), rtol=0, atol=1e-10)
+    inner = Q.mT @ matrix @ Q
+    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-9 * matrix.abs().max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_eigenbasis_keeps_the_previous_one_where_a_matrix_is_not_finite(bad: float) -> None:
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    matrix = x @ x.mT
+    previous = torch.linalg.qr(torch.randn(3, 4, 4, dtype=torch.float64))[0]
+    clean = eigenbasis(matrix, previous)
+    matrix[1, 2, 2] = bad
+    got = eigenbasis(matrix, previous)
+    assert torch.equal(got[1], previous[1])
+    assert torch.equal(got[0], clean[0]) and torch.equal(got[2], clean[2])
+
+
+def test_eigenbasis_keeps_the_previous_one_where_the_decomposition_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    previous = torch.linalg.qr(torch.randn(2, 3, 3))[0]
+    assert torch.equal(eigenbasis(torch.eye(3).expand(2, 3, 3), previous), previous)
