@@ -226,100 +226,6 @@ class CTROptimizer(Optimizer):
                     deltas[stack] -= stack.group["lr"] * weight * gradient
         return deltas
 
-    # -- the trust region ---------------------------------------------------------------------------------------
-
-    def _constrain(self, deltas: dict[Stack, Tensor], finite: Tensor) -> None:
-        """Scale the whole step so that its predicted KL stays within the bound."""
-        forms = []
-        for block in self._blocks:
-            a, b = torch.stack([p.A.detach() for p in block.pairs]).to(block.H.dtype), block.b.values()
-            delta_a = deltas.get(block.a) if block.a is not None else None
-            forms.append(quadratic(delta_a, deltas.get(block.b), a, b, block.H, block.D, block.C, block.S).sum())
-        q = torch.stack(forms).sum()
-        bound = self._bound()
-        if self._probe is not None and self._probe.enabled and self._probe.ready:
-            self._calibrate(deltas, q, bound)
-        predicted = 0.5 * self._coupling * q
-        scale = torch.ones_like(predicted) if bound is None else scale_within(predicted, bound)
-        self._last = {"predicted": predicted * scale.square(), "scale": scale, "bound": bound}
-        for delta in deltas.values():
-            delta *= scale.to(delta.dtype)
-
-    @property
-    def _coupling(self) -> float:
-        if self._settings.calibration_interval is None:
-            return 1.0
-        return self._shared["coupling"] or _COUPLING_GUESS
-
-    def _bound(self) -> float | None:
-        """The bound of this step, in nats per token."""
-        bound = self._shared["max_kl"]
-        ratio = 0.0
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            group["peak_lr"] = max(group.get("peak_lr", 0.0), float(group.get("initial_lr", 0.0)), lr)
-            ratio = max(ratio, lr / group["peak_lr"] if group["peak_lr"] > 0 else 0.0)
-        if bound is None:
-            return None
-        return bound * ratio**2 if self._settings.kl_schedule == "lr" else bound
-
-    def _calibrate(self, deltas: dict[Stack, Tensor], q: Tensor, bound: float | None) -> None:
-        """Measure the coupling along this step, at about the length that the step will have."""
-        form = float(q)
-        if not (math.isfinite(form) and form > 0):
-            return
-        target = max(bound or 0.0, 1e-4)
-        shared, guess, first = self._shared, self._coupling, self._shared["coupling"] is None
-        for _ in range(3 if first else 1):
-            epsilon = math.sqrt(2 * target / (guess * form))
-            logits = self._logits_along(deltas, epsilon)
-            measured = distributed.mean(gauss_newton_kl(*logits) if logits else None, q)
-            coupling = measured / (0.5 * epsilon**2 * form)
-            if not (math.isfinite(coupling) and coupling > 0):
-                return
-            close, guess = 0.5 < coupling / guess < 2, coupling
-            if close:
-                break
-        shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
-        shared["calibrations"] += 1
-        if shared["calibrations"] % 4 == 0:
-            self._calibrate_base(logits)
-
-    def _logits_along(self, deltas: dict[Stack, Tensor], epsilon: float) -> tuple[Tensor, Tensor] | None:
-        assert self._probe is not None
-        changes = [(stack.params, delta) for stack, delta in deltas.items()]
-        logits = []
-        for sign in (1.0, -1.0):
-            with self._taps.paused(), moved(changes, sign * epsilon):
-                logits.append(self._probe.logits())
-        return None if logits[0] is None or logits[1] is None else (logits[0], logits[1])
-
-    def _calibrate_base(self, logits: tuple[Tensor, Tensor] | None) -> None:
-        """Measure the KL from the base model once, and with it the coupling of the whole adapter."""
-        assert self._probe is not None
-        total = float(torch.stack([block.kl_from_base().sum() for block in self._blocks]).sum())
-        if not total > 0:
-            return
-        with self._taps.paused(), moved([([pair.B for pair in self.pairs], None)]):
-            base = self._probe.logits()
-        here = None if logits is None or base is None else kl_divergence((logits[0] + logits[1]) / 2, base)
-        self._shared["base_coupling"] = distributed.mean(here, self._blocks[0].H) / total
-
-    def _adapt(self, closure: Callable[[], Any], before: Any, deltas: dict[Stack, Tensor]) -> None:
-        """Adapt the bound: compare the reduction that the quadratic model promised with the one that came."""
-        promised = -float(self._last["predicted"])
-        for stack, delta in deltas.items():
-            for p, d in zip(stack.params, delta.unbind(0), strict=True):
-                if p.grad is not None:
-                    promised -= float((p.grad * d).sum()) * (-1 if stack.group["maximize"] else 1)
-        with self._taps.paused(), torch.enable_grad():
-            after = closure()
-        gained = float(before) - float(after)
-        if self._blocks and self.param_groups[0]["maximize"]:
-            gained = -gained
-        if self._shared["max_kl"] is not None and self._settings.max_kl is not None:
-            self._shared["max_kl"] = adapted_bound(self._shared["max_kl"], self._settings.max_kl, gained, promised)
-
     # -- what users read and save -------------------------------------------------------------------------------
 
     @property
@@ -410,6 +316,12 @@ class CTROptimizer(Optimizer):
                 saved[p] = entry
         return saved
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
+        super().zero_grad(set_to_none)
+        for block in self._blocks:
+            block.forget()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""
         super().add_param_group(param_group)
@@ -422,6 +334,8 @@ class CTROptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
+            return
         self._model = None
         self._attached = False
         self._attach()
@@ -459,7 +373,8 @@ def _grad_scale() -> float | Tensor:
     """
     frame = sys._getframe(2)
     for _ in range(10):
-        scaler = frame.f_locals.get("self")
+        # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
+        scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
         if isinstance(scaler, torch.amp.GradScaler):
             return scaler._scale if scaler._scale is not None else 1.0
         if frame.f_back is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,51 +55,65 @@ class Block:
         self.H, self.D = t["rank_input"], t["rank_output"]
         self.C = structure(*(t[f"input_{f}"] for f in structure.fields))
         self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
+        self.sketch = [t[name] for name in ("sketch_range", "sketch_corange") if name in t]
         self._staged: list[Tensor] = []
-        self._sketched: list[Tensor] = []
 
     # -- capture ------------------------------------------------------------------------------------------------
 
-    def stages(self, sketch_rank: int = 0, damping: float = 0.0) -> list[Stage]:
+    def stages(self, damping: float) -> list[Stage]:
         """Empty stages for the taps, one a pair: views into stacked sums."""
         if not self._staged:
-            rows = torch.zeros_like(self.b.tensors["factor_updates"])
-            self._staged = [rows] + [
-                torch.zeros_like(x) for x in (self.H, self.D, *self.C.tensors, *self.S.tensors)
-            ]
-        else:
-            torch._foreach_zero_(self._staged)
-        sketches = self._sketches(sketch_rank, damping) if sketch_rank else [None] * len(self.pairs)
-        rows, h, d, *wide = self._staged
+            like = [self.b.tensors["factor_updates"], self.H, self.D, *self.C.tensors, *self.S.tensors, *self.sketch]
+            self._staged = [torch.zeros_like(t) for t in like]
+        torch._foreach_zero_(self._staged)
         n = len(self.structure.fields)
+        rows, h, d, *wide = self._staged
+        sketches = self._sketches(damping, *wide[2 * n :]) if self.sketch else [None] * len(self.pairs)
         return [
-            Stage(rows[i], h[i], d[i], self.structure(*(t[i] for t in wide[:n])),
-                  self.structure(*(t[i] for t in wide[n:])), sketches[i])
-            for i in range(len(self.pairs))
-        ]  # fmt: skip
-
-    def _sketches(self, rank: int, damping: float) -> list[Sketch | None]:
-        d_in, d_out = self.pairs[0].A.shape[1], self.pairs[0].B.shape[0]
-        shape = {"sketch_range": (d_out, min(rank, d_in, d_out)), "sketch_corange": (min(2 * rank, d_in, d_out), d_in)}
-        range_, corange = (
-            torch.zeros(len(self.pairs), *shape[k], dtype=self.H.dtype, device=self.H.device) for k in shape
-        )
-        self._sketched = [range_, corange]
-        omega, psi = test_matrices(d_in, d_out, rank, self.H)
-        whiten_in, whiten_out = self.C.whitener(damping), self.S.whitener(damping)
-
-        def of(whitener: Tensor | tuple[Tensor, ...], i: int) -> Tensor | tuple[Tensor, ...]:
-            return whitener[i] if isinstance(whitener, Tensor) else tuple(w[i] for w in whitener)
-
-        return [
-            Sketch(range_[i], corange[i], omega, psi, of(whiten_in, i), of(whiten_out, i), self.structure)
+            Stage(
+                rows[i],
+                h[i],
+                d[i],
+                self.structure(*(t[i] for t in wide[:n])),
+                self.structure(*(t[i] for t in wide[n : 2 * n])),
+                sketches[i],
+            )
             for i in range(len(self.pairs))
         ]
+
+    def _sketches(self, damping: float, range_: Tensor, corange: Tensor) -> list[Sketch]:
+        omega, psi = self.test_matrices()
+        whiten_in, whiten_out = self.whiteners(damping)
+        return [
+            Sketch(range_[i], corange[i], omega, psi, _layer(whiten_in, i), _layer(whiten_out, i), self.structure)
+            for i in range(len(self.pairs))
+        ]
+
+    def whiteners(self, damping: float) -> tuple[Any, Any]:
+        """Whiteners of C and S, as the factors stand now."""
+        return self.C.whitener(damping), self.S.whitener(damping)
+
+    def test_matrices(self) -> tuple[Tensor, Tensor]:
+        """Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, the same on every process and in every run."""
+        range_, corange = self.sketch
+        d_in, d_out = corange.shape[-1], range_.shape[-2]
+        generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
+        omega = torch.randn(d_in, range_.shape[-1], generator=generator)
+        return omega.to(range_), torch.randn(d_out, corange.shape[-2], generator=generator).to(range_)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
+        return torch.stack([pair.A.detach() for pair in self.pairs]).to(self.H.dtype), self.b.values()
 
     @property
     def staged(self) -> list[Tensor]:
         """Everything that processes add up before a commit."""
-        return [*self._staged, *self._sketched]
+        return self._staged
+
+    def forget(self) -> None:
+        """Drop what the taps have staged so far."""
+        if self._staged:
+            torch._foreach_zero_(self.staged)
 
     def loss_tokens(self) -> Tensor:
         """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
@@ -122,7 +137,9 @@ class Block:
         per_row = 1 / rows.clamp_min(1)
         targets = [self.H, self.D, *self.C.tensors, *self.S.tensors]
         factors = [per_row, grad_square, *[per_row] * n, *[grad_square] * n]
-        for old, new, factor in zip(targets, (h, d, *wide), factors, strict=True):
+        for sketch, new in zip(self.sketch, wide[2 * n :], strict=True):
+            sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
+        for old, new, factor in zip(targets, (h, d, *wide[: 2 * n]), factors, strict=True):
             wide_view = (-1,) + (1,) * (old.dim() - 1)
             factor = factor.view(wide_view) if factor.dim() else factor
             old.lerp_(torch.where(seen.view(wide_view), new * factor, 0), weight.view(wide_view))
@@ -138,8 +155,16 @@ class Block:
         return 0.5 * (self.D * self.H.mT).sum((-2, -1))
 
 
-def test_matrices(d_in: int, d_out: int, rank: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaussian ``(d_in, k)`` and ``(d_out, l)``, the same on every process and in every run."""
-    generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
-    k, size = min(rank, d_in, d_out), min(2 * rank, d_in, d_out)
-    return torch.randn(d_in, k, generator=generator).to(like), torch.randn(d_out, size, generator=generator).to(like)
+def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
+    """Empty sketches of the whitened gradient for ``rank`` candidate directions, oversampled; in the state of B."""
+    d_out, d_in = pair.B.shape[0], pair.A.shape[1]
+    columns = min(rank + 8, d_in, d_out)
+    dtype = torch.promote_types(pair.B.dtype, torch.float32)
+    return {
+        "sketch_range": torch.zeros(d_out, columns, dtype=dtype, device=pair.B.device),
+        "sketch_corange": torch.zeros(min(2 * columns, d_out), d_in, dtype=dtype, device=pair.B.device),
+    }
+
+
+def _layer(whitener: Tensor | tuple[Tensor, ...], index: int) -> Tensor | tuple[Tensor, ...]:
+    return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)
