@@ -132,9 +132,7 @@ def tiny_llama(
 def llama_layers(model: nn.Module) -> dict[str, nn.Module]:
     """PEFT's LoRA layers by their name in the base model."""
     prefix = "base_model.model."
-    return {
-        name.removeprefix(prefix): module for name, module in model.named_modules() if hasattr(module, "lora_A")
-    }
+    return {name.removeprefix(prefix): module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def llama_batch(seed: int = 0, n: int = 4, length: int = 8, prompt: int = 3) -> dict[str, Tensor]:
@@ -154,7 +152,10 @@ def llama_loss(model: nn.Module, data: dict[str, Tensor], reduction: str = "mean
 
 
 def dense_factors(
-    model: nn.Module, layers: dict[str, nn.Module], weights: Callable[[nn.Module], Any], mean_loss: Callable[..., Tensor]
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    weights: Callable[[nn.Module], Any],
+    mean_loss: Callable[..., Tensor],
 ) -> dict[str, dict[str, Tensor]]:
     """C, S, H and D of each layer from first principles, on an untouched copy of the model.
 
@@ -175,7 +176,8 @@ def dense_factors(
             return out + zeros[key]
 
         handles.append(copies[names[id(layer)]].register_forward_hook(hook))
-    grads = dict(zip(layers, torch.autograd.grad(mean_loss(clone), [zeros[k] for k in _run(layers)]), strict=True))
+    loss = mean_loss(clone)
+    grads = dict(zip(layers, torch.autograd.grad(loss, [zeros[k] for k in layers]), strict=True))
     for handle in handles:
         handle.remove()
     delta = {key: g.flatten(0, -2) for key, g in grads.items()}
@@ -188,10 +190,6 @@ def dense_factors(
         C, S = x.mT @ x / x.shape[0], per_token.mT @ per_token / tokens
         result[key] = {"C": C, "S": S, "H": a @ C @ a.mT, "D": b.mT @ S @ b}
     return {key: {k: v.detach() for k, v in f.items()} for key, f in result.items()}
-
-
-def _run(layers: dict[str, Any]) -> list[str]:
-    return list(layers)
 
 
 def plain_weights(layer: nn.Module) -> tuple[Tensor, Tensor, float]:

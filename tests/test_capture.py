@@ -47,7 +47,9 @@ def llama_oracle(model: nn.Module, data: dict[str, Tensor]) -> dict[str, dict[st
     return dense_factors(model, llama_layers(model), peft_weights, lambda m: llama_loss(m, data))
 
 
-def llama_factors(model: nn.Module, *batches: dict[str, Tensor], reduction: str = "mean") -> dict[str, dict[str, Tensor]]:
+def llama_factors(
+    model: nn.Module, *batches: dict[str, Tensor], reduction: str = "mean"
+) -> dict[str, dict[str, Tensor]]:
     """Factors after one step on these micro-batches."""
     opt = optimizer(model, loss_reduction=reduction, **DENSE)
     for data in batches:

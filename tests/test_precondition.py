@@ -167,8 +167,10 @@ def test_first_moments_survive_every_change_of_basis_in_training() -> None:
                 assert not torch.allclose(state["basis"].abs(), torch.eye(pair.rank, dtype=torch.float64), atol=1e-3)
 
 
-def reference_run(model: nn.Module, steps: int, lr: float, betas: tuple[float, float], decay: float, fresh: set[int]) -> None:
-    """Method, section 1, one matrix at a time, in dense algebra; eps is 1e-8, bases are renewed at steps in ``fresh``."""
+def reference_run(
+    model: nn.Module, steps: int, lr: float, betas: tuple[float, float], decay: float, fresh: set[int]
+) -> None:
+    """Method, section 1, one matrix at a time, in dense algebra; new bases at steps in ``fresh``."""
     layers = lora_layers(model)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -187,9 +189,7 @@ def reference_run(model: nn.Module, steps: int, lr: float, betas: tuple[float, f
             for name, layer in layers.items():
                 for p, key in ((layer.lora_A.weight, "D"), (layer.lora_B.weight, "H")):
                     grad = p.grad if key == "D" else p.grad.mT  # rank first
-                    s = state.setdefault(
-                        p, {"Q": torch.eye(grad.shape[0]).to(grad), "m": grad * 0, "v": grad * 0}
-                    )
+                    s = state.setdefault(p, {"Q": torch.eye(grad.shape[0]).to(grad), "m": grad * 0, "v": grad * 0})
                     if step in fresh:
                         Q = torch.linalg.eigh(factors[name][key])[1]
                         R = Q.mT @ s["Q"]

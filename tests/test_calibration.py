@@ -1,0 +1,353 @@
+"""The coupling is measured exactly, on the model itself, and the measurement leaves no trace."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import (
+    VOCAB,
+    backward,
+    batch,
+    exact_kl,
+    factors_of,
+    kl_of_step,
+    llama_batch,
+    llama_loss,
+    loss_of,
+    net,
+    optimizer,
+    snapshot,
+    tiny_llama,
+    train,
+    trainable,
+    weights_of,
+)
+from torch import Tensor, nn
+
+from ctr_optim.calibration import gauss_newton_kl, kl_divergence, moved
+
+# -- the formulas -----------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10_000), sharpness=st.floats(0.1, 5.0))
+def test_gauss_newton_is_the_kl_to_second_order(seed: int, sharpness: float) -> None:
+    torch.manual_seed(seed)
+    z, d = sharpness * torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)
+    errors = []
+    for epsilon in (1e-2, 5e-3):
+        total, count = gauss_newton_kl(z + epsilon * d, z - epsilon * d)
+        assert float(count) == 20
+        # there and back: the third-order term cancels, and half the step leaves a quarter of the error
+        exact = (exact_kl(z, z + epsilon * d) + exact_kl(z, z - epsilon * d)).sum() / 2
+        errors.append(abs(float(total / exact) - 1))
+    assert errors[0] < 1e-3 and errors[1] < 0.3 * errors[0] + 1e-9
+
+
+def test_gauss_newton_ignores_a_constant_added_to_logits() -> None:
+    z, d = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    shift = torch.randn(5, 1, dtype=torch.float64)
+    torch.testing.assert_close(gauss_newton_kl(z + d + shift, z - d)[0], gauss_newton_kl(z + d, z - d)[0])
+
+
+def test_a_single_output_is_a_unit_gaussian() -> None:
+    z, d = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    total, count = gauss_newton_kl(z + d, z - d)
+    torch.testing.assert_close(total, 0.5 * d.square().sum())
+    assert float(count) == 6
+
+
+def test_kl_divergence_is_exact() -> None:
+    p, q = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    total, count = kl_divergence(p, q)
+    torch.testing.assert_close(total, exact_kl(p, q).sum())
+    assert float(count) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moved_parameters_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    params = [torch.randn(3, 4).to(dtype), torch.randn(3, 4).to(dtype)]
+    before, delta = [p.clone() for p in params], torch.randn(2, 3, 4)
+    with moved([(params, delta)], 0.1):
+        for p, q, d in zip(params, before, delta, strict=True):
+            torch.testing.assert_close(p, (q.float() + 0.1 * d).to(dtype), rtol=1e-2, atol=1e-2)
+            assert not torch.equal(p, q)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    with pytest.raises(RuntimeError, match="inside"), moved([(params, None)]):
+        assert all((p == 0).all() for p in params)
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+# -- on models --------------------------------------------------------------------------------------------------------
+
+
+def repeated(data: dict[str, Tensor], times: int = 4) -> dict[str, Tensor]:
+    """The same sequence over and over, so that any slice of the batch says what all of it would."""
+    return {key: value[:1].repeat(times, *[1] * (value.dim() - 1)) for key, value in data.items()}
+
+
+def llama_logits(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in data.items() if k != "labels"}).logits
+    return logits[data["labels"] != -100]
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e-5])
+def test_the_predicted_kl_of_a_transformers_step_is_the_measured_one(max_kl: float) -> None:
+    model, data = tiny_llama(), repeated(llama_batch())
+    opt = optimizer(model, lr=1.0, max_kl=max_kl, calibration_interval=1)
+    before = llama_logits(model, data)
+    llama_loss(model, data).backward()
+    opt.step()
+    found = opt.metrics()
+    assert found["trust/source"] == "measured"
+    measured = float(exact_kl(before, llama_logits(model, data)).mean())
+    assert found["trust/predicted_kl"] == pytest.approx(max_kl, rel=1e-6)
+    assert measured == pytest.approx(max_kl, rel=0.1)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "lowrank"])
+def test_whatever_the_structure_the_first_prediction_is_calibrated(structure: str) -> None:
+    model, (ids, labels) = net(), batch()
+    ids, labels = ids[:1].repeat(4, 1), labels[:1].repeat(4, 1)
+    opt = optimizer(model, lr=1.0, max_kl=1e-4, calibration_interval=1, factor_structure=structure)
+    with torch.no_grad():
+        before = model(ids)[labels != -100]
+    backward(model, (ids, labels))
+    opt.step()
+    with torch.no_grad():
+        measured = float(exact_kl(before, model(ids)[labels != -100]).mean())
+    assert measured == pytest.approx(1e-4, rel=0.05)
+
+
+def test_the_coupling_is_the_ratio_of_measured_and_block_diagonal_kl() -> None:
+    model, data = tiny_llama(), repeated(llama_batch())
+    opt = optimizer(model, lr=1.0, max_kl=1e-5, calibration_interval=1, factor_structure="dense")
+    before, weights = llama_logits(model, data), weights_of(opt)
+    llama_loss(model, data).backward()
+    opt.step()
+    measured = float(exact_kl(before, llama_logits(model, data)).mean())
+    plain = kl_of_step(factors_of(opt), weights, weights_of(opt))
+    assert opt.metrics()["trust/coupling"] == pytest.approx(measured / plain, rel=0.05)
+
+
+def test_later_measurements_are_averaged_geometrically() -> None:
+    model = net()
+    opt = optimizer(model, lr=1.0, max_kl=1e-5, calibration_interval=1, factor_decay=0.0, factor_structure="dense")
+    ids, labels = batch()
+    ids, labels = ids[:1].repeat(4, 1), labels[:1].repeat(4, 1)
+    previous = None
+    for _ in range(3):
+        weights = weights_of(opt)
+        with torch.no_grad():
+            before = model(ids)[labels != -100]
+        opt.zero_grad()
+        backward(model, (ids, labels))
+        opt.step()
+        with torch.no_grad():
+            measured = float(exact_kl(before, model(ids)[labels != -100]).mean())
+        now = measured / kl_of_step(factors_of(opt), weights, weights_of(opt))
+        expected = now if previous is None else (now * previous) ** 0.5
+        previous = opt.metrics()["trust/coupling"]
+        assert previous == pytest.approx(expected, rel=0.02)
+
+
+def test_the_kl_from_the_base_model_is_measured_too() -> None:
+    model, (ids, labels) = net(), batch()
+    ids, labels = ids[:1].repeat(4, 1), labels[:1].repeat(4, 1)
+    opt = optimizer(model, lr=1e-3, max_kl=1e-6, calibration_interval=1)
+    for _ in range(4):
+        opt.zero_grad()
+        backward(model, (ids, labels))
+        with torch.no_grad():
+            here = model(ids)[labels != -100]
+        opt.step()
+    with torch.no_grad():
+        for pair in opt.pairs:
+            pair.B.zero_()
+        base = model(ids)[labels != -100]
+    expected = float(exact_kl(here, base).mean())
+    assert opt.metrics()["kl_from_base"] == pytest.approx(expected, rel=0.01)
+
+
+def test_only_loss_tokens_count() -> None:
+    """Sequences whose prompts differ and whose loss tokens do not: the same coupling, in a net without attention."""
+    found = []
+    for seed in (0, 1):
+        ids, labels = batch(0, ignored=3)
+        ids[:, :3] = batch(seed + 5)[0][:, :3]
+        model = net()
+        opt = optimizer(model, lr=1.0, max_kl=1e-4, calibration_interval=1)
+        backward(model, (ids, labels))
+        opt.step()
+        found.append(opt.metrics()["trust/coupling"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+# -- no trace ---------------------------------------------------------------------------------------------------------
+
+
+def noisy(interval: int | None, steps: int) -> dict[str, Any]:
+    """Train a model with dropout and batch norm; everything that a measurement could disturb."""
+    model = net(dropout=0.3, norm=True, dtype=torch.float32)
+    opt = optimizer(model, lr=1e-2, max_kl=None, calibration_interval=interval)
+    torch.manual_seed(7)
+    random.seed(7)
+    for step in range(steps):
+        opt.zero_grad()
+        backward(model, batch(step))
+        grads = [p.grad.clone() for p in trainable(model)]
+        opt.step()
+        assert all(torch.equal(g, p.grad) for g, p in zip(grads, trainable(model), strict=True))
+    opt.zero_grad()
+    backward(model, batch(steps))
+    return {
+        "source": opt.metrics()["trust/source"],
+        "state": snapshot(model),
+        "grads": [p.grad.clone() for p in trainable(model)],
+        "rng": torch.get_rng_state(),
+        "python": random.random(),
+        "training": [m.training for m in model.modules()],
+        "none": [n for n, p in model.named_parameters() if p.grad is None],
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_measurement_leaves_no_trace(steps: int) -> None:
+    measured, plain = noisy(1, steps), noisy(None, steps)
+    assert (measured["source"], plain["source"]) == ("measured", "block-diagonal")
+    for key in measured["state"]:
+        assert torch.equal(measured["state"][key], plain["state"][key]), key
+    assert all(torch.equal(a, b) for a, b in zip(measured["grads"], plain["grads"], strict=True))
+    assert torch.equal(measured["rng"], plain["rng"])
+    for key in ("python", "training", "none"):
+        assert measured[key] == plain[key]
+
+
+def test_a_measurement_does_not_touch_the_factors() -> None:
+    found = []
+    for interval in (1, None):
+        model = net()
+        opt = optimizer(model, lr=1e-2, max_kl=None, calibration_interval=interval, factor_structure="dense")
+        train(model, opt, 4)
+        found.append(factors_of(opt))
+    for name, f in found[0].items():
+        assert all(torch.equal(f[k], found[1][name][k]) for k in f)
+
+
+def test_a_transformer_with_dropout_trains_as_without_measurements() -> None:
+    grads = []
+    for interval in (1, None):
+        model = tiny_llama(torch.float32, dropout=0.2)
+        opt = optimizer(model, max_kl=None, calibration_interval=interval)
+        torch.manual_seed(3)
+        for step in range(2):
+            opt.zero_grad()
+            llama_loss(model, llama_batch(step)).backward()
+            opt.step()
+        grads.append([p.grad.clone() for p in trainable(model)])
+        assert opt.metrics()["trust/source"] == ("measured" if interval else "block-diagonal")
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_measurements_under_autocast_run_under_autocast() -> None:
+    model, seen = net(dtype=torch.float32), []
+    model.head.register_forward_hook(lambda m, args, out: seen.append((out.dtype, torch.is_grad_enabled())))
+    opt = optimizer(model, calibration_interval=1)
+    ids, labels = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model(ids).float(), labels)
+    loss.backward()
+    opt.step()
+    assert seen[0] == (torch.bfloat16, True)
+    assert len(seen) >= 3 and set(seen[1:]) == {(torch.bfloat16, False)}
+    assert opt.metrics()["trust/source"] == "measured"
+
+
+def test_measurements_happen_when_due() -> None:
+    model, calls = net(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    opt = optimizer(model, calibration_interval=4, lr=1e-3)
+    counts = []
+    for step in range(10):
+        calls.clear()
+        train(model, opt, 1, step)
+        counts.append(calls.count(False))
+    assert [c > 0 for c in counts] == [True, True, True, False, True, False, False, False, True, False]
+
+
+# -- where it cannot be done ------------------------------------------------------------------------------------------
+
+
+class LossOnly(nn.Module):
+    """Returns a loss and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_of(self.net.down(self.net.up(self.net.embed(ids)).tanh()), labels % 7)}
+
+
+class Stream(nn.Module):
+    """Reads its batch from an iterator: a second forward would get another batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, source: Any) -> Tensor:
+        x = next(source)
+        return self.net.head(self.net.down(self.net.up(self.net.embed(x)).tanh()))
+
+
+@pytest.mark.parametrize("kind", ["no logits", "iterator"])
+def test_a_fallback_says_so(kind: str) -> None:
+    ids, labels = batch(ignored=0)
+    model = LossOnly() if kind == "no logits" else Stream()
+    opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
+    for _ in range(2):
+        opt.zero_grad()
+        loss = model(ids, labels)["loss"] if kind == "no logits" else loss_of(model(iter([ids])), labels)
+        loss.backward()
+        opt.step()
+    found = opt.metrics()
+    assert found["trust/source"].startswith("assumed (")
+    assert ("logits" if kind == "no logits" else "list_iterator") in found["trust/source"]
+    assert found["trust/predicted_kl"] == pytest.approx(1e-3)
+    assert found["trust/coupling"] > 1
+
+
+def test_the_source_before_the_first_step() -> None:
+    assert optimizer(net(), calibration_interval=1).metrics()["trust/source"] == "assumed (not measured yet)"
+    assert optimizer(net(), calibration_interval=None).metrics()["trust/source"] == "block-diagonal"
+
+
+def test_a_model_may_return_a_tuple_or_a_dict_of_logits() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.net, self.kind = net(), kind
+
+        def forward(self, ids: Tensor) -> Any:
+            logits = self.net(ids)
+            return {"logits": logits} if self.kind == "dict" else (logits, None)
+
+    couplings = []
+    for kind in ("dict", "tuple"):
+        model = Wrapped(kind)
+        opt = optimizer(model, calibration_interval=1)
+        ids, labels = batch()
+        out = model(ids)
+        loss_of(out["logits"] if kind == "dict" else out[0], labels).backward()
+        opt.step()
+        assert opt.metrics()["trust/source"] == "measured"
+        couplings.append(opt.metrics()["trust/coupling"])
+    assert couplings[0] == couplings[1]
+    assert model(ids)[0].shape[-1] == VOCAB
