@@ -1,0 +1,117 @@
+"""What the example scripts share: rows to batches, the model with its LoRA layers, evaluation, generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+ASSETS = Path(__file__).parent / "assets"
+
+Row = dict[str, str]  # {"prompt": ..., "target": ...}
+Batch = dict[str, Tensor]
+Example = tuple[list[int], list[int]]  # token ids, and labels with -100 where no loss is wanted
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a jsonl file, each with at least "prompt" and "target"."""
+    with open(path, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if "prompt" not in row or "target" not in row:
+            raise ValueError(f'{path}, row {number}: expected "prompt" and "target", got {sorted(row)}')
+    return rows
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with the end-of-text token (masked anyway)."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    """Prompt + target + end of text; the loss looks at the target and the end of text alone."""
+    examples = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(prompt) < max_length:
+            examples.append(((prompt + target)[:max_length], ([-100] * len(prompt) + target)[:max_length]))
+    if not examples:
+        raise ValueError(f"none of {len(rows)} rows leaves room for a target within {max_length} tokens")
+    return examples
+
+
+def collate(examples: list[Example], pad_id: int, device: torch.device) -> Batch:
+    """``(batch, longest)`` tensors, padded on the right."""
+    longest = max(len(ids) for ids, _ in examples)
+
+    def stack(sequences: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([s + [fill] * (longest - len(s)) for s in sequences], device=device)
+
+    return {
+        "input_ids": stack([ids for ids, _ in examples], pad_id),
+        "labels": stack([labels for _, labels in examples], -100),
+        "attention_mask": stack([[1] * len(ids) for ids, _ in examples], 0),
+    }
+
+
+def batches(examples: list[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
+    """``steps`` batches from a shuffled pass over the data, then from the next one."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        while len(order) < size:
+            order += torch.randperm(len(examples), generator=generator).tolist()
+        yield [examples[i] for i in order[:size]]
+        order = order[size:]
+
+
+def load_base(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained causal language model, from a folder or from the hub."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+
+
+def with_lora(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
+    """LoRA on all linear layers but the output layer; the same seed gives the same start."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, examples: list[Example], size: int, pad_id: int, device: torch.device) -> float:
+    """Loss per target token, in nats."""
+    model.eval()
+    total, tokens = 0.0, 0
+    examples = sorted(examples, key=lambda example: len(example[0]))  # less padding
+    for start in range(0, len(examples), size):
+        batch = collate(examples[start : start + size], pad_id, device)
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total, tokens = total + float(model(**batch).loss) * count, tokens + count
+    model.train()
+    return total / tokens
+
+
+@torch.no_grad()
+def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> list[str]:
+    """Greedy continuations of the prompts."""
+    model.eval()
+    device = next(model.parameters()).device
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)
+    outputs = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.train()
+    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
