@@ -1,0 +1,37 @@
+# make demo   fine-tune the bundled model with AdamW and with CTROptimizer, and compare (a few minutes on two CPU cores)
+# make test   run the tests
+# make lint   style and types
+#
+# Everything runs in .venv, which the first of them makes. Choose with: make PYTHON=python3.12 TORCH="torch==2.13.0" ...
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python examples/finetune.py --out demo-output $(ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist *.egg-info
+
+# torch first and pinned, so that a looser requirement does not bring a newer one; a good one already there is kept.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
