@@ -215,6 +215,16 @@ def test_a_checkpoint_of_another_optimizer_is_refused() -> None:
     train(fresh, opt, 1)
 
 
+def test_factors_of_another_structure_are_refused() -> None:
+    model = net()
+    opt = optimizer(model, factor_structure="dense")
+    train(model, opt, 2)
+    other = optimizer(model, factor_structure="lowrank")
+    with pytest.raises(ValueError, match="checkpoint: its factors are not 'lowrank'"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state_dict()["state"] or all(f["C"].abs().max() == 0 for f in factors_of(other).values())
+
+
 def test_model_and_optimizer_copy_together() -> None:
     for copied in (lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy):
         model = net()

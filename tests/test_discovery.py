@@ -137,7 +137,7 @@ def test_halves_may_be_in_different_groups() -> None:
     before = [[p.detach().clone() for p in half] for half in halves]
     train(model, opt, 1)
     rms = [
-        max(float((p - q).abs().max()) for p, q in zip(half, old, strict=True))
+        max(float((p.detach() - q).abs().max()) for p, q in zip(half, old, strict=True))
         for half, old in zip(halves, before, strict=True)
     ]
     assert rms[1] > 3 * rms[0] > 0
