@@ -38,7 +38,7 @@ class _Call:
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.2) -> None:
         self.enabled = False
         self.paused = False
         self.share = share
@@ -135,8 +135,8 @@ class Probe:
 
 
 @contextmanager
-def moved(changes: Sequence[tuple[Sequence[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
-    """Parameters displaced for a while by ``factor`` times their stacked delta (None: set to zero); then restored bit for bit."""
+def moved(changes: Sequence[tuple[list[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
+    """Displace parameters by ``factor`` times their stacked delta (None: to zero) for a while; restored bit for bit."""
     saved = [(params, [p.clone() for p in params]) for params, _ in changes]
     try:
         for params, delta in changes:
@@ -230,7 +230,7 @@ def _take(tree: Any, size: int, keep: int) -> Any:
         return sliced.detach().clone()
     if isinstance(tree, dict):
         return {key: _take(value, size, keep) for key, value in tree.items()}
-    if isinstance(tree, tuple) and type(tree) is tuple or isinstance(tree, list):
+    if (isinstance(tree, tuple) and type(tree) is tuple) or isinstance(tree, list):
         return type(tree)(_take(value, size, keep) for value in tree)
     if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
         return tree

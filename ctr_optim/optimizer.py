@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,28 +15,31 @@ from torch.optim import Optimizer
 
 from ctr_optim import distributed
 from ctr_optim.adapters import find_pairs, find_roots
-from ctr_optim.calibration import Probe, gauss_newton_kl, kl_divergence, moved
-from ctr_optim.curvature.blocks import Block, TokenScale, factor_state
+from ctr_optim.calibration import Probe
+from ctr_optim.checkpoint import check_checkpoint, exact_copy
+from ctr_optim.constraint import TrustRegion, initial_shared
+from ctr_optim.curvature.blocks import Block, TokenScale, sketch_state, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.lora import LoRAPair
-from ctr_optim.precondition import Stack, initial_state
+from ctr_optim.precondition import Stack
+from ctr_optim.ranks.controller import RankController
+from ctr_optim.ranks.matching import resize_on_load
+from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 from ctr_optim.settings import Settings, check_group
-from ctr_optim.trust_region import adapted_bound, penalty_gradients, quadratic, scale_within
-
-_COUPLING_GUESS = 30.0  # where the first measurement starts from; language models were seen between 10 and 100
+from ctr_optim.trust_region import penalty_gradients
 
 
 class CTROptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 2e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        max_kl: float | None = 6e-3,
+        max_kl: float | None = 5e-2,
         kl_schedule: str = "lr",
         calibration_interval: int | None = 20,
         trust_penalty: float = 0.0,
@@ -47,6 +50,7 @@ class CTROptimizer(Optimizer):
         basis_interval: int = 10,
         damping: float = 0.1,
         max_tokens: int | None = None,
+        rank_scheduler: RankScheduler | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         resize: str = "auto",
         loss_reduction: str = "mean",
@@ -61,9 +65,8 @@ class CTROptimizer(Optimizer):
         self._attached = False
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
-        self.param_groups[0]["ctr"] = {
-            "steps": 0, "skipped": 0, "coupling": None, "base_coupling": None, "max_kl": max_kl, "calibrations": 0,
-        }  # fmt: skip
+        self.param_groups[0]["ctr"] = {"steps": 0, "skipped": 0, "sketched": 0, **initial_shared(self._settings)}
+        self._scheduler = rank_scheduler if rank_scheduler is None else as_scheduler(rank_scheduler)
         self._attach()
 
     # -- the layers ---------------------------------------------------------------------------------------------
@@ -93,46 +96,32 @@ class CTROptimizer(Optimizer):
             home = next((r for r in roots if _contains(r, self.pairs)), None)
             if home is not None:
                 self._probe = Probe(home, [pair.layer for pair in self.pairs])
-        self._finalizer = weakref.finalize(self, _close, self._taps, self._probe)
+        self._handles: list[Any] = []
+        self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
+        self._trust = TrustRegion(self._settings, self._probe, self._taps)
+        self._ranks: RankController | None = None
+        if self._scheduler is not None:
+            if not (self.pairs and kfac):
+                raise ValueError(
+                    "rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize"
+                )
+            self._ranks = RankController(self._scheduler, self._settings.damping)
+            loading = weakref.WeakMethod(self._rank_loaded)
+            for pair in self.pairs:
+                self._handles += resize_on_load(pair, lambda p: (f := loading()) and f(p))
         self._stacks: list[Stack] | None = None
         self._blocks: list[Block] = []
         self._skipped: Tensor | None = None
-        self._last: dict[str, Any] = {}
         self._arm()
 
-    def _build_stacks(self) -> None:
-        """Stack parameters of one shape, dtype, device and group; see :class:`Stack` for who owns the state."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        structure = STRUCTURES[self._settings.factor_structure]
-        kfac = self._settings.curvature == "kfac"
-        paired: dict[Any, list[int]] = {}
-        for index, pair in enumerate(self.pairs if kfac else []):
-            groups = tuple(id(group_of.get(id(p))) for p in (pair.A, pair.B))
-            key = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device, groups)
-            if self.param_groups[0]["foreach"] is False:
-                key = (index,)
-            paired.setdefault(key, []).append(index)
-            for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
-                if not self.state[p] and id(p) in group_of:
-                    self.state[p].update(initial_state(p, rank_dim))
-            for name, tensor in factor_state(pair, structure).items():
-                self.state[pair.B].setdefault(name, tensor)
-        self._stacks, self._blocks = [], []
-        for indices in paired.values():
-            pairs = [self.pairs[i] for i in indices]
-            group_a = group_of.get(id(pairs[0].A))
-            a = None if group_a is None else Stack([p.A for p in pairs], group_a, self.state, -2)
-            b = Stack([p.B for p in pairs], group_of[id(pairs[0].B)], self.state, -1)
-            self._blocks.append(Block(pairs, indices, a, b, structure))
-            self._stacks += [b] if a is None else [a, b]
-        in_blocks = {id(p) for stack in self._stacks for p in stack.params}
-        others: dict[Any, list[nn.Parameter]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) not in in_blocks and p.requires_grad:
-                    others.setdefault((p.shape, p.dtype, p.device, id(group)), []).append(p)
-        for params in others.values():
-            self._stacks.append(Stack(params, group_of[id(params[0])], self.state, None))
+    def _stack(self) -> list[Stack]:
+        """The stacks of all parameters that train; built anew after anything replaced their state."""
+        if self._stacks is None:
+            pairs = self.pairs if self._settings.curvature == "kfac" else []
+            self._stacks, self._blocks = stack_all(
+                pairs, self.param_groups, self.state, STRUCTURES[self._settings.factor_structure]
+            )
+        return self._stacks
 
     def _restack(self) -> None:
         self._stacks, self._blocks = None, []
@@ -140,15 +129,33 @@ class CTROptimizer(Optimizer):
     def _arm(self) -> None:
         """Decide what the coming forward and backward have to record."""
         step, s = self._shared["steps"], self._settings
-        self._taps.enabled = bool(self._taps.stages) and _due(step, s.factor_interval)
+        sketch = self._ranks is not None and self._ranks.scheduler.sketches(step)
+        if sketch and self._ranks is not None:
+            self.open_sketch(self._ranks.scheduler.sketch_rank)
+        self._taps.enabled = bool(self._taps.stages) and (sketch or _due(step, s.factor_interval))
         if self._taps.enabled:
-            if self._stacks is None:
-                self._build_stacks()
+            self._stack()
             for block in self._blocks:
-                for index, stage in zip(block.indices, block.stages(), strict=True):
+                for index, stage in zip(block.indices, block.stages(s.damping), strict=True):
                     self._taps.stages[index] = stage
         if self._probe is not None:
             self._probe.enabled = s.calibration_interval is not None and _due(step, s.calibration_interval)
+
+    def open_sketch(self, rank: int) -> None:
+        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
+        self._stack()
+        if "sketch_range" not in self.state[self.pairs[0].B]:
+            for pair in self.pairs:
+                self.state[pair.B].update(sketch_state(pair, rank))
+            self._shared["sketched"] = 0
+            self._restack()
+            self._arm()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """LoRA pairs stacked by shape, with their factors."""
+        self._stack()
+        return self._blocks
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -162,22 +169,15 @@ class CTROptimizer(Optimizer):
         if not grads:
             return loss
         finite = self._check(grads)
-        if self._stacks is None:
-            self._build_stacks()
-        assert self._stacks is not None
-        if self._taps.enabled:
-            self._commit(finite)
-        if self._blocks and _due(self._shared["steps"], self._settings.basis_interval):
-            for block in self._blocks:
-                block.refresh_bases()
         deltas = self._directions(finite)
         if self._blocks:
-            self._constrain(deltas, finite)
+            self._trust.constrain(deltas, self._blocks, self.param_groups, self._shared)
         for stack, delta in deltas.items():
             stack.move_(delta)
-        if closure is not None and self._settings.kl_schedule == "adaptive" and self._last:
-            self._adapt(closure, loss, deltas)
+        if closure is not None and self._settings.kl_schedule == "adaptive" and self._blocks:
+            self._trust.adapt(closure, loss, deltas, self._shared)
         self._shared["steps"] += 1
+        self._reallocate()
         self._arm()
         return loss
 
@@ -186,7 +186,9 @@ class CTROptimizer(Optimizer):
         for g in grads:
             if g.is_sparse or g.is_complex():
                 kind = "sparse" if g.is_sparse else "complex"
-                raise TypeError(f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real")
+                raise TypeError(
+                    f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real"
+                )
         by_device: dict[torch.device, list[Tensor]] = {}
         for g in grads:
             by_device.setdefault(g.device, []).append(g)
@@ -207,24 +209,39 @@ class CTROptimizer(Optimizer):
         seen = torch.isfinite(tokens) & finite
         tokens = torch.where(seen, tokens, 1.0)
         grad = 1.0 / (_grad_scale() * world)
-        scale = TokenScale(tokens, tokens * grad if self._settings.loss_reduction == "mean" else tokens.new_tensor(grad))
+        scale = TokenScale(
+            tokens, tokens * grad if self._settings.loss_reduction == "mean" else tokens.new_tensor(grad)
+        )
         for block in self._blocks:
             block.commit(scale, self._settings.factor_decay, seen)
+        self._shared["sketched"] += 1
 
     def _directions(self, finite: Tensor) -> dict[Stack, Tensor]:
-        deltas = {}
-        assert self._stacks is not None
-        for stack in self._stacks:
-            found = stack.direction(finite)
-            if found is not None:
-                deltas[stack] = found[0]
+        """Every stack's step, before the trust region: factors and bases brought up to date, then Adam."""
+        stacks = self._stack()
+        if self._taps.enabled:
+            self._commit(finite)
+        if _due(self._shared["steps"], self._settings.basis_interval):
+            for block in self._blocks:
+                block.refresh_bases()
+        found = {stack: stack.direction(finite) for stack in stacks}
+        deltas = {stack: delta for stack, delta in found.items() if delta is not None}
         weight = self._settings.trust_penalty
         for block in self._blocks if weight else ():
-            a, b = torch.stack([p.A.detach() for p in block.pairs]), block.b.values()
-            for stack, gradient in zip((block.a, block.b), penalty_gradients(a, b, block.H, block.D, block.C, block.S), strict=True):
+            gradients = penalty_gradients(*block.weights(), block.H, block.D, block.C, block.S)
+            for stack, gradient in zip((block.a, block.b), gradients, strict=True):
                 if stack in deltas:
-                    deltas[stack] -= stack.group["lr"] * weight * gradient
+                    live = stack.live(finite)[:, None, None] > 0
+                    deltas[stack] -= stack.group["lr"] * weight * torch.where(live, gradient, 0)
         return deltas
+
+    def _reallocate(self) -> None:
+        """Hold a rank event where one is due."""
+        if self._ranks is None or self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
+            return
+        self._stack()
+        self._ranks.event(self._blocks, self.state, self._shared["steps"], self._shared["sketched"])
+        self._restack()
 
     # -- what users read and save -------------------------------------------------------------------------------
 
@@ -237,47 +254,53 @@ class CTROptimizer(Optimizer):
     def metrics(self) -> dict[str, Any]:
         """What the last step did, as plain floats; waits for the device.
 
-        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the step),
-        ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token) and ``kl_from_base/layer``, ``ranks``,
-        ``skipped_steps``.
+        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
+        step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token) and ``kl_from_base/layer``,
+        ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``.
         """
-        if self._stacks is None:
-            self._build_stacks()
-        shared, last = self._shared, self._last
-        if self._skipped is not None and int(self._skipped):
-            shared["skipped"] += int(self._skipped)
-            self._skipped = None
-            _warn_skipped()
+        self._stack()
+        shared, trust = self._shared, self._trust
+        self._count_skipped()
         names = [pair.name for block in self._blocks for pair in block.pairs]
         shares = torch.cat([block.kl_from_base() for block in self._blocks]).tolist() if names else []
-        factor = shared["base_coupling"] or self._coupling
+        factor = shared["base_coupling"] or trust.coupling(shared)
         by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
         return {
-            "trust/predicted_kl": float(last["predicted"]) if last else 0.0,
-            "trust/max_kl": last.get("bound"),
-            "trust/scale": float(last["scale"]) if last else 1.0,
-            "trust/coupling": self._coupling,
-            "trust/source": self._source(),
+            "trust/predicted_kl": float(trust.predicted),
+            "trust/max_kl": trust.bound,
+            "trust/scale": float(trust.scale),
+            "trust/coupling": trust.coupling(shared),
+            "trust/source": trust.source(shared),
             "kl_from_base": sum(by_layer.values()),
             "kl_from_base/layer": by_layer,
             "ranks": {pair.name: pair.rank for pair in self.pairs},
+            "utility": dict(self._ranks.utility) if self._ranks is not None else {},
             "skipped_steps": shared["skipped"],
         }
 
-    def _source(self) -> str:
-        """Where the coupling comes from."""
-        if self._settings.calibration_interval is None:
-            return "block-diagonal"
-        if self._shared["coupling"] is not None:
-            return "measured"
-        refused = self._probe.refused if self._probe is not None else "no single model holds all the layers"
-        return f"assumed ({refused or 'not measured yet'})"
+    def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
+        """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
+        if self._ranks is None:
+            raise ValueError("on_rank_event: this optimizer has no rank_scheduler, and will emit no events")
+        self._ranks.listeners.append(listener)
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer then takes steps with the factors that it has."""
         self._finalizer()
         self._taps.enabled = False
-        self._probe = None
+        self._probe = self._trust.probe = None
+
+    def _count_skipped(self) -> None:
+        """Move the count of skipped steps from the device to the state; waits for the device."""
+        skipped, self._skipped = int(self._skipped or 0), None
+        if skipped:
+            self._shared["skipped"] += skipped
+            _warn_skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
+        self._count_skipped()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, exactly: unlike torch's, nothing is cast to the parameters' dtype.
@@ -285,36 +308,19 @@ class CTROptimizer(Optimizer):
         Raises:
             ValueError: if it belongs to other parameters; nothing is loaded then.
         """
-        saved = self._check_checkpoint(state_dict)
+        saved = check_checkpoint(state_dict, self.param_groups, self._settings.factor_structure)
         super().load_state_dict(state_dict)
         for p, entry in saved.items():
-            self.state[p] = {
-                key: value.detach().to(device=p.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in entry.items()
-            }
+            self.state[p] = exact_copy(entry, p.device)
         self._restack()
         self._arm()
 
-    def _check_checkpoint(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, dict[str, Any]]:
-        groups = state_dict.get("param_groups", [])
-        sizes, ours = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
-        if sizes != ours:
-            raise ValueError(f"checkpoint: got parameter groups of {sizes} parameters, expected {ours}")
-        saved = {}
-        for mine, theirs in zip(self.param_groups, groups, strict=True):
-            for p, key in zip(mine["params"], theirs["params"], strict=True):
-                entry = state_dict["state"].get(key)
-                if entry is None:
-                    continue
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name not in entry or entry[name].shape != p.shape:
-                        got = tuple(entry[name].shape) if name in entry else None
-                        raise ValueError(
-                            f"checkpoint: {name} of parameter {key} has shape {got}, the parameter {tuple(p.shape)}; "
-                            "load the model's weights first (ranks may have changed), and check that it is the same model"
-                        )
-                saved[p] = entry
-        return saved
+    def _rank_loaded(self, pair: LoRAPair) -> None:
+        """The model loaded a pair of another rank: its state here is void until ours is loaded, too."""
+        for p in (pair.A, pair.B):
+            self.state.pop(p, None)
+        self._restack()
+        self._arm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
@@ -330,7 +336,7 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings}  # type: ignore[misc]
+        return {**super().__getstate__(), "_settings": self._settings, "_scheduler": self._scheduler}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -346,13 +352,24 @@ def _due(step: int, interval: int) -> bool:
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
 
+def as_scheduler(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
+    """A RankScheduler, or one from a config's dict of its arguments."""
+    if isinstance(given, RankScheduler):
+        return given
+    if isinstance(given, Mapping):
+        return RankScheduler(**given)
+    raise TypeError(f"rank_scheduler: got {type(given).__name__}, expected a RankScheduler or a dict of its arguments")
+
+
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:
     inside = {id(m) for m in root.modules()}
     return all(id(pair.layer) in inside for pair in pairs)
 
 
-def _close(taps: Taps, probe: Probe | None) -> None:
+def _close(taps: Taps, probe: Probe | None, handles: list[Any]) -> None:
     taps.close()
+    for handle in handles:
+        handle.remove()
     if probe is not None:
         probe.close()
 

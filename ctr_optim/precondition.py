@@ -54,8 +54,8 @@ def adam_(
 def change_basis_(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, rank_dim: int) -> None:
     """Carry the moments from one orthonormal basis to another, in place.
 
-    First moments move exactly, ``m <- R m`` with ``R = new^T old``; second moments as ``v <- (R o R) v``, which is exact
-    for independent coordinates and for permutations.
+    First moments move exactly, ``m <- R m`` with ``R = new^T old``; second moments as ``v <- (R o R) v``, exact for
+    independent coordinates and for permutations.
     """
     turn = (new.mT @ old).mT
     exp_avg.copy_(rotate(exp_avg, turn, rank_dim))
@@ -97,14 +97,17 @@ class Stack:
             return None
         zero = torch.zeros_like(self.params[0]) if any(missing) else None
         stacked = torch.stack([zero if g is None else g for g in grads]).to(self.dtype)  # type: ignore[misc]
-        live = finite.to(self.tensors["step"].dtype).expand(len(grads))
-        if zero is not None:
-            live = live * torch.tensor([not m for m in missing], dtype=live.dtype).to(live.device)
         stacked = torch.where(finite, -stacked if self.group["maximize"] else stacked, 0)
-        return stacked, live
+        return stacked, self.live(finite)
 
-    def direction(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``, and ``live``."""
+    def live(self, finite: Tensor) -> Tensor:
+        """``(L,)`` 1 for the parameters that this step moves, 0 where there is no gradient; all 0 unless ``finite``."""
+        live = finite.to(self.tensors["step"].dtype).expand(len(self.params))
+        present = [p.grad is not None for p in self.params]
+        return live if all(present) else live * torch.tensor(present, dtype=live.dtype).to(live.device)
+
+    def direction(self, finite: Tensor) -> Tensor | None:
+        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``; None without gradients."""
         found = self.gradients(finite)
         if found is None:
             return None
@@ -118,7 +121,7 @@ class Stack:
         delta = delta * -group["lr"]
         if group["weight_decay"] != 0:
             delta -= group["lr"] * group["weight_decay"] * self.values()
-        return delta * live.view((-1,) + (1,) * (delta.dim() - 1)).to(delta.dtype), live
+        return delta * live.view((-1,) + (1,) * (delta.dim() - 1)).to(delta.dtype)
 
     def set_basis(self, basis: Tensor) -> None:
         """Move to a new eigenbasis, moments and all."""
@@ -129,7 +132,7 @@ class Stack:
 
     def move_(self, delta: Tensor) -> None:
         """``p <- p + delta``, summed in the wider dtype."""
-        torch._foreach_add_(self.params, list(delta.unbind(0)))
+        torch._foreach_add_([p.data for p in self.params], list(delta.unbind(0)))
 
 
 def initial_state(p: nn.Parameter, rank_dim: int | None) -> dict[str, Tensor]:

@@ -32,7 +32,9 @@ class Settings:
             _number("max_kl", self.max_kl, above=0.0, hint="nats per token, or None for no trust region")
         _choice("kl_schedule", self.kl_schedule, ("lr", "constant", "adaptive"))
         if self.calibration_interval is not None:
-            _count("calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric")
+            _count(
+                "calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric"
+            )
         _number("trust_penalty", self.trust_penalty, least=0.0)
         _choice("curvature", self.curvature, ("kfac", "hutchinson", "none"))
         _choice("factor_structure", self.factor_structure, tuple(STRUCTURES))
@@ -85,7 +87,9 @@ def _number(
 
 def _count(name: str, value: Any, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a whole number {hint}".rstrip())
+        raise TypeError(
+            f"{name}: got {value!r} of type {type(value).__name__}, expected a whole number {hint}".rstrip()
+        )
     if value < 1:
         raise ValueError(f"{name}: got {value!r}, expected at least 1 {hint}".rstrip())
 

@@ -68,7 +68,7 @@ def find(root: nn.Module) -> Iterator[LoRAPair]:
         if type(module).__name__ == "ParamWrapper":  # adapts a bare parameter: A and B are never called as modules
             continue
         for adapter, down in downs.items():
-            up = ups[adapter] if adapter in ups else None
+            up = ups._modules.get(adapter)
             if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
                 library.pairs.append(LoRAPair(_PREFIX.sub("", name), down, up, module, adapter, library))
     yield from library.pairs

@@ -32,5 +32,10 @@ def find(root: nn.Module) -> Iterator[LoRAPair]:
     """Pairs of every torchtune LoRA layer below ``root``."""
     for name, module in root.named_modules():
         down, up = module._modules.get("lora_a"), module._modules.get("lora_b")
-        if isinstance(down, nn.Linear) and isinstance(up, nn.Linear) and hasattr(module, "alpha") and hasattr(module, "rank"):
+        if (
+            isinstance(down, nn.Linear)
+            and isinstance(up, nn.Linear)
+            and hasattr(module, "alpha")
+            and hasattr(module, "rank")
+        ):
             yield LoRAPair(name, down, up, module, None, _LIBRARY)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctr_optim.curvature.capture import Sketch, Stage
 from ctr_optim.curvature.factors import Factor, eigenbasis
 from ctr_optim.lora import LoRAPair
-from ctr_optim.precondition import Stack
+from ctr_optim.precondition import Stack, initial_state
 
 
 def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
@@ -151,8 +151,45 @@ class Block:
                 stack.set_basis(eigenbasis(factor, stack.tensors["basis"]))
 
     def kl_from_base(self) -> Tensor:
-        """``(L,)`` block-diagonal prediction of each adapter's KL from the base model, ``tr(D H) / 2``, in nats a token."""
+        """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""
         return 0.5 * (self.D * self.H.mT).sum((-2, -1))
+
+
+def stack_all(
+    pairs: Sequence[LoRAPair], groups: Sequence[dict[str, Any]], state: Any, structure: type[Factor]
+) -> tuple[list[Stack], list[Block]]:
+    """Stack all parameters that train: pairs of one shape into blocks, the rest by shape.
+
+    Parameters of one stack share shape, dtype, device and group; ``foreach=False`` in a group stacks nothing.
+    """
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    alike: dict[Any, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        group = group_of[id(pair.B)]
+        kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
+        key = (*kind, id(group_of.get(id(pair.A))), id(group))
+        alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
+        for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
+            if not state[p] and id(p) in group_of:
+                state[p].update(initial_state(p, rank_dim))
+        for name, tensor in factor_state(pair, structure).items():
+            state[pair.B].setdefault(name, tensor)
+    stacks, blocks = [], []
+    for indices in alike.values():
+        some = [pairs[i] for i in indices]
+        group_a = group_of.get(id(some[0].A))
+        a = None if group_a is None else Stack([pair.A for pair in some], group_a, state, -2)
+        b = Stack([pair.B for pair in some], group_of[id(some[0].B)], state, -1)
+        blocks.append(Block(some, indices, a, b, structure))
+        stacks += [b] if a is None else [a, b]
+    paired = {id(p) for stack in stacks for p in stack.params}
+    others: dict[Any, list[nn.Parameter]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if id(p) not in paired and p.requires_grad:
+                kin = (p.shape, p.dtype, p.device, id(group))
+                others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
+    return stacks + [Stack(some, group_of[id(some[0])], state, None) for some in others.values()], blocks
 
 
 def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:

@@ -57,8 +57,8 @@ class Factor(ABC):
 
     @staticmethod
     @abstractmethod
-    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
-        """``F^-1/2 x`` (symmetric root, damped) for x ``(..., d, n)``."""
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
+        """``W x`` (or ``W^T x``) with ``W F W^T = I``, F damped, for x ``(..., d, n)``."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:
@@ -87,7 +87,7 @@ class Diagonal(Factor):
         return _safe_rsqrt(diagonal + damping * diagonal.mean(-1, keepdim=True))
 
     @staticmethod
-    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
         assert isinstance(whitener, Tensor)
         return whitener.unsqueeze(-1) * x
 
@@ -120,7 +120,7 @@ class Dense(Factor):
         return (vectors * roots.unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
-    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
         assert isinstance(whitener, Tensor)
         return whitener @ x
 
@@ -180,10 +180,11 @@ class LowRank(Factor):
         return scale, w, (1 + singular.square()).rsqrt() - 1
 
     @staticmethod
-    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
         scale, w, shrink = whitener
-        x = scale.unsqueeze(-1) * x
-        return x + w @ (shrink.unsqueeze(-1) * (w.mT @ x))
+        x = x if transpose else scale.unsqueeze(-1) * x
+        x = x + w @ (shrink.unsqueeze(-1) * (w.mT @ x))
+        return scale.unsqueeze(-1) * x if transpose else x
 
     def to_dense(self) -> Tensor:
         u, values, residual = self._parts()

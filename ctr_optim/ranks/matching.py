@@ -1,0 +1,97 @@
+"""Bring a model's ranks in line with a checkpoint's, so that it loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctr_optim.adapters import find_pairs
+from ctr_optim.lora import LoRAPair
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+def match_ranks(model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, int]:
+    """Resize every LoRA layer of ``model`` to the rank that it has in ``checkpoint``; call it before loading.
+
+    Only needed where the optimizer is built after the model is loaded: an optimizer with a ``rank_scheduler`` does this by
+    itself, whenever its model loads a state dict.
+
+    Args:
+        model: with LoRA layers.
+        checkpoint: a state dict, or a directory (or file) with adapter weights.
+
+    Returns:
+        the ranks of the layers that changed.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: the checkpoint names none of the model's LoRA layers.
+    """
+    weights = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    by_suffix = {_plain(key): value for key, value in weights.items()}
+    modules = {id(module): name for name, module in model.named_modules()}
+    found, changed = 0, {}
+    for pair in find_pairs(model):
+        incoming = by_suffix.get(_plain(modules[id(pair.down)] + ".weight"))
+        if incoming is None:
+            continue
+        found += 1
+        if incoming.shape[0] != pair.rank:
+            make_room(pair, incoming.shape[0])
+            changed[pair.name] = pair.rank
+    if not found:
+        raise ValueError(
+            "match_ranks: the checkpoint has weights for none of the model's LoRA layers; is it another model's?"
+        )
+    return changed
+
+
+def make_room(pair: LoRAPair, rank: int) -> None:
+    """Give a pair another rank, its weights to be loaded next: what is there is cut or filled with zeros."""
+    a, b = pair.A.detach(), pair.B.detach()
+    keep = min(rank, pair.rank)
+    new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
+    new_a[:keep], new_b[:, :keep] = a[:keep], b[:, :keep]
+    pair.resize(new_a, new_b)
+
+
+def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[Any]:
+    """Hooks that give ``pair`` the rank of the weights that it is about to load, and then call ``resized(pair)``."""
+
+    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        incoming = state_dict.get(prefix + "weight")
+        if incoming is None or module not in (pair.down, pair.up):
+            return
+        rank = incoming.shape[0 if module is pair.down else 1]
+        if rank != pair.rank:
+            make_room(pair, rank)
+            resized(pair)
+
+    return [m.register_load_state_dict_pre_hook(hook) for m in (pair.down, pair.up)]
+
+
+def _plain(key: str) -> str:
+    """A parameter's name without adapter names and wrappers: PEFT's files leave the adapter's name out."""
+    parts = key.removeprefix("base_model.model.").split(".")
+    for half in ("lora_A", "lora_B"):
+        if half in parts:
+            parts = [*parts[: parts.index(half) + 1], "weight"]
+    return ".".join(parts)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    files = [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"match_ranks: found none of {', '.join(_FILES)} in {path}")
+    if files[0].suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(files[0])
+    loaded: Mapping[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)
+    return loaded

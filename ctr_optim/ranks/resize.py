@@ -1,0 +1,95 @@
+"""Change a pair's rank: the function goes on, and so does the optimizer.
+
+A shrink keeps a subspace: ``A <- N A``, ``B <- B M`` with ``M N`` the Fisher-orthogonal projector on the best
+directions. N has orthonormal rows, so that A keeps its scale. Gradients follow as ``g_A <- M^T g_A``,
+``g_B <- g_B N^T``, and so do first moments, exactly; factors as ``H <- N H N^T``, ``D <- M^T D M``. Growth appends rows
+to A and zero columns to B: the function is unchanged, and the new columns' first gradient points where the loss falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctr_optim.precondition import rotate
+from ctr_optim.ranks.utility import Existing
+
+
+@dataclass(frozen=True)
+class Projection:
+    """N ``(e, r)`` with orthonormal rows, and M ``(r, e)``, with ``N M = I``."""
+
+    keep: Tensor
+    restore: Tensor
+
+
+def projection(existing: Existing, count: int) -> Projection:
+    """The projection on a layer's ``count`` best directions."""
+    rows = existing.keep[:count]
+    q, triangle = torch.linalg.qr(rows.mT)  # rows = triangle^T q^T
+    return Projection(q.mT, existing.restore[:, :count] @ triangle.mT)
+
+
+State = dict[str, Tensor]
+
+
+def shrink(a: Tensor, b: Tensor, state_a: State | None, state_b: State, on: Projection) -> tuple[Tensor, Tensor]:
+    """New ``A (e, d_in)`` and ``B (d_out, e)``; the states are changed in place."""
+    n, m = on.keep, on.restore
+    if state_a is not None:
+        _transport(state_a, m.mT, m.mT @ state_b["rank_output"] @ m, -2)
+    _transport(state_b, n, n @ state_b["rank_input"] @ n.mT, -1)
+    state_b["rank_input"] = n @ state_b["rank_input"] @ n.mT
+    state_b["rank_output"] = m.mT @ state_b["rank_output"] @ m
+    return n @ a.to(n.dtype), b.to(m.dtype) @ m
+
+
+def _transport(state: State, move: Tensor, factor: Tensor, rank_dim: int) -> None:
+    """Moments under ``g <- move g`` (along the rank dimension), into the eigenbasis of the new factor."""
+    basis = torch.linalg.eigh(0.5 * (factor + factor.mT))[1]
+    turn = (basis.mT @ move @ state["basis"]).mT  # rotate() takes the transpose
+    state["exp_avg"] = rotate(state["exp_avg"], turn, rank_dim).contiguous()
+    state["exp_avg_sq"] = rotate(state["exp_avg_sq"], turn.square(), rank_dim).contiguous()
+    state["basis"] = basis
+
+
+def typical_second_moment(state: State, rank_dim: int) -> Tensor:
+    """The mean over directions of a side's second moments."""
+    return state["exp_avg_sq"].mean(rank_dim, keepdim=True)
+
+
+def grow(
+    a: Tensor,
+    b: Tensor,
+    states: Sequence[tuple[State | None, int, Tensor | None]],
+    state_b: State,
+    rows: Tensor,
+    cross: Tensor,
+    inner: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Append ``rows (k, d_in)`` to A and zero columns to B; the states are changed in place.
+
+    Args:
+        states: for A and for B, the state, its rank dimension, and the second moments that new directions start with.
+        cross: ``A C rows^T (r, k)``; inner: ``rows C rows^T (k, k)``: what H becomes.
+
+    Second moments that start at the mean of the layer's own make a first step neither wild (v = 0 late in training)
+    nor lost.
+    """
+    k = rows.shape[0]
+    h, d = state_b["rank_input"], state_b["rank_output"]
+    state_b["rank_input"] = torch.cat([torch.cat([h, cross], 1), torch.cat([cross.mT, inner], 1)])
+    state_b["rank_output"] = torch.block_diag(d, d.new_zeros(k, k))
+    for state, dim, typical in states:
+        if state is None or typical is None:
+            continue
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        shape = list(m.shape)
+        shape[dim] = k
+        state["exp_avg"] = torch.cat([m, m.new_zeros(shape)], dim)
+        state["exp_avg_sq"] = torch.cat([v, typical.expand(shape)], dim)
+        state["basis"] = torch.block_diag(state["basis"], torch.eye(k, dtype=m.dtype, device=m.device))
+    return torch.cat([a, rows.to(a)]), torch.cat([b, b.new_zeros(b.shape[0], k)], 1)

@@ -1,0 +1,157 @@
+"""RankScheduler: a budget and utilities in, ranks out. Pure, deterministic, the same on every process."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """One layer's rank changed.
+
+    Attributes:
+        step: optimizer steps taken when it happened.
+        name: the layer.
+        old_rank, new_rank: ranks.
+        kept: directions carried over; ``new_rank - kept`` are new ones.
+        utility: of the layer's last direction chosen, nats per token and million parameters.
+        reason: ``"grow"``, ``"shrink"`` or ``"turn"`` (same rank, some directions exchanged).
+    """
+
+    step: int
+    name: str
+    old_rank: int
+    new_rank: int
+    kept: int
+    utility: float
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for logs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RankScheduler:
+    """When ranks move, and how a budget of parameters is shared out.
+
+    Args:
+        budget: mean rank over layers (each layer counts with its own cost), or None for what the model starts with.
+        interval: steps between events.
+        start, until: first and last event, as fractions of ``total_steps``.
+        total_steps: length of the training; None: events never stop.
+        min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean.
+        hysteresis: a direction that exists counts for ``1 + hysteresis`` times its utility, so that ranks do not
+            swing to and fro on noise.
+        absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's own
+            utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
+        max_change: most directions that a layer gains or loses at one event.
+        window: steps before each event on which the gradient is sketched.
+        sketch_rank: candidate directions that a layer may gain at one event.
+    """
+
+    budget: float | None = None
+    interval: int = 100
+    start: float = 0.0
+    until: float = 0.6
+    total_steps: int | None = None
+    min_rank: int = 1
+    max_rank: int | None = None
+    hysteresis: float = 3.0
+    absent: str = "spectrum"
+    max_change: int | None = 2
+    window: int = 8
+    sketch_rank: int = 8
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not (math.isfinite(self.budget) and self.budget >= self.min_rank):
+            raise ValueError(f"budget: got {self.budget!r}, expected a mean rank of at least min_rank={self.min_rank}")
+        if not 0.0 <= self.start <= self.until <= 1.0:
+            raise ValueError(f"start, until: got {self.start!r}, {self.until!r}, expected 0 <= start <= until <= 1")
+        for name in ("interval", "min_rank", "window", "sketch_rank"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"total_steps: got {self.total_steps!r}, expected at least 1, or None")
+        if self.absent not in ("spectrum", "sketch"):
+            raise ValueError(f"absent: got {self.absent!r}, expected 'spectrum' or 'sketch'")
+        if not self.hysteresis >= 0:
+            raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
+
+    def next_event(self, step: int) -> int | None:
+        """The first event at or after ``step`` steps taken; None when there are no more."""
+        first, last = 1.0, math.inf
+        if self.total_steps is not None:
+            first, last = max(1.0, self.start * self.total_steps), self.until * self.total_steps
+        due = max(1, math.ceil(max(step, first) / self.interval)) * self.interval
+        return due if due <= last else None
+
+    def sketches(self, step: int) -> bool:
+        """Whether the step that is about to be taken (``step`` taken so far) is in the window before an event."""
+        due = self.next_event(step + 1)
+        return due is not None and due - step <= min(self.window, self.interval)
+
+    def parameters(self, costs: Mapping[str, int], ranks: Mapping[str, int]) -> int:
+        """The budget in parameters."""
+        if self.budget is None:
+            return sum(ranks[name] * cost for name, cost in costs.items())
+        return int(self.budget * sum(costs.values()))
+
+    def allocate(
+        self,
+        utilities: Mapping[str, Sequence[float]],
+        costs: Mapping[str, int],
+        ranks: Mapping[str, int] | None = None,
+        limits: Mapping[str, int] | None = None,
+        floors: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """Share out the budget: the most useful direction per parameter first.
+
+        Args:
+            utilities: for each layer, its candidate directions' utilities, largest first.
+            costs: for each layer, parameters a direction costs (d_in + d_out).
+            ranks: today's ranks; the budget when ``self.budget`` is None.
+            limits, floors: for each layer, the most and the fewest directions that it can hold.
+
+        Returns:
+            the new ranks; never over budget. Ties go to the layer that is named first in the alphabet, so that the
+            order of layers does not matter.
+
+        Raises:
+            ValueError: unknown layers, utilities that rise, or a budget too small for ``min_rank`` everywhere.
+        """
+        if set(utilities) != set(costs):
+            raise ValueError(f"utilities and costs name different layers: {sorted(set(utilities) ^ set(costs))[:5]}")
+        if ranks is None and self.budget is None:
+            raise ValueError("budget: None means today's parameters; pass ranks, or set RankScheduler(budget=...)")
+        total = self.parameters(costs, ranks or {})
+        mean = total / sum(costs.values())
+        cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
+        most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
+        new = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
+        left = total - sum(new[n] * costs[n] for n in costs)
+        if left < 0 and floors:
+            return self.allocate(utilities, costs, ranks, limits)  # a shrunken budget wins over gradual change
+        if left < 0:
+            raise ValueError(
+                f"budget: {total} parameters do not hold min_rank={self.min_rank} in each of {len(costs)} layers "
+                f"({total - left} needed); raise the budget or lower min_rank"
+            )
+        queue = [(-utilities[n][new[n]] / costs[n], n) for n in sorted(costs) if new[n] < most[n]]
+        heapq.heapify(queue)
+        while queue:
+            _, name = heapq.heappop(queue)
+            if costs[name] > left:
+                continue  # this layer is full; a cheaper one may still fit
+            left -= costs[name]
+            new[name] += 1
+            if new[name] < most[name]:
+                heapq.heappush(queue, (-utilities[name][new[name]] / costs[name], name))
+        return new
