@@ -90,7 +90,7 @@ class Probe:
             def remember(grad: Tensor) -> None:
                 call.loss_mask = (grad[: call.sequences] != 0).any(-1)
 
-            logits.register_hook(remember)
+            logits.register_hook(remember)  # type: ignore[no-untyped-call]
 
     def _slice(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         size = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), 0)
@@ -135,11 +135,11 @@ class Probe:
 
 
 @contextmanager
-def moved(changes: Sequence[tuple[list[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
+def moved(changes: Sequence[tuple[Sequence[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
     """Displace parameters by ``factor`` times their stacked delta (None: to zero) for a while; restored bit for bit."""
-    saved = [(params, [p.clone() for p in params]) for params, _ in changes]
+    saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
     try:
-        for params, delta in changes:
+        for (params, _), (_, delta) in zip(saved, changes, strict=True):
             if delta is None:
                 torch._foreach_zero_(params)
             else:
@@ -178,7 +178,8 @@ def logits_of(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output if output.is_floating_point() and output.dim() >= 2 else None
     if getattr(output, "logits", None) is not None:
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
 

@@ -81,7 +81,7 @@ class TrustRegion:
             lr = float(group["lr"])
             group["peak_lr"] = max(group.get("peak_lr", 0.0), float(group.get("initial_lr", 0.0)), lr)
             ratio = max(ratio, lr / group["peak_lr"] if group["peak_lr"] > 0 else 0.0)
-        bound = shared["max_kl"]
+        bound: float | None = shared["max_kl"]
         if bound is None:
             return None
         return bound * ratio**2 if self.settings.kl_schedule == "lr" else bound

@@ -22,7 +22,7 @@ def add_up(tensors: Sequence[Tensor]) -> int:
             some = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in some])
             dist.all_reduce(flat)
-            for t, part in zip(some, flat.split([t.numel() for t in some]), strict=True):
+            for t, part in zip(some, torch.split(flat, [t.numel() for t in some]), strict=True):
                 t.copy_(part.view_as(t))
     return world
 

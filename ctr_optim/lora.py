@@ -87,5 +87,6 @@ class LoRAPair:
         scaling = self.scaling
         for parameter, new in ((self.A, a), (self.B, b)):
             parameter.grad = None
-            parameter.set_(new.detach().to(device=parameter.device, dtype=parameter.dtype).clone().contiguous())
+            weight = new.detach().to(device=parameter.device, dtype=parameter.dtype).clone().contiguous()
+            parameter.set_(weight)  # type: ignore[call-overload]
         self.library.rank_changed(self, scaling)

@@ -31,6 +31,8 @@ from ctr_optim.trust_region import penalty_gradients
 
 
 class CTROptimizer(Optimizer):
+    _finalizer: weakref.finalize
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -248,7 +250,8 @@ class CTROptimizer(Optimizer):
     @property
     def _shared(self) -> dict[str, Any]:
         """Numbers of the optimizer as a whole; kept in the first group, where every kind of checkpoint finds them."""
-        return self.param_groups[0]["ctr"]
+        shared: dict[str, Any] = self.param_groups[0]["ctr"]
+        return shared
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Stack:
         t, group = self.tensors, self.group
         if self.rank_dim is not None:
             grad = rotate(grad, t["basis"], self.rank_dim)
-        delta = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
+        delta: Tensor = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
         if self.rank_dim is not None:
             delta = unrotate(delta, t["basis"], self.rank_dim)
         delta = delta * -group["lr"]

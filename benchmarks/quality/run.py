@@ -90,15 +90,15 @@ def train(spec: dict[str, Any], data: str, models: str, device: torch.device) ->
         losses.append(loss.detach())
         if spec["curve"] and (step + 1) % spec["curve"] == 0:
             curve.append([step + 1, tasks.loss_per_token(model, held, device)])
+    others = {t: _examples(data, models, spec["base"], t, "test", 400, spec["max_length"]) for t in spec["also"]}
     record = {
         "loss": tasks.loss_per_token(model, held, device),
         "train_loss": float(torch.stack(losses[-20:]).mean()),
         "seconds": time.time() - start,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "curve": curve,
-        "also": {t: tasks.loss_per_token(model, _examples(data, models, spec["base"], t, "test", 400, spec["max_length"]), device)
-                 for t in spec["also"]},
-    }  # fmt: skip
+        "also": {task: tasks.loss_per_token(model, some, device) for task, some in others.items()},
+    }
     if hasattr(optimizer, "metrics"):
         record["metrics"] = {k: v for k, v in optimizer.metrics().items() if not isinstance(v, dict)}
     return record
@@ -127,8 +127,9 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    specs = [complete(s) for s in json.load(open(args.plan))]
-    done = {key_of(json.loads(line)["spec"]) for line in open(args.out)} if os.path.exists(args.out) else set()
+    specs = [complete(s) for s in json.loads(Path(args.plan).read_text())]
+    lines = Path(args.out).read_text().splitlines() if os.path.exists(args.out) else []
+    done = {key_of(json.loads(line)["spec"]) for line in lines}
     todo = [s for s in specs if key_of(s) not in done]
     context = mp.get_context("spawn")
     queue, lock = context.Queue(), context.Lock()

@@ -87,7 +87,7 @@ class _exact_matmul:
         self.cuda = device.type == "cuda"
 
     def __enter__(self) -> None:
-        self.autocast.__enter__()
+        self.autocast.__enter__()  # type: ignore[no-untyped-call]
         if self.cuda:
             self.tf32 = torch.backends.cuda.matmul.allow_tf32
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -146,7 +146,7 @@ class Taps:
         x = x.detach().reshape(-1, x.shape[-1])
         stride = 1 if self.max_tokens is None else -(-x.shape[0] // self.max_tokens)
         weight: Tensor = module.weight  # type: ignore[assignment]
-        return _Tap.apply(out, x[::stride], h[::stride], weight.detach(), stage, stride)
+        return _Tap.apply(out, x[::stride], h[::stride], weight.detach(), stage, stride)  # type: ignore
 
     @contextmanager
     def paused(self) -> Iterator[None]:

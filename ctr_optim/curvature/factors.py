@@ -117,7 +117,8 @@ class Dense(Factor):
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         eigenvalues = eigenvalues.clamp_min(0)
         roots = _safe_rsqrt(eigenvalues + damping * eigenvalues.mean(-1, keepdim=True))
-        return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+        root: Tensor = (vectors * roots.unsqueeze(-2)) @ vectors.mT
+        return root
 
     @staticmethod
     def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
@@ -215,6 +216,6 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     try:
         vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))[1]
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return previous.clone()
     return torch.where(finite & torch.isfinite(vectors).all(-1).all(-1)[..., None, None], vectors, previous)

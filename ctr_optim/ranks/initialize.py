@@ -100,6 +100,6 @@ def _pass(
                 loss = model(**batch).loss
             else:
                 raise TypeError(f"initialize: a batch is a {type(batch).__name__}; pass dicts, or loss_fn=...")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         scout.step()
         scout.zero_grad()

@@ -19,8 +19,8 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors",
 def match_ranks(model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, int]:
     """Resize every LoRA layer of ``model`` to the rank that it has in ``checkpoint``; call it before loading.
 
-    Only needed where the optimizer is built after the model is loaded: an optimizer with a ``rank_scheduler`` does this by
-    itself, whenever its model loads a state dict.
+    Only needed where the optimizer is built after the model is loaded: an optimizer with a ``rank_scheduler`` does
+    this by itself, whenever its model loads a state dict.
 
     Args:
         model: with LoRA layers.
@@ -73,7 +73,8 @@ def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[
             make_room(pair, rank)
             resized(pair)
 
-    return [m.register_load_state_dict_pre_hook(hook) for m in (pair.down, pair.up)]
+    halves: tuple[Any, ...] = (pair.down, pair.up)
+    return [m.register_load_state_dict_pre_hook(hook) for m in halves]
 
 
 def _plain(key: str) -> str:

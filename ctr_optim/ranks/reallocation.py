@@ -16,7 +16,7 @@ from ctr_optim.ranks.utility import Existing, absent_directions, existing_direct
 
 
 def extrapolate(utility: Sequence[float], count: int) -> list[float]:
-    """The next ``count`` utilities of a layer, if they go on falling as they do: geometrically, by a half for rank 1."""
+    """The next ``count`` utilities of a layer, if they fall on as they do: geometrically, by a half for rank 1."""
     first, last = utility[0], utility[-1]
     fall = 0.5 if len(utility) == 1 or first <= 0 else (last / first) ** (1 / (len(utility) - 1))
     return [last * fall**k for k in range(1, count + 1)]

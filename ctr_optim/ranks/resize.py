@@ -82,7 +82,7 @@ def grow(
     k = rows.shape[0]
     h, d = state_b["rank_input"], state_b["rank_output"]
     state_b["rank_input"] = torch.cat([torch.cat([h, cross], 1), torch.cat([cross.mT, inner], 1)])
-    state_b["rank_output"] = torch.block_diag(d, d.new_zeros(k, k))
+    state_b["rank_output"] = torch.block_diag(d, d.new_zeros(k, k))  # type: ignore[no-untyped-call]
     for state, dim, typical in states:
         if state is None or typical is None:
             continue
@@ -91,5 +91,6 @@ def grow(
         shape[dim] = k
         state["exp_avg"] = torch.cat([m, m.new_zeros(shape)], dim)
         state["exp_avg_sq"] = torch.cat([v, typical.expand(shape)], dim)
-        state["basis"] = torch.block_diag(state["basis"], torch.eye(k, dtype=m.dtype, device=m.device))
+        turn = (state["basis"], torch.eye(k, dtype=m.dtype, device=m.device))
+        state["basis"] = torch.block_diag(*turn)  # type: ignore[no-untyped-call]
     return torch.cat([a, rows.to(a)]), torch.cat([b, b.new_zeros(b.shape[0], k)], 1)

@@ -47,8 +47,8 @@ class RankScheduler:
         min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean.
         hysteresis: a direction that exists counts for ``1 + hysteresis`` times its utility, so that ranks do not
             swing to and fro on noise.
-        absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's own
-            utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
+        absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
+            own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
         max_change: most directions that a layer gains or loses at one event.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.

@@ -2,8 +2,9 @@
 
 A direction that the adapter has is worth what the loss would rise without it, ``sigma^2 / 2`` with sigma its singular
 value in the Fisher metric; these come from r x r factors alone. A direction that it lacks is worth what the best step
-along it would gain, ``sigma^2 / 2`` with sigma a singular value of the whitened gradient ``G~ = S^-1/2 G C^-1/2``; these come
-from a sketch. Utilities of one layer fall from one direction to the next, so that filling a budget greedily is optimal.
+along it would gain, ``sigma^2 / 2`` with sigma a singular value of the whitened gradient ``G~ = S^-1/2 G C^-1/2``;
+these come from a sketch. Utilities of one layer fall from one direction to the next, so that filling a budget greedily
+is optimal.
 """
 
 from __future__ import annotations
@@ -68,5 +69,6 @@ def absent_directions(q: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> tu
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the span, zero columns where the rank is short."""
-    u, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+    svd: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(columns, full_matrices=False)
+    u, singular, _ = svd
     return u * (singular > 1e-6 * singular.amax().clamp_min(torch.finfo(u.dtype).tiny))
