@@ -38,7 +38,7 @@ class _Call:
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.2) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
         self.enabled = False
         self.paused = False
         self.share = share
@@ -112,6 +112,22 @@ class Probe:
             return None
         mask = call.loss_mask
         return (logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)).float()
+
+    def gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients of the slice's own loss for ``params``, with the parameters as they are now.
+
+        Raises:
+            ValueError: where the model's output has no ``.loss``.
+        """
+        assert self._call is not None
+        with self._without_trace(self._call), torch.enable_grad():
+            loss = getattr(self._call.module(*self._call.args, **self._call.kwargs), "loss", None)
+            if loss is None:
+                raise ValueError(
+                    "curvature='hutchinson' needs a model that returns its loss (pass labels to it); "
+                    "the output has no .loss: use curvature='kfac', which looks at gradients only"
+                )
+            return list(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
 
     @contextmanager
     def _without_trace(self, call: _Call) -> Iterator[None]:

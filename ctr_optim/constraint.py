@@ -15,7 +15,7 @@ from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.precondition import Stack
 from ctr_optim.settings import Settings
-from ctr_optim.trust_region import adapted_bound, quadratic, scale_within
+from ctr_optim.trust_region import adapted_bound, scale_within
 
 Steps = Mapping[Stack, Tensor]
 
@@ -39,9 +39,23 @@ class TrustRegion:
         self.scale: Tensor | float = 1.0
         self.bound: float | None = None
 
-    def constrain(self, deltas: Steps, blocks: Sequence[Block], groups: Sequence[dict], shared: dict[str, Any]) -> None:
-        """Scale the whole step, in place, so that its predicted KL stays within the bound."""
-        q = torch.stack([self._form(block, deltas) for block in blocks]).sum()
+    def constrain(
+        self,
+        deltas: Steps,
+        q: Tensor,
+        blocks: Sequence[Block],
+        groups: Sequence[dict[str, Any]],
+        shared: dict[str, Any],
+    ) -> None:
+        """Scale the whole step, in place, so that its predicted KL stays within the bound.
+
+        Args:
+            deltas: the step.
+            q: ``()`` its quadratic form in the metric of choice.
+            blocks: LoRA pairs with factors, for the KL from the base model.
+            groups: the parameter groups, for the schedule of the bound.
+            shared: the optimizer's numbers, changed here.
+        """
         self.bound = self._bound_now(groups, shared)
         if self.probe is not None and self.probe.enabled and self.probe.ready:
             self._calibrate(deltas, blocks, q, shared)
@@ -50,11 +64,6 @@ class TrustRegion:
         self.predicted, self.scale = predicted * scale.square(), scale
         for delta in deltas.values():
             delta *= scale.to(delta.dtype)
-
-    def _form(self, block: Block, deltas: Steps) -> Tensor:
-        a, b = block.weights()
-        delta_a = deltas.get(block.a) if block.a is not None else None
-        return quadratic(delta_a, deltas.get(block.b), a, b, block.H, block.D, block.C, block.S).sum()
 
     def coupling(self, shared: dict[str, Any]) -> float:
         """kappa, the factor between the block-diagonal metric and the model's own."""
@@ -107,7 +116,7 @@ class TrustRegion:
         # the slice is small: the geometric mean with the last value halves its noise
         shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
         shared["calibrations"] += 1
-        if shared["calibrations"] % 2 == 0:
+        if shared["calibrations"] % 4 == 2:
             self._calibrate_base(logits, blocks, shared)
 
     def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
@@ -124,7 +133,7 @@ class TrustRegion:
     ) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.probe is not None
-        total = float(torch.stack([block.kl_from_base().sum() for block in blocks]).sum())
+        total = float(sum(block.kl_from_base().sum() for block in blocks))
         if not total > 0:
             return
         with self.taps.paused(), moved([([pair.B for block in blocks for pair in block.pairs], None)]):

@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def add_up(tensors: Sequence[Tensor]) -> int:
     """Sum each tensor over all processes, in place and in one message per dtype; returns the number of processes."""
     world = world_size()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ctr_optim import distributed
+from ctr_optim import distributed, guards
 from ctr_optim.adapters import find_pairs, find_roots
 from ctr_optim.calibration import Probe
 from ctr_optim.checkpoint import check_checkpoint, exact_copy
 from ctr_optim.constraint import TrustRegion, initial_shared
+from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, sketch_state, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
@@ -27,7 +28,7 @@ from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 from ctr_optim.settings import Settings, check_group
-from ctr_optim.trust_region import penalty_gradients
+from ctr_optim.trust_region import penalty_gradients, quadratic
 
 
 class CTROptimizer(Optimizer):
@@ -67,7 +68,13 @@ class CTROptimizer(Optimizer):
         self._attached = False
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
-        self.param_groups[0]["ctr"] = {"steps": 0, "skipped": 0, "sketched": 0, **initial_shared(self._settings)}
+        self.param_groups[0]["ctr"] = {
+            "steps": 0,
+            "skipped": 0,
+            "sketched": 0,
+            "hessians": 0,
+            **initial_shared(self._settings),
+        }
         self._scheduler = rank_scheduler if rank_scheduler is None else as_scheduler(rank_scheduler)
         self._attach()
 
@@ -81,6 +88,8 @@ class CTROptimizer(Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         model = self._model() if self._model is not None else None
         roots = [model] if model is not None else find_roots(parameters)
+        guards.check_parameters(parameters)
+        guards.check_models(roots)
         ours = {id(p) for p in parameters}
         found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
         self.pairs: list[LoRAPair] = [pair for pair in found.values() if id(pair.B) in ours]
@@ -92,6 +101,13 @@ class CTROptimizer(Optimizer):
                 stacklevel=3,
             )
         kfac = self._settings.curvature == "kfac"
+        if self._scheduler is not None:
+            if not (self.pairs and kfac):
+                raise ValueError(
+                    "rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize"
+                )
+            guards.check_ranks_can_move(self.pairs, roots)
+        self._looked = False
         self._taps = Taps(self.pairs if kfac else [], self._settings.max_tokens)
         self._probe: Probe | None = None
         if self.pairs and self._settings.curvature != "none" and self._settings.calibration_interval is not None:
@@ -103,10 +119,6 @@ class CTROptimizer(Optimizer):
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
         self._ranks: RankController | None = None
         if self._scheduler is not None:
-            if not (self.pairs and kfac):
-                raise ValueError(
-                    "rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize"
-                )
             self._ranks = RankController(self._scheduler, self._settings.damping)
             loading = weakref.WeakMethod(self._rank_loaded)
             for pair in self.pairs:
@@ -120,6 +132,8 @@ class CTROptimizer(Optimizer):
         """The stacks of all parameters that train; built anew after anything replaced their state."""
         if self._stacks is None:
             pairs = self.pairs if self._settings.curvature == "kfac" else []
+            if self._settings.curvature == "hutchinson":
+                hutchinson.make_room(self.state, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
             self._stacks, self._blocks = stack_all(
                 pairs, self.param_groups, self.state, STRUCTURES[self._settings.factor_structure]
             )
@@ -172,11 +186,12 @@ class CTROptimizer(Optimizer):
             return loss
         finite = self._check(grads)
         deltas = self._directions(finite)
-        if self._blocks:
-            self._trust.constrain(deltas, self._blocks, self.param_groups, self._shared)
+        q = self._quadratic(deltas)
+        if q is not None:
+            self._trust.constrain(deltas, q, self._blocks, self.param_groups, self._shared)
         for stack, delta in deltas.items():
             stack.move_(delta)
-        if closure is not None and self._settings.kl_schedule == "adaptive" and self._blocks:
+        if closure is not None and self._settings.kl_schedule == "adaptive" and q is not None:
             self._trust.adapt(closure, loss, deltas, self._shared)
         self._shared["steps"] += 1
         self._reallocate()
@@ -209,6 +224,9 @@ class CTROptimizer(Optimizer):
         world = distributed.add_up(staged)
         tokens = torch.stack([block.loss_tokens() for block in self._blocks]).amin()
         seen = torch.isfinite(tokens) & finite
+        if not self._looked:  # once: it waits for the device
+            self._looked = True
+            guards.warn_if_blind(tokens, finite, self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
         grad = 1.0 / (_grad_scale() * world)
         scale = TokenScale(
@@ -228,6 +246,8 @@ class CTROptimizer(Optimizer):
                 block.refresh_bases()
         found = {stack: stack.direction(finite) for stack in stacks}
         deltas = {stack: delta for stack, delta in found.items() if delta is not None}
+        if not deltas:
+            raise RuntimeError(guards.REPLACED)
         weight = self._settings.trust_penalty
         for block in self._blocks if weight else ():
             gradients = penalty_gradients(*block.weights(), block.H, block.D, block.C, block.S)
@@ -237,10 +257,35 @@ class CTROptimizer(Optimizer):
                     deltas[stack] -= stack.group["lr"] * weight * torch.where(live, gradient, 0)
         return deltas
 
+    def _quadratic(self, deltas: dict[Stack, Tensor]) -> Tensor | None:
+        """``()`` the step's quadratic form in the chosen curvature; None where there is none."""
+        if self._settings.curvature == "hutchinson" and self._probe is not None:
+            if self._probe.enabled and self._probe.ready:
+                self._sample_hessian(list(deltas))
+            return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
+        if not self._blocks:
+            return None
+        forms = []
+        for block in self._blocks:
+            delta_a = deltas.get(block.a) if block.a is not None else None
+            a, b = block.weights()
+            forms.append(quadratic(delta_a, deltas.get(block.b), a, b, block.H, block.D, block.C, block.S).sum())
+        return torch.stack(forms).sum()
+
+    def _sample_hessian(self, stacks: list[Stack]) -> None:
+        """Another sample of the Hessian's diagonal into the moving average."""
+        assert self._probe is not None
+        samples = hutchinson.sample_diagonal(stacks, self._probe.gradients, self._shared["steps"])
+        world = distributed.add_up(samples)
+        self._shared["hessians"] += 1
+        for stack, sample in zip(stacks, samples, strict=True):
+            hutchinson.update_diagonal_(stack, sample / world, self._settings.factor_decay, self._shared["hessians"])
+
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""
         if self._ranks is None or self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
             return
+        guards.check_single_process()
         self._stack()
         self._ranks.event(self._blocks, self.state, self._shared["steps"], self._shared["sketched"])
         self._restack()
@@ -252,6 +297,28 @@ class CTROptimizer(Optimizer):
         """Numbers of the optimizer as a whole; kept in the first group, where every kind of checkpoint finds them."""
         shared: dict[str, Any] = self.param_groups[0]["ctr"]
         return shared
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return int(self._shared["steps"])
+
+    @property
+    def rank_scheduler(self) -> RankScheduler | None:
+        """The scheduler of the ranks; another one may take its place during training."""
+        return self._scheduler
+
+    @rank_scheduler.setter
+    def rank_scheduler(self, scheduler: RankScheduler) -> None:
+        if self._ranks is None:
+            raise ValueError("rank_scheduler: this optimizer was built without one; pass it to CTROptimizer")
+        self._scheduler = self._ranks.scheduler = scheduler
+        if not scheduler.sketches(self.steps):
+            for pair in self.pairs:
+                for name in ("sketch_range", "sketch_corange"):
+                    self.state[pair.B].pop(name, None)
+            self._restack()
+        self._arm()
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Any]:

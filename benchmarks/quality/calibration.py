@@ -1,0 +1,104 @@
+"""Predicted against measured KL: does a bound in nats mean nats?
+
+    python -m benchmarks.quality.calibration --data DIR --models DIR --out calibration.jsonl [--steps 150]
+
+Trains with CTROptimizer at its defaults. At every third step the model's outputs are compared before and after the
+step, on the whole training batch and on a fresh one, and set against the step's predicted KL, calibrated and not. Also
+counts violations of the bound (predicted KL above it by more than a ten-thousandth) over every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.quality import tasks
+from ctr_optim import CTROptimizer
+
+
+@torch.no_grad()
+def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities at the loss tokens, ``(n, V)``."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return logits[batch["labels"][:, 1:] != -100].float().log_softmax(-1)
+
+
+def kl(before: Tensor, after: Tensor) -> float:
+    """Mean ``KL(before || after)`` over tokens."""
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median and the range that holds the middle nine tenths."""
+    cuts = statistics.quantiles(values, n=20)
+    return {"p5": cuts[0], "median": statistics.median(values), "p95": cuts[-1], "count": len(values)}
+
+
+def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One training run: the ratios' quantiles."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(args.models) / base
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).train()
+    model.to(device)
+    examples = tasks.encode(tasks.load_rows(Path(args.data), task, "train"), tokenizer)
+    stream = list(tasks.batches(examples, batch, steps + 1, 0, device))
+    optimizer = CTROptimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
+    ratios: dict[str, list[float]] = {"same batch": [], "fresh batch": [], "same batch, uncalibrated": []}
+    violations, losses = 0, []
+    for step in range(steps):
+        loss = model(**stream[step]).loss
+        loss.backward()
+        measure = step % 3 == 1
+        before = [target_logits(model, stream[i]) for i in (step, step + 1)] if measure else []
+        optimizer.step()
+        metrics = optimizer.metrics()
+        violations += metrics["trust/predicted_kl"] > metrics["trust/max_kl"] * (1 + 1e-4)
+        losses.append(float(loss))
+        if measure and metrics["trust/max_kl"] > 1e-4:  # below, float32 logits measure their own rounding
+            same, fresh = (
+                kl(b, target_logits(model, stream[i])) for b, i in zip(before, (step, step + 1), strict=True)
+            )
+            ratios["same batch"].append(metrics["trust/predicted_kl"] / same)
+            ratios["fresh batch"].append(metrics["trust/predicted_kl"] / fresh)
+            ratios["same batch, uncalibrated"].append(metrics["trust/predicted_kl"] / metrics["trust/coupling"] / same)
+        optimizer.zero_grad()
+        schedule.step()
+    return {
+        "base": base, "task": task, "steps": steps, "batch": batch, "violations": violations,
+        "ratios": {name: quantiles(values) for name, values in ratios.items()}, "final_loss": sum(losses[-10:]) / 10,
+        "versions": {"torch": torch.__version__, "device": device.type},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--models", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--base", default="base5m")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tasks", default="e2e,gsm8k")
+    args = parser.parse_args()
+    for task in args.tasks.split(","):
+        record = run(args.base, task, args.steps, args.batch, args)
+        print(json.dumps(record, indent=1))
+        with open(args.out, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Set-ups in which the optimizer could not do its work, each refused with what to do instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctr_optim import distributed
+from ctr_optim.lora import LoRAPair
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def check_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse DeepSpeed's stage 3, which leaves empty shells where the weights were."""
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise ValueError(
+            "CTROptimizer: DeepSpeed ZeRO partitions these parameters, so that no layer holds its weights; LoRA's are "
+            "few: train with DistributedDataParallel instead"
+        )
+
+
+def check_models(roots: Iterable[nn.Module]) -> None:
+    """Refuse nn.DataParallel over several devices: its replicas are new modules in every forward."""
+    for root in roots:
+        if isinstance(root, nn.DataParallel) and len(root.device_ids) > 1:
+            raise ValueError(
+                "CTROptimizer: nn.DataParallel runs replicas that hide the layers; use DistributedDataParallel (launch "
+                "with torchrun), or a single GPU"
+            )
+
+
+def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module]) -> None:
+    """Refuse moving ranks where processes would fall apart, and where the saved adapter would load wrongly."""
+    check_single_process()
+    configs = [
+        config
+        for root in roots
+        for module in root.modules()
+        if isinstance(getattr(module, "peft_config", None), dict)
+        for name, config in module.peft_config.items()  # type: ignore[union-attr,operator]
+        if any(pair.adapter == name for pair in pairs)
+    ]
+    for config in configs:
+        start: Any = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"rank_scheduler: init_lora_weights={start!r} takes the first adapter out of the base weights, and "
+                "PEFT would take out one of another rank when it loads what was saved; use init_lora_weights=True (and "
+                "ctr_optim.initialize for a good start), or leave rank_scheduler out"
+            )
+
+
+def check_single_process() -> None:
+    """Refuse moving ranks in several processes: DistributedDataParallel's buckets hold the shapes they began with."""
+    if distributed.world_size() > 1:
+        raise ValueError(
+            f"rank_scheduler: got resizing in a group of {distributed.world_size()} processes, expected a single "
+            "process; DistributedDataParallel keeps the shapes that it began with. Move the ranks before it wraps the "
+            "model (ctr_optim.initialize), or train in one process"
+        )
+
+
+def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> None:
+    """Warn where layers have gradients though no forward of theirs was seen (``tokens``: infinite). Waits once."""
+    if bool(torch.isinf(tokens) & finite) and any(bool(p.B.grad.any()) for p in pairs if p.B.grad is not None):
+        warnings.warn(
+            "CTROptimizer saw gradients, but no tokens in any LoRA layer's forward: it knows no curvature, and steps "
+            "as Adam does. Was the model compiled and run before the optimizer was built? Then call "
+            "torch.compiler.reset() after building it. Is the model that runs a copy, or a replica (nn.DataParallel)? "
+            "Then build the optimizer from that one.",
+            stacklevel=6,
+        )
+
+
+REPLACED = (
+    "CTROptimizer: the parameters with gradients are not those that it was built with; something replaced them in its "
+    "groups, as DeepSpeed ZeRO does. Train with DistributedDataParallel, or build the optimizer last."
+)
