@@ -73,7 +73,7 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
             "as Adam does. Was the model compiled and run before the optimizer was built? Then call "
             "torch.compiler.reset() after building it. Is the model that runs a copy, or a replica (nn.DataParallel)? "
             "Then build the optimizer from that one.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -1,0 +1,38 @@
+"""Where people train: thin bridges from training frameworks to the optimizer, each imported on its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ctr_optim.adapters import find_pairs
+from ctr_optim.optimizer import CTROptimizer
+from ctr_optim.ranks.matching import resize_on_load
+
+
+def unwrap(optimizer: Any) -> CTROptimizer:
+    """The CTROptimizer within a framework's wrapper (Accelerate's, Lightning's).
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, CTROptimizer):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(f"expected a CTROptimizer, got {type(optimizer).__name__}; pass one to the trainer")
+        inner = inner.optimizer
+    return inner
+
+
+def accept_ranks(model: nn.Module) -> list[Any]:
+    """Hooks that let ``model`` load LoRA weights of any rank, for trainers that load before an optimizer exists."""
+    return [hook for pair in find_pairs(model) for hook in resize_on_load(pair, lambda _: None)]
+
+
+def set_length(optimizer: CTROptimizer, total_steps: int) -> None:
+    """Tell the rank scheduler how long the training is, unless it knows."""
+    scheduler = optimizer.rank_scheduler
+    if scheduler is not None and scheduler.total_steps is None and total_steps > 0:
+        optimizer.rank_scheduler = replace(scheduler, total_steps=total_steps)

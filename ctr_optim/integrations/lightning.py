@@ -1,0 +1,49 @@
+"""Lightning, automatic and manual optimisation: ``Trainer(callbacks=[CTRCallback()])``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+
+from ctr_optim.events import EventLog, scalars
+from ctr_optim.integrations import accept_ranks, set_length, unwrap
+
+
+class CTRCallback(pl.Callback):
+    """Logs what the optimizer does through ``log_dict``, and brings Trainer and rank scheduler together.
+
+    Resuming with ``ckpt_path`` works after ranks have moved, and ``RankScheduler.total_steps``, where it is None,
+    becomes the number of steps that the Trainer expects.
+
+    Args:
+        events: file or directory of the event log; None for the Trainer's log directory.
+    """
+
+    def __init__(self, events: str | os.PathLike[str] | None = None) -> None:
+        self.events = events
+        self._log: EventLog | None = None
+        self._hooks: list[Any] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the model load other ranks: Lightning loads it before it builds the optimizer."""
+        self._hooks = accept_ranks(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Model, optimizer and checkpoint are in place."""
+        for hook in self._hooks:
+            hook.remove()
+        optimizer = unwrap(trainer.optimizers[0])
+        total = trainer.estimated_stepping_batches
+        set_length(optimizer, int(total) if total != float("inf") else 0)
+        self._log = EventLog(optimizer, self.events or trainer.log_dir or trainer.default_root_dir)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, as often as the Trainer does."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._log is not None and trainer.global_step % every == 0:
+            losses = {"loss": float(outputs["loss"])} if isinstance(outputs, dict) and "loss" in outputs else {}
+            pl_module.log_dict(scalars(self._log.log(**losses)))

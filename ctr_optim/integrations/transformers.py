@@ -1,0 +1,100 @@
+"""Hugging Face Trainer, and TRL's trainers, which are Trainers.
+
+::
+
+    trainer = Trainer(..., optimizer_cls_and_kwargs=(CTRFactory, {"max_kl": 0.05, "rank_scheduler": {}}),
+                      callbacks=[CTRCallback()])
+
+``optimizers=(CTROptimizer(...), None)`` serves as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from ctr_optim.events import EventLog, scalars
+from ctr_optim.integrations import accept_ranks, set_length, unwrap
+from ctr_optim.optimizer import CTROptimizer
+
+
+class CTRFactory:
+    """For ``optimizer_cls_and_kwargs``: builds a CTROptimizer from the model, when the Trainer wants one."""
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> CTROptimizer:
+        """An optimizer of every parameter that wants a gradient."""
+        return CTROptimizer([p for p in model.parameters() if p.requires_grad], model=model, **kwargs)
+
+
+class CTRCallback(TrainerCallback):
+    """Logs what the optimizer does, and brings Trainer and rank scheduler together.
+
+    - Every log entry with a loss gets ``ctr/mean_rank``, ``ctr/kl_from_base``, ``ctr/trust/scale`` and the like, for
+      every logger that the Trainer reports to.
+    - An event log with all layers goes to ``events.jsonl``; ``ctr-optim report`` reads it.
+    - ``RankScheduler.total_steps``, where it is None, becomes the Trainer's number of steps.
+    - ``resume_from_checkpoint`` works after ranks have moved, also where the optimizer is built after the loading.
+
+    Args:
+        events: file or directory of the event log; None for the Trainer's ``output_dir``.
+    """
+
+    def __init__(self, events: str | os.PathLike[str] | None = None) -> None:
+        self.events = events
+        self._log: EventLog | None = None
+        self._hooks: list[Any] = []
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the model load other ranks before there is an optimizer that sees to it."""
+        if kwargs.get("optimizer") is None and kwargs.get("model") is not None:
+            self._hooks = accept_ranks(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Model, optimizer and checkpoint are in place."""
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"CTROptimizer: the Trainer would spread this process over {args.n_gpu} GPUs with nn.DataParallel, "
+                "whose replicas hide the layers; launch with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        for hook in self._hooks:
+            hook.remove()
+        _move_to_front(self)
+        optimizer = unwrap(kwargs["optimizer"])
+        set_length(optimizer, state.max_steps)
+        self._log = EventLog(optimizer, self.events or args.output_dir or ".")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add our numbers to an entry of the training log."""
+        if self._log is None or logs is None or "loss" not in logs:
+            return
+        numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
+        ours = scalars(self._log.log(**numbers))
+        logs.update(ours)
+        if state.log_history:
+            state.log_history[-1].update(ours)
+
+
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Make the handler that is calling call this callback before its loggers, which read ``logs`` in passing.
+
+    Callbacks from users come last, and are not told their handler: it is two frames up.
+    """
+    frame = inspect.currentframe()
+    caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+    handler = caller.f_locals.get("self") if caller is not None else None
+    if isinstance(handler, CallbackHandler):  # a new list: the handler is walking through the old one
+        handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]

@@ -1,0 +1,107 @@
+"""Set-ups that cannot work are refused, and told what to do instead."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from support import backward, batch, net, optimizer, tiny_llama, train, trainable
+from torch import nn
+
+from ctr_optim import CTROptimizer, RankScheduler
+
+
+def test_data_parallel_over_several_devices() -> None:
+    model = net()
+    wrapped = nn.DataParallel(model)
+    CTROptimizer(trainable(wrapped)).close()  # no device, or one: it only passes on
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        CTROptimizer(trainable(wrapped))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_deepspeed_zero_3() -> None:
+    model = net()
+    for p in trainable(model):
+        p.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
+        optimizer(model)
+
+
+def test_parameters_replaced_after_construction() -> None:
+    model = net()
+    opt = optimizer(model)
+    train(model, opt, 1)
+    flat = nn.Parameter(torch.zeros(7))
+    flat.grad = torch.ones(7)
+    opt.param_groups[0]["params"] = [flat]
+    opt.zero_grad()
+    flat.grad = torch.ones(7)
+    for p in trainable(model):
+        p.grad = None
+    with pytest.raises(RuntimeError, match="something replaced them"):
+        opt.step()
+
+
+def test_gradients_without_a_forward_that_was_seen() -> None:
+    model = net()
+    opt = optimizer(model)
+    for p in trainable(model):
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=r"saw gradients, but no tokens.*torch\.compiler\.reset"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        opt.step()
+
+
+def test_an_optimizer_built_after_the_model_was_compiled_and_run() -> None:
+    model = net(dtype=torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    backward(compiled, batch())  # warm: the graph has no hooks
+    model.zero_grad()
+    opt = optimizer(model)
+    backward(compiled, batch())
+    with pytest.warns(UserWarning, match=r"compiled and run before"):
+        opt.step()
+    torch.compiler.reset()
+    opt.zero_grad()
+    backward(compiled, batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+    assert opt.metrics()["kl_from_base"] > 0
+
+
+def test_layers_without_a_gradient_give_no_warning() -> None:
+    model = net()
+    opt = optimizer(model)
+    ids, _ = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (0.0 * model(ids).sum()).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_moving_ranks_of_adapters_that_change_the_base(start: str) -> None:
+    pytest.importorskip("peft", reason="PiSSA and OLoRA are PEFT's")
+    model = tiny_llama(dtype=torch.float32, init_lora_weights=start)
+    CTROptimizer(trainable(model), model=model).close()  # without moving ranks it is fine
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"):
+        CTROptimizer(trainable(model), model=model, rank_scheduler=RankScheduler())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_masked_ranks_are_not_promised() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="resize"):
+        CTROptimizer(trainable(model), model=model, resize="masked")
+
+
+def test_another_scheduler_needs_one_to_begin_with() -> None:
+    opt = optimizer(net())
+    with pytest.raises(ValueError, match="built without one"):
+        opt.rank_scheduler = RankScheduler()
