@@ -131,7 +131,7 @@ METHODS: dict[str, Callable[[Any, dict, Any], Run]] = {
     "adalora": _adalora,
     "eva": _eva,
     "soap": _pytorch_optimizer("SOAP", weight_decay=0.0),
-    "lora_rite": _pytorch_optimizer("LoRARITE"),
+    "lora_rite": _pytorch_optimizer("LoRARite"),
     "yogi": _torch_optimizer("Yogi"),
     "lamb": _torch_optimizer("Lamb"),
     "adabelief": _torch_optimizer("AdaBelief"),
