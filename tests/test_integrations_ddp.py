@@ -1,0 +1,138 @@
+"""DistributedDataParallel: two processes on one machine, over gloo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support import batch, loss_of, net, same, snapshot, trainable
+from torch.nn.parallel import DistributedDataParallel
+
+from ctr_optim import CTROptimizer, RankScheduler
+from ctr_optim.events import EventLog, read_events
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+STEPS, SHARE = 6, 5  # of five rows, a process calibrates on one
+OPTIONS: dict[str, Any] = dict(lr=0.05, max_kl=1e-3, factor_interval=2, basis_interval=2, calibration_interval=2)
+
+
+def rows_of(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch(10 * step + rank, n=SHARE)
+
+
+def joined(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both processes' rows, one and one, so that the first two are those that the processes calibrate on."""
+    (a, la), (b, lb) = rows_of(step, 0), rows_of(step, 1)
+    return torch.stack([a, b], 1).flatten(0, 1), torch.stack([la, lb], 1).flatten(0, 1)
+
+
+def alone(**options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The same training in one process."""
+    model = net()
+    opt = CTROptimizer(trainable(model), **{**OPTIONS, **options}, model=model)
+    for step in range(STEPS):
+        opt.zero_grad()
+        ids, labels = joined(step)
+        loss_of(model(ids), labels).backward()
+        opt.step()
+    return snapshot(model), opt.metrics()
+
+
+def spawn(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """What ``work(rank, folder, *args)`` returns in each of two processes."""
+    mp.start_processes(_enter, (work, folder, args), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _enter(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(
+    rank: int, folder: Path, ddp: dict[str, Any], bare: bool, options: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model = net()
+    wrapped = DistributedDataParallel(model, **ddp)
+    found = {} if bare else {"model": model}
+    opt = CTROptimizer(trainable(wrapped), **{**OPTIONS, **options}, **found)
+    log = EventLog(opt, folder)
+    for step in range(STEPS):
+        opt.zero_grad()
+        ids, labels = rows_of(step, rank)
+        loss_of(wrapped(ids), labels).backward()
+        opt.step()
+        log.log()
+    return snapshot(model), opt.metrics()
+
+
+@pytest.mark.parametrize(
+    "ddp, bare, options",
+    [
+        (dict(find_unused_parameters=True), True, {}),
+        (dict(), False, {}),
+        (dict(static_graph=True), True, dict(max_kl=None)),
+    ],
+    ids=["unused", "plain", "static"],
+)
+def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, options: dict[str, Any]) -> None:
+    (first, numbers), (second, others) = spawn(_train, tmp_path, ddp, bare, options)
+    assert same(first, second) and numbers == others
+    weights, expected = alone(**options)
+    for name, value in weights.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
+    for name in ("trust/predicted_kl", "trust/scale", "trust/coupling", "kl_from_base"):
+        assert numbers[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert len(read_events(tmp_path)) == 1 + STEPS  # the first process alone writes
+
+
+def _accumulate(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    opt = CTROptimizer(trainable(wrapped), **{**OPTIONS, "calibration_interval": None})
+    for step in range(STEPS):
+        opt.zero_grad()
+        ids, labels = rows_of(step, rank)
+        for micro in range(SHARE):
+            with wrapped.no_sync() if micro < SHARE - 1 else nullcontext():
+                (loss_of(wrapped(ids[micro : micro + 1]), labels[micro : micro + 1]) / SHARE).backward()
+        opt.step()
+    return snapshot(model)
+
+
+def test_accumulation_without_synchronising(tmp_path: Path) -> None:
+    first, second = spawn(_accumulate, tmp_path)
+    assert same(first, second)
+    weights, _ = alone(calibration_interval=None)
+    for name, value in weights.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
+
+
+def _move_ranks(rank: int, folder: Path) -> list[str]:
+    errors = []
+    model = net()
+    for resize in ("auto", "physical"):
+        try:
+            CTROptimizer(trainable(model), model=model, resize=resize, rank_scheduler=RankScheduler())
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_moving_ranks_are_refused_at_construction(tmp_path: Path) -> None:
+    for errors in spawn(_move_ranks, tmp_path):
+        assert len(errors) == 2
+        assert all("group of 2 processes" in e and "ctr_optim.initialize" in e for e in errors)

@@ -1,0 +1,68 @@
+"""TRL's SFTTrainer with its own defaults: gradient checkpointing, bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import same
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ctr_optim.events import read_events
+from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
+
+trl = pytest.importorskip("trl", reason="TRL is not a dependency; its trainers are Trainers")
+datasets = pytest.importorskip("datasets", reason="TRL wants a Dataset")
+peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "assets" / "base5m"
+TEXTS = [
+    "A tale of two cities.",
+    "Call me Ishmael.",
+    "It was a dark and stormy night.",
+    "All happy families are alike.",
+]
+RANKS = dict(interval=3, until=1.0, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+
+
+def trainer_of(folder: Path, **args: Any) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=8192,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    defaults = dict(
+        output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, max_length=16, save_steps=4,
+        logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    options = dict(lr=0.02, max_kl=1e-3, calibration_interval=4, rank_scheduler=RANKS)
+    return trl.SFTTrainer(
+        model=LlamaForCausalLM(config),
+        args=trl.SFTConfig(**{**defaults, **args}),
+        train_dataset=datasets.Dataset.from_dict({"text": TEXTS * 2}),
+        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        optimizer_cls_and_kwargs=(CTRFactory, options),
+        callbacks=[CTRCallback()],
+    )
+
+
+def adapter(trainer: Any) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in trainer.model.state_dict().items() if "lora_" in k}
+
+
+def test_resuming_after_rank_events_is_exact(tmp_path: Path) -> None:
+    whole = trainer_of(tmp_path)
+    assert whole.args.gradient_checkpointing and whole.args.bf16
+    whole.train()
+    events = read_events(tmp_path)
+    assert {e["step"] for e in events if e["event"] == "rank"} == {3, 6}
+    assert any("ctr/trust/scale" in logs for logs in whole.state.log_history)
+
+    again = trainer_of(tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(adapter(whole), adapter(again))
