@@ -1,0 +1,144 @@
+"""Clocks, memory and JSON lines: what the performance programs share."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("torch", "transformers", "peft", "pytorch_optimizer", "ctr_optim")
+
+
+class Clock:
+    """Marks on the device's own time line; on the CPU, wall-clock time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """A point in time, without waiting for the device."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until the device has done all its work."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def ms(self, start: Any, end: Any) -> float:
+        """Between two marks; both must have passed."""
+        return float(start.elapsed_time(end)) if self.cuda else 1e3 * (end - start)
+
+    def alone(self, work: Callable[[], Any]) -> float:
+        """Milliseconds of ``work`` by itself, from an idle device to an idle device."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return 1e3 * (time.perf_counter() - start)
+
+
+class Report:
+    """JSON lines, each with versions, device and command line; progress on the terminal."""
+
+    def __init__(self, out: str | None, device: torch.device, **fixed: Any) -> None:
+        self.path = None if out is None else Path(out)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.started = time.perf_counter()
+        self.fixed = {**fixed, "device": device_name(device), "versions": versions(), "command": " ".join(sys.argv)}
+        self.lines: list[dict[str, Any]] = []
+
+    def add(self, what: str, **values: Any) -> None:
+        """One result."""
+        self.lines.append({"what": what, **values})
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"what": what, **values, **self.fixed}) + "\n")
+        self.say(what + " " + " ".join(f"{k}={_short(v)}" for k, v in values.items()))
+
+    def say(self, text: str) -> None:
+        """Progress."""
+        print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = str(getattr(sys.modules.get(name), "__version__", "absent"))
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of all tensors among ``tensors``, into lists and dicts."""
+    total = 0
+    for t in tensors:
+        if isinstance(t, Tensor):
+            total += t.numel() * t.element_size()
+        elif isinstance(t, (list, tuple)):
+            total += tensor_bytes(t)
+        elif isinstance(t, dict):
+            total += tensor_bytes(t.values())
+    return total
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state."""
+    return tensor_bytes(optimizer.state.values())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, mean and range."""
+    return {
+        "median": statistics.median(values),
+        "mean": statistics.fmean(values),
+        "min": min(values),
+        "max": max(values),
+        "count": len(values),
+    }
+
+
+def table(rows: list[tuple[Any, ...]], head: tuple[str, ...]) -> None:
+    """Columns on the terminal."""
+    cells = [head, *[tuple(_short(v) for v in row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return str(value)

@@ -1,0 +1,501 @@
+"""What a training step costs with CTROptimizer: against fused AdamW, against peers, and part by part.
+
+    python -m benchmarks.performance.step_cost --shape llama2-7b --out results.jsonl
+
+See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks.performance.common import Clock, Report, spread, state_bytes, table, tensor_bytes
+from ctr_optim import CTROptimizer
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama2-7b": dict(
+        hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+    ),
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, intermediate_size=160, num_attention_heads=4, vocab_size=256),
+}
+PERIOD = 20  # CTROptimizer's calibration interval, a multiple of its other intervals
+PARTS = ("whole", "step", "ranks")
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A model, its batch and the clock."""
+
+    model: nn.Module
+    device: torch.device
+    clock: Clock
+    report: Report
+    batch: tuple[int, int]
+    vocabulary: int
+    autocast: bool
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """What trains: A and B of each layer in turn."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def forward_backward(self) -> None:
+        """One batch of random tokens."""
+        tokens = torch.randint(0, self.vocabulary, self.batch, device=self.device)
+        context: AbstractContextManager = nullcontext()
+        if self.autocast:
+            context = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        with context:
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+
+    def free(self) -> None:
+        """Let go of memory that nothing holds."""
+        gc.collect()
+        if self.clock.cuda:
+            torch.cuda.empty_cache()
+
+
+def build_base(shape: str, path: str | None, device: torch.device, dtype: torch.dtype, length: int) -> nn.Module:
+    """The base model on the device: random weights of a shape, or a local model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if shape == "base5m":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=max(length, 64), use_cache=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(args: argparse.Namespace, report: Report, device: torch.device) -> Bench:
+    """The model with LoRA on every linear layer."""
+    dtype = torch.float32 if args.precision == "float32" else torch.bfloat16
+    base = build_base(args.shape, args.model, device, dtype, args.length)
+    base.config.use_cache = False
+    if args.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+    model = get_peft_model(base, config, autocast_adapter_dtype=args.precision != "bfloat16").train()
+    shape, autocast = (args.batch, args.length), args.precision == "autocast"
+    bench = Bench(model, device, Clock(device), report, shape, base.config.vocab_size, autocast)
+    params = bench.params
+    report.add(
+        "model",
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in params),
+        pairs=len(params) // 2,
+        adapter_dtype=str(params[0].dtype),
+    )
+    return bench
+
+
+# -- whole steps, interleaved ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Round:
+    """Some training steps in a row: wall-clock seconds a step, device times of the parts, peak memory."""
+
+    seconds: float
+    model_ms: list[float]
+    step_ms: list[float]
+    peak: int = 0
+    kinds: list[str] = field(default_factory=list)
+
+
+def run_round(bench: Bench, optimizer: Optimizer, steps: int, kind: Callable[[], str] = lambda: "") -> Round:
+    """``steps`` training steps: forward, backward, step, zero_grad."""
+    clock, marks, kinds = bench.clock, [], []
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    clock.wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        kinds.append(kind())
+        begin = clock.mark()
+        bench.forward_backward()
+        middle = clock.mark()
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append((begin, middle, clock.mark()))
+    clock.wait()
+    seconds = (time.perf_counter() - start) / steps
+    peak = torch.cuda.max_memory_allocated() if clock.cuda else 0
+    return Round(seconds, [clock.ms(a, b) for a, b, _ in marks], [clock.ms(b, c) for _, b, c in marks], peak, kinds)
+
+
+class Resumable:
+    """CTROptimizer, taken off the model between rounds and put back with its state."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.saved: dict[str, Any] | None = None
+
+    def open(self, **options: Any) -> CTROptimizer:
+        """Hook the model and go on where we were."""
+        optimizer = CTROptimizer(self.bench.params, model=self.bench.model, **options)
+        if self.saved is not None:
+            optimizer.load_state_dict(self.saved)
+            self.saved = None
+        return optimizer
+
+    def close(self, optimizer: CTROptimizer) -> None:
+        """Unhook the model; the state stays."""
+        self.saved = optimizer.state_dict()
+        optimizer.close()
+
+    @property
+    def bytes(self) -> int:
+        """Of the state that waits."""
+        return 0 if self.saved is None else tensor_bytes(self.saved["state"].values())
+
+
+def kind_of(optimizer: CTROptimizer) -> str:
+    """What the coming step does beyond a plain one, at the default intervals, behind the first period."""
+    step = optimizer.param_groups[0]["ctr"]["steps"]
+    due = [name for name, interval in (("factors", 5), ("basis", 10), ("calibration", 20)) if step % interval == 0]
+    return "+".join(due) or "plain"
+
+
+def ctr_round(bench: Bench, resumable: Resumable, steps: int) -> tuple[Round, dict[str, Any]]:
+    """A round of CTROptimizer, and what it holds."""
+    optimizer = resumable.open()
+    found = run_round(bench, optimizer, steps, lambda: kind_of(optimizer))
+    holds = {
+        "state_bytes": state_bytes(optimizer),
+        "staging_bytes": tensor_bytes(t for block in optimizer.blocks for t in block.staged),
+        "metrics": {k: v for k, v in optimizer.metrics().items() if k.startswith(("trust/", "skipped"))},
+    }
+    resumable.close(optimizer)
+    return found, holds
+
+
+def whole_steps(bench: Bench, resumable: Resumable, rounds: int, steps: int) -> None:
+    """Whole training steps of fused AdamW and CTROptimizer, turn by turn on one model."""
+    report = bench.report
+    adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
+    run_round(bench, adamw, 3)
+    ctr_round(bench, resumable, PERIOD)  # the first period measures more often than later ones
+    bench.free()
+    report.say("warm")
+    of_adamw: list[Round] = []
+    of_ctr: list[Round] = []
+    holds: dict[str, Any] = {}
+    for index in range(rounds):
+        for who in ("adamw", "ctr") if index % 2 == 0 else ("ctr", "adamw"):
+            if who == "adamw":
+                of_adamw.append(run_round(bench, adamw, steps))
+                of_adamw[-1].peak -= resumable.bytes  # the other's state waits on the device, too
+            else:
+                found, holds = ctr_round(bench, resumable, steps)
+                bench.free()
+                found.peak -= state_bytes(adamw)
+                of_ctr.append(found)
+        ratio = of_ctr[-1].seconds / of_adamw[-1].seconds
+        report.say(f"round {index}: {of_adamw[-1].seconds:.4f} s, {of_ctr[-1].seconds:.4f} s, ratio {ratio:.4f}")
+    report_whole(report, of_adamw, of_ctr)
+    report.add("state", method="AdamW", state_bytes=state_bytes(adamw))
+    report.add("state", method="CTR", **holds)
+    report_parts(report, of_adamw, of_ctr)
+
+
+def report_whole(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> None:
+    """Ratios of time and memory."""
+    ratios = [c.seconds / a.seconds for a, c in zip(of_adamw, of_ctr, strict=True)]
+    peaks = [max(0, *(r.peak for r in rounds)) for rounds in (of_adamw, of_ctr)]
+    report.add(
+        "whole",
+        adamw_seconds=[r.seconds for r in of_adamw],
+        ctr_seconds=[r.seconds for r in of_ctr],
+        ratios=ratios,
+        ratio_median=statistics.median(ratios),
+        ratio_by_kind=ratio_by_kind(of_adamw, of_ctr),
+    )
+    report.add(
+        "peak", adamw_bytes=peaks[0], ctr_bytes=peaks[1], ratio=peaks[1] / peaks[0] if peaks[0] else float("nan")
+    )
+
+
+def ratio_by_kind(of_adamw: list[Round], of_ctr: list[Round]) -> float:
+    """Steps' median times, CTROptimizer's weighted by how often each kind of step comes: robust on a shared machine."""
+    adamw = [a + b for r in of_adamw for a, b in zip(r.model_ms, r.step_ms, strict=True)]
+    kinds: dict[str, list[float]] = {}
+    for r in of_ctr:
+        for kind, a, b in zip(r.kinds, r.model_ms, r.step_ms, strict=True):
+            kinds.setdefault(kind, []).append(a + b)
+    total = sum(len(times) for times in kinds.values())
+    return sum(len(times) * statistics.median(times) for times in kinds.values()) / total / statistics.median(adamw)
+
+
+def report_parts(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> None:
+    """Forward with backward, and the step, by what the step had to do."""
+    report.add(
+        "part",
+        kind="AdamW",
+        model_ms=spread([t for r in of_adamw for t in r.model_ms]),
+        step_ms=spread([t for r in of_adamw for t in r.step_ms]),
+    )
+    for kind in sorted({k for r in of_ctr for k in r.kinds}, key=len):
+        model, step = (
+            [t for r in of_ctr for t, k in zip(getattr(r, name), r.kinds, strict=True) if k == kind]
+            for name in ("model_ms", "step_ms")
+        )
+        report.add("part", kind=kind, model_ms=spread(model), step_ms=spread(step))
+
+
+# -- optimizer.step() alone --------------------------------------------------------------------------------------
+
+
+def peers(bench: Bench) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
+    """Constructors of the peers, each as its library means it to be used; called in a try."""
+
+    def from_library(name: str, **options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+        def make(params: list[nn.Parameter]) -> Optimizer:
+            import pytorch_optimizer
+
+            return getattr(pytorch_optimizer, name)(params, lr=1e-5, **options)
+
+        return make
+
+    def riemannian(params: list[nn.Parameter]) -> Optimizer:
+        from peft.optimizers import create_riemannian_optimizer
+
+        return create_riemannian_optimizer(bench.model, torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
+
+    return {
+        "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-5, fused=True),
+        "AdamW (foreach)": lambda params: torch.optim.AdamW(params, lr=1e-5, foreach=True),
+        "Muon": lambda params: torch.optim.Muon(params, lr=1e-5),
+        "LoRA-RITE": from_library("LoRARite"),
+        "Riemannian AdamW": riemannian,
+        "SOAP (rank side only)": from_library("SOAP", max_precondition_dim=256),
+        "Shampoo": from_library("ScalableShampoo", block_size=512),
+    }
+
+
+def time_steps(
+    bench: Bench, optimizer: Optimizer, grads: list[Tensor], params: list[nn.Parameter], warm: int, seconds: float
+) -> list[float]:
+    """Milliseconds of single steps over one period of 20, or fewer when they take longer than ``seconds``.
+
+    Gradients are put back before each step: some peers change them.
+    """
+    times: list[float] = []
+    start = time.perf_counter()
+    for index in count():
+        torch._foreach_copy_([p.grad for p in params], grads)
+        spent = bench.clock.alone(optimizer.step)
+        if index >= warm:
+            times.append(spent)
+        if len(times) == PERIOD or (times and time.perf_counter() - start > seconds):
+            return times
+    raise AssertionError
+
+
+def step_alone(bench: Bench, resumable: Resumable, seconds: float, wide_soap: bool) -> None:
+    """``optimizer.step()`` by itself, for everyone on the same parameters and gradients."""
+    params = bench.params
+    grads = ctr_alone(bench, resumable, params, 10 * seconds)
+    weights = [p.detach().clone() for p in params]
+    todo = [(name, make, params, grads) for name, make in peers(bench).items()]
+    if wide_soap:  # at its defaults SOAP also decomposes the wide sides: on the first block's layers only
+        some = len(params) // bench.model.config.num_hidden_layers
+        todo.append((f"SOAP (defaults, {some // 2} layers)", peers_soap, params[:some], grads[:some]))
+    for name, make, subset, wanted in todo:
+        one_peer(bench, name, make, subset, wanted, seconds)
+        with torch.no_grad():
+            torch._foreach_copy_(params, weights)
+        bench.free()
+    for p in params:
+        p.grad = None
+
+
+def ctr_alone(bench: Bench, resumable: Resumable, params: list[nn.Parameter], seconds: float) -> list[Tensor]:
+    """CTROptimizer's step by itself; the gradients that it had, for the peers."""
+    optimizer = resumable.open()
+    bench.forward_backward()
+    grads = [p.grad.detach().clone() for p in params if p.grad is not None]
+    warm = 0 if optimizer.param_groups[0]["ctr"]["steps"] >= PERIOD else PERIOD
+    kinds = [kind_of(optimizer)]
+    optimizer.register_step_post_hook(lambda *_: kinds.append(kind_of(optimizer)))
+    times = time_steps(bench, optimizer, grads, params, warm, seconds)
+    of_kind: dict[str, list[float]] = {}
+    for kind, spent in zip(kinds[warm:], times, strict=False):
+        of_kind.setdefault(kind, []).append(spent)
+    by_kind = {kind: statistics.median(some) for kind, some in of_kind.items()}
+    bench.report.add("step", method="CTR", ms=spread(times), by_kind=by_kind, state_bytes=state_bytes(optimizer))
+    resumable.close(optimizer)
+    return grads
+
+
+def peers_soap(params: list[nn.Parameter]) -> Optimizer:
+    """SOAP as it comes."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.SOAP(params, lr=1e-5)
+
+
+def one_peer(
+    bench: Bench, name: str, make: Any, params: list[nn.Parameter], grads: list[Tensor], seconds: float
+) -> None:
+    """One peer's step, or its error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = make(params)
+            times = time_steps(bench, optimizer, grads, params, 2, seconds)
+        bench.report.add("step", method=name, ms=spread(times), state_bytes=state_bytes(optimizer), tensors=len(params))
+    except Exception as error:  # a peer that cannot run here is a result, too
+        bench.report.add("step", method=name, error=f"{type(error).__name__}: {error}"[:300])
+
+
+# -- ranks that move ---------------------------------------------------------------------------------------------
+
+
+def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int) -> None:
+    """Whole steps with a rank schedule running: ``steps`` with their events."""
+    adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
+    run_round(bench, adamw, 2)
+    reference = run_round(bench, adamw, min(steps, PERIOD))
+    waiting = resumable.bytes
+    del adamw
+    bench.free()
+    taken = resumable.saved["param_groups"][0]["ctr"]["steps"] if resumable.saved is not None else 0
+    plan = dict(interval=interval, window=min(8, interval), total_steps=taken + steps, until=1.0)
+    optimizer = resumable.open(rank_scheduler=plan)
+    events: list[Any] = []
+    optimizer.on_rank_event(events.append)
+    found = run_round(bench, optimizer, steps, lambda: rank_kind(optimizer, plan))
+    by_kind = {
+        kind: {
+            name: spread([t for t, k in zip(getattr(found, name), found.kinds, strict=True) if k == kind])
+            for name in ("model_ms", "step_ms")
+        }
+        for kind in sorted(set(found.kinds))
+    }
+    bench.report.add(
+        "ranks",
+        seconds=found.seconds,
+        adamw_seconds=reference.seconds,
+        ratio=found.seconds / reference.seconds,
+        peak_bytes=found.peak,
+        adamw_peak_bytes=reference.peak - waiting,
+        by_kind=by_kind,
+        changes=len(events),
+        ranks=sorted({pair.rank for pair in optimizer.pairs}),
+        plan=plan,
+    )
+    resumable.close(optimizer)
+
+
+def rank_kind(optimizer: CTROptimizer, plan: dict[str, Any]) -> str:
+    """Whether the coming step ends in an event, is sketched, or neither."""
+    step = optimizer.param_groups[0]["ctr"]["steps"]
+    left = -(step + 1) % plan["interval"]
+    if left == 0:
+        return "event"
+    return "sketched" if left < plan["window"] else "between"
+
+
+# -- the program -------------------------------------------------------------------------------------------------
+
+
+def summary(report: Report) -> None:
+    """The table at the end."""
+    gib = 2**30
+    rows: list[tuple[Any, ...]] = []
+    for line in report.lines:
+        if line["what"] == "whole":
+            adamw, ctr = (statistics.median(line[k]) * 1e3 for k in ("adamw_seconds", "ctr_seconds"))
+            rows.append(("whole step, ms: AdamW, CTR, ratio", adamw, ctr, line["ratio_median"]))
+            rows.append(("whole step: ratio of medians by kind of step", "", "", line["ratio_by_kind"]))
+        elif line["what"] == "peak":
+            rows.append(
+                ("peak, GiB: AdamW, CTR, ratio", line["adamw_bytes"] / gib, line["ctr_bytes"] / gib, line["ratio"])
+            )
+        elif line["what"] == "part":
+            rows.append((f"{line['kind']}: model, step, ms", line["model_ms"]["median"], line["step_ms"]["median"], ""))
+        elif line["what"] == "step" and "ms" in line:
+            mib = line["state_bytes"] / 2**20
+            rows.append((f"step() {line['method']}: mean, median, MiB", line["ms"]["mean"], line["ms"]["median"], mib))
+        elif line["what"] == "step":
+            rows.append((f"step() {line['method']}", line["error"][:60], "", ""))
+        elif line["what"] == "ranks":
+            ctr, adamw = 1e3 * line["seconds"], 1e3 * line["adamw_seconds"]
+            rows.append(("rank schedule, ms: AdamW, CTR, ratio", adamw, ctr, line["ratio"]))
+    table(rows, ("", "", "", ""))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "base5m"], default="tiny")
+    parser.add_argument("--model", help="local model of --shape base5m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("autocast", "mixed", "bfloat16", "float32"),
+        help="autocast: bf16 base, float32 adapters, bf16 autocast (what trainers do; default on cuda); mixed: the "
+        "same without autocast; bfloat16: adapters too; float32: all (default on cpu)",
+    )
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
+    parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
+    parser.add_argument("--rank-steps", type=int, default=80)
+    parser.add_argument("--rank-interval", type=int, default=40)
+    parser.add_argument("--peer-seconds", type=float, default=5.0, help="the most that a peer's steps may take")
+    parser.add_argument("--wide-soap", action="store_true", help="also SOAP at its defaults, on one block's layers")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    args.precision = args.precision or ("float32" if args.device == "cpu" else "autocast")
+    if args.steps % PERIOD:
+        parser.error(f"--steps: {args.steps} is no multiple of {PERIOD}, so that periodic work would count unevenly")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    setting = {k: getattr(args, k) for k in ("shape", "precision", "rank", "batch", "length", "checkpointing")}
+    report = Report(args.out, device, **setting)
+    bench = build(args, report, device)
+    resumable, parts = Resumable(bench), args.parts.split(",")
+    if "whole" in parts:
+        whole_steps(bench, resumable, args.rounds, args.steps)
+    if "step" in parts:
+        step_alone(bench, resumable, args.peer_seconds, args.wide_soap)
+    if "ranks" in parts:
+        bench.free()
+        rank_schedule(bench, resumable, args.rank_steps, args.rank_interval)
+    report.say("done")
+    summary(report)
+
+
+if __name__ == "__main__":
+    main()
