@@ -68,7 +68,7 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: not an event of this log ({error})") from None
         if kind == "start":
-            events = [e for e in events if e["step"] <= step and not (e["event"] == "start" and step == 0)]
+            events = [e for e in events if e["step"] <= step] if step else []
         events.append(event)
     if not events or events[0]["event"] != "start":
         raise ValueError(f"{file}: no start event in it")

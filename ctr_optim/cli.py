@@ -1,0 +1,71 @@
+"""The ``ctr-optim`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ctr_optim.adapters.export import export_uniform_files
+from ctr_optim.adapters.files import read_adapter
+from ctr_optim.report import columns, picture, read_run, table
+
+
+def report(args: argparse.Namespace) -> None:
+    """Ranks, KL and trust scale of a run."""
+    run = read_run(args.run)
+    print(table(run))
+    if args.png:
+        picture(run, args.png)
+        print(f"wrote {args.png}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Layers of a saved adapter."""
+    layers = read_adapter(args.adapter).layers
+    rows = [(la.name, str(la.rank), f"{la.scaling:.4g}", f"{la.norm:.4g}", f"{la.parameters:,}") for la in layers]
+    print("\n".join(columns(("layer", "rank", "scaling", "|s B A|", "parameters"), rows)))
+    ranks = [layer.rank for layer in layers]
+    if ranks:
+        print(
+            f"\n{len(layers)} layers, ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}, "
+            f"{sum(layer.parameters for layer in layers):,} parameters"
+        )
+
+
+def uniform(args: argparse.Namespace) -> None:
+    """Pad a saved adapter to one rank."""
+    rank = export_uniform_files(args.adapter, args.out)
+    print(f"wrote {args.out}: every layer of rank {rank}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="ctr-optim", description="Look at runs and adapters of ctr_optim.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("report", help="what a run did: ranks, KL from base, trust scale")
+    one.add_argument("run", help="the run's directory, or its events.jsonl")
+    one.add_argument("--png", metavar="FILE", help="draw the ranks over time (needs matplotlib)")
+    one.set_defaults(run_command=report)
+
+    one = commands.add_parser("inspect", help="ranks, scalings, norms and sizes of a saved PEFT adapter")
+    one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
+    one.set_defaults(run_command=inspect)
+
+    one = commands.add_parser("export-uniform", help="the same adapter with one rank, for readers that know only one")
+    one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
+    one.add_argument("out", help="the directory to write")
+    one.set_defaults(run_command=uniform)
+
+    args = parser.parse_args(argv)
+    try:
+        args.run_command(args)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        print(f"ctr-optim: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The command line, on real small files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import llama_batch, net, optimizer, tiny_llama, train
+
+from ctr_optim import RankScheduler
+from ctr_optim.cli import main
+from ctr_optim.events import EventLog, read_events
+from ctr_optim.report import place, read_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Twelve steps with rank events, logged every third."""
+    model = net()
+    scheduler = RankScheduler(interval=4, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+    opt = optimizer(model, lr=0.05, max_kl=1e-3, rank_scheduler=scheduler, calibration_interval=4)
+    log = EventLog(opt, tmp_path / "run")
+    for step in range(12):
+        train(model, opt, 1, step)
+        if step % 3 == 2:
+            log.log(loss=1.0)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("file", ["", "events.jsonl"])
+def test_report(run: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run / file)]) == 0
+    out = capsys.readouterr().out
+    events = read_events(run)
+    first, last = events[0]["ranks"], [e for e in events if e["event"] == "log"][-1]
+    changes = [e["name"] for e in events if e["event"] == "rank"]
+    assert changes
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    for name in first:
+        share = f"{last['kl_from_base/layer'][name]:.3g}"
+        expected = [name, str(first[name]), "->", str(last["ranks"][name]), str(changes.count(name)), share]
+        assert lines[name] == expected
+    assert lines["steps"] == ["steps", "12"]
+    assert f"{last['kl_from_base']:.4g} nats" in out and "of 4 logged steps" in out
+
+
+def test_the_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="behind the plot extra")
+    assert main(["report", str(run), "--png", str(run / "ranks.png")]) == 0
+    assert (run / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert "ranks.png" in capsys.readouterr().out
+
+
+def test_a_picture_of_a_run_in_which_nothing_happened(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="behind the plot extra")
+    EventLog(optimizer(net()), tmp_path)
+    assert main(["report", str(tmp_path), "--png", str(tmp_path / "ranks.png")]) == 0
+
+
+def test_a_picture_without_matplotlib(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(run), "--png", str(run / "ranks.png")]) == 1
+    assert "ctr_optim[plot]" in capsys.readouterr().err
+
+
+def test_ranks_over_time(run: Path) -> None:
+    ranks = {e["step"]: e["ranks"] for e in read_events(run) if e["event"] == "log"}
+    found = read_run(run)
+    for step, by_layer in ranks.items():
+        assert {name: found.rank(name, step) for name in by_layer} == by_layer
+
+
+def test_a_run_that_resumed_reads_as_one(tmp_path: Path) -> None:
+    def line(event: str, step: int, **values: Any) -> str:
+        return json.dumps({"event": event, "step": step, **values})
+
+    rank = dict(name="a", old_rank=4, kept=3, utility=0.0, reason="shrink")
+    lines = [
+        line("start", 0, ranks={"a": 2}), line("log", 5),  # overwritten by a run from the beginning
+        line("start", 0, ranks={"a": 4}), line("log", 10), line("rank", 20, new_rank=3, **rank), line("log", 20),
+        line("start", 10, ranks={"a": 4}), line("rank", 30, new_rank=2, **rank),
+    ]  # fmt: skip
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert read_run(tmp_path).history == {"a": [(0, 4), (30, 2)]}
+    assert [e["step"] for e in read_events(tmp_path)] == [0, 10, 10, 30]
+
+
+@pytest.mark.parametrize("content", [None, "", "not json\n", "{}\n", '{"event": "log", "step": 1}\n'])
+def test_no_run_there(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 1
+    assert str(tmp_path / "events.jsonl") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("model.layers.3.self_attn.q_proj", (3, "self_attn.q_proj")),
+        ("layer.12", (12, "layer.12")),
+        ("lm_head", (0, "lm_head")),
+        ("h.0.attn.c_attn2", (0, "attn.c_attn2")),
+    ],
+)
+def test_where_a_layer_is(name: str, expected: tuple[int, str]) -> None:
+    assert place(name) == expected
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def adapter(folder: Path, **lora: Any) -> Any:
+    """A saved adapter of several ranks and scalings."""
+    pytest.importorskip("peft", reason="the adapters are PEFT's")
+    options = dict(rank_pattern={"q_proj": 2, "down_proj": 6}, alpha_pattern={"v_proj": 5})
+    model = tiny_llama(dtype=torch.float32, **{**options, **lora})
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("lora", [dict(), dict(use_rslora=True)], ids=str)
+def test_inspect(tmp_path: Path, lora: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapter(tmp_path, **lora)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        a, b, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        expected = [str(a.shape[0]), f"{s:.4g}", f"{float((s * b @ a).norm()):.4g}", f"{a.numel() + b.numel():,}"]
+        assert lines[name.removeprefix("base_model.model.")] == expected
+    assert f"{len(layers)} layers, ranks 2 to 6" in out
+
+
+@pytest.mark.parametrize("lora", [dict(), dict(use_rslora=True), dict(use_dora=True)], ids=str)
+def test_export_uniform(tmp_path: Path, lora: dict[str, Any]) -> None:
+    from peft import PeftModel
+
+    model = adapter(tmp_path / "in", **lora)
+    assert main(["export-uniform", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 6 and not config["rank_pattern"] and not config["alpha_pattern"]
+    loaded = PeftModel.from_pretrained(tiny_llama(dtype=torch.float32, peft=False), str(tmp_path / "out")).eval()
+    assert {m.lora_A["default"].weight.shape[0] for m in loaded.modules() if hasattr(m, "lora_A")} == {6}
+    ids = llama_batch()["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["export-uniform", "{out}"]], ids=lambda c: c[0])
+def test_no_adapter_there(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name, *rest = [part.format(out=tmp_path / "out") for part in command]
+    assert main([name, str(tmp_path), *rest]) == 1
+    assert "adapter_config.json" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert main([name, str(tmp_path), *rest]) == 1
+    assert "'IA3', expected 'LORA'" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path)
+    assert main(["export-uniform", str(tmp_path), str(tmp_path)]) == 1
+    assert "another directory" in capsys.readouterr().err
+
+
+def test_the_command_itself() -> None:
+    done = subprocess.run([sys.executable, "-m", "ctr_optim.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "export-uniform" in done.stdout and "inspect" in done.stdout and "report" in done.stdout
