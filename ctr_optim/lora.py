@@ -60,6 +60,11 @@ class LoRAPair:
         return min(self.A.shape[1], self.B.shape[0])
 
     @property
+    def cost(self) -> int:
+        """Parameters of one direction."""
+        return self.A.shape[1] + self.B.shape[0]
+
+    @property
     def scaling(self) -> float:
         """The factor ``s``; it stays what it was when the rank changes."""
         return self.library.scaling(self)

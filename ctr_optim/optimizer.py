@@ -119,7 +119,7 @@ class CTROptimizer(Optimizer):
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
         self._ranks: RankController | None = None
         if self._scheduler is not None:
-            self._ranks = RankController(self._scheduler, self._settings.damping)
+            self._ranks = RankController(self._scheduler, self._settings.damping, self.pairs)
             loading = weakref.WeakMethod(self._rank_loaded)
             for pair in self.pairs:
                 self._handles += resize_on_load(pair, lambda p: (f := loading()) and f(p))
@@ -287,7 +287,7 @@ class CTROptimizer(Optimizer):
             return
         guards.check_single_process()
         self._stack()
-        self._ranks.event(self._blocks, self.state, self._shared["steps"], self._shared["sketched"])
+        self._ranks.event(self._blocks, self.state, self._shared)
         self._restack()
 
     # -- what users read and save -------------------------------------------------------------------------------
@@ -389,6 +389,9 @@ class CTROptimizer(Optimizer):
         """The model loaded a pair of another rank: its state here is void until ours is loaded, too."""
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
+        for other in self.pairs:  # sketches begin anew, everywhere at once
+            for name in ("sketch_range", "sketch_corange"):
+                self.state[other.B].pop(name, None)
         self._restack()
         self._arm()
 

@@ -23,7 +23,7 @@ class PeftLibrary:
 
     def __init__(self, root: nn.Module) -> None:
         self._configs = [m for m in root.modules() if isinstance(getattr(m, "peft_config", None), dict)]
-        self.pairs: list[LoRAPair] = []
+        self.layers: list[tuple[str, nn.Module]] = []  # every LoRA layer, those whose rank cannot move included
 
     def scaling(self, pair: LoRAPair) -> float:
         return float(pair.layer.scaling[pair.adapter])  # type: ignore[index,operator]
@@ -49,26 +49,26 @@ class PeftLibrary:
         PEFT takes the first key that matches and may sort the keys, so that a user's own, broader pattern could
         hide ours: the whole dict is ours from the first change on.
         """
-        mine = [pair for pair in self.pairs if pair.adapter == adapter]
-        keys = ["^" + re.escape(pair.name) for pair in mine]
-        config.rank_pattern = {key: pair.rank for key, pair in zip(keys, mine, strict=True)}
-        config.alpha_pattern = {
-            key: pair.layer.lora_alpha[adapter]  # type: ignore[index,operator]
-            for key, pair in zip(keys, mine, strict=True)
-        }
+        mine: dict[str, Any] = {"^" + re.escape(name): layer for name, layer in self.layers if adapter in layer.r}  # type: ignore
+        config.rank_pattern = {key: layer.r[adapter] for key, layer in mine.items()}
+        config.alpha_pattern = {key: layer.lora_alpha[adapter] for key, layer in mine.items()}
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
     """Pairs of every PEFT LoRA layer below ``root``: one for each adapter whose halves are both linear."""
     library = PeftLibrary(root)
+    pairs = []
     for name, module in root.named_modules():
         downs, ups = module._modules.get("lora_A"), module._modules.get("lora_B")
         if not (isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict)):
             continue
         if type(module).__name__ == "ParamWrapper":  # adapts a bare parameter: A and B are never called as modules
             continue
+        plain_name = _PREFIX.sub("", name)
+        if isinstance(getattr(module, "r", None), dict) and isinstance(getattr(module, "lora_alpha", None), dict):
+            library.layers.append((plain_name, module))
         for adapter, down in downs.items():
             up = ups._modules.get(adapter)
             if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
-                library.pairs.append(LoRAPair(_PREFIX.sub("", name), down, up, module, adapter, library))
-    yield from library.pairs
+                pairs.append(LoRAPair(plain_name, down, up, module, adapter, library))
+    yield from pairs

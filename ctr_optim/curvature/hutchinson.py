@@ -9,6 +9,7 @@ here to compare with.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ctr_optim.precondition import Stack, initial_state
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
 
 
-def make_room(state: MutableMapping[nn.Parameter, dict[str, Tensor]], params: Sequence[nn.Parameter]) -> None:
+def make_room(state: MutableMapping[Any, dict[str, Tensor]], params: Sequence[nn.Parameter]) -> None:
     """A place for the diagonal in the state of every parameter."""
     for p in params:
         if not state[p]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ctr_optim.curvature.blocks import Block
+from ctr_optim.lora import LoRAPair
 from ctr_optim.ranks.reallocation import reallocate, survey
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 
@@ -15,22 +18,39 @@ from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 class RankController:
     """Drives one RankScheduler; what it needs between events lives in the optimizer's state."""
 
-    def __init__(self, scheduler: RankScheduler, damping: float) -> None:
+    def __init__(self, scheduler: RankScheduler, damping: float, pairs: Sequence[LoRAPair]) -> None:
+        twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"rank_scheduler: several layers are named {twice[0]!r}; train one model an optimizer")
+        # impossible budgets are heard of here, not at the first event
+        scheduler.allocate(
+            {pair.name: [0.0] * pair.max_rank for pair in pairs},
+            {pair.name: pair.cost for pair in pairs},
+            {pair.name: pair.rank for pair in pairs},
+        )
         self.scheduler, self.damping = scheduler, damping
         self.listeners: list[Callable[[RankEvent], None]] = []
         self.utility: dict[str, float] = {}
 
     def event(
-        self, blocks: Sequence[Block], state: MutableMapping[Any, dict[str, Tensor]], step: int, sketched: int
+        self, blocks: Sequence[Block], state: MutableMapping[Any, dict[str, Tensor]], shared: dict[str, Any]
     ) -> list[RankEvent]:
-        """Survey, share out, resize. The sketches are gone from the state then: the caller restacks in any case."""
-        surveys = [s for block in blocks for s in survey(block, max(1, sketched), self.damping)]
+        """Survey, share out, resize. The sketches are gone from the state then: the caller restacks in any case.
+
+        The budget that the model starts with is kept in ``shared``: what one event leaves unspent, the next may use.
+        """
+        surveys = [s for block in blocks for s in survey(block, max(1, shared["sketched"]), self.damping)]
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
         for s in surveys:
             for name in ("sketch_range", "sketch_corange"):
                 state[s.pair.B].pop(name, None)
-        events = reallocate(surveys, self.scheduler, lambda p: state.get(p), step)
+        scheduler = self.scheduler
+        if scheduler.budget is None:
+            parameters = sum(s.pair.rank * s.pair.cost for s in surveys)
+            mean = shared.setdefault("budget", parameters / sum(s.pair.cost for s in surveys))
+            scheduler = replace(scheduler, budget=mean)
+        events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"])
         for event in events:
             for listener in self.listeners:
                 listener(event)

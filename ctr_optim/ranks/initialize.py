@@ -74,7 +74,7 @@ def initialize(
         _pass(scout, model, kept, loss_fn)
         scout.open_sketch(max(cap, *(p.rank for p in scout.pairs)))
         _pass(scout, model, kept, loss_fn)
-        surveys = [s for block in scout.blocks for s in survey(block, len(kept), damping)]
+        surveys = [s for block in scout.blocks for s in survey(block, len(kept), damping, fresh=True)]
         if move_ranks:
             scheduler = RankScheduler(budget=budget, min_rank=min_rank, max_rank=cap)
             return reallocate(surveys, scheduler, scout.state.get, step=0, fresh=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ctr_optim.adapters import find_pairs
 from ctr_optim.lora import LoRAPair
 
+_PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 
 
@@ -79,7 +81,7 @@ def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[
 
 def _plain(key: str) -> str:
     """A parameter's name without adapter names and wrappers: PEFT's files leave the adapter's name out."""
-    parts = key.removeprefix("base_model.model.").split(".")
+    parts = [part for part in _PREFIX.sub("", key).split(".") if part != "_orig_mod"]
     for half in ("lora_A", "lora_B"):
         if half in parts:
             parts = [*parts[: parts.index(half) + 1], "weight"]

@@ -52,14 +52,12 @@ class Survey:
         most = scheduler.max_change
         return ordered if most is None else ordered[: self.pair.rank + most]
 
-    @property
-    def cost(self) -> int:
-        """Parameters of one direction."""
-        return self.pair.A.shape[1] + self.pair.B.shape[0]
 
+def survey(block: Block, count: float, damping: float, fresh: bool = False) -> list[Survey]:
+    """Utilities of a block's layers, from their factors and from sketches summed over ``count`` steps.
 
-def survey(block: Block, count: float, damping: float) -> list[Survey]:
-    """Utilities of a block's layers, from their factors and from sketches summed over ``count`` steps."""
+    ``fresh``: A's rows mean nothing yet, and what they reach counts as absent, too.
+    """
     omega_psi = block.test_matrices() if block.sketch else None
     whiten_in, whiten_out = block.whiteners(damping)
     surveys = []
@@ -76,6 +74,7 @@ def survey(block: Block, count: float, damping: float) -> list[Survey]:
             # A's rows in whitened coordinates are A W^-1 = A C W^T (undamped, only their span matters)
             span_in = block.structure.whiten(w_in, C.matmul(a.mT))
             span_out = block.structure.whiten(w_out, S.matmul(b))
+            span_in = span_in.new_zeros(span_in.shape) if fresh else span_in
             utility, directions = absent_directions(q, x, span_in, span_out)
             rows = block.structure.whiten(w_in, directions.mT, transpose=True).mT
             norm = torch.linalg.vector_norm(a, dim=-1).mean()
@@ -105,7 +104,7 @@ def reallocate(
     ranks = {name: s.pair.rank for name, s in by_name.items()}
     new = scheduler.allocate(
         {name: [u for u, _ in cs] for name, cs in candidates.items()},
-        {name: s.cost for name, s in by_name.items()},
+        {name: s.pair.cost for name, s in by_name.items()},
         ranks,
         {name: s.pair.max_rank for name, s in by_name.items()},
         {}
@@ -120,7 +119,7 @@ def reallocate(
             continue
         resize(s, kept, new[name] - kept, state)
         reason = "turn" if new[name] == ranks[name] else "grow" if new[name] > ranks[name] else "shrink"
-        worth = 1e6 * chosen[-1][0] / s.cost if chosen else 0.0
+        worth = 1e6 * chosen[-1][0] / s.pair.cost if chosen else 0.0
         events.append(RankEvent(step, name, ranks[name], new[name], kept, worth, reason))
     return events
 
@@ -139,7 +138,7 @@ def resize(s: Survey, kept: int, added: int, state: Callable[[Tensor], State | N
     if kept < pair.rank:
         on = projection(s.existing, kept)
         a, b = shrink(a, b, state_a, state_b, on)
-        cross = on.keep @ cross
+        cross = on.keep.to(cross.dtype) @ cross
     if added:
         a, b = grow(a, b, sides, state_b, s.rows[:added], cross, s.inner[:added, :added])
     pair.resize(a, b)

@@ -37,23 +37,24 @@ State = dict[str, Tensor]
 
 
 def shrink(a: Tensor, b: Tensor, state_a: State | None, state_b: State, on: Projection) -> tuple[Tensor, Tensor]:
-    """New ``A (e, d_in)`` and ``B (d_out, e)``; the states are changed in place."""
-    n, m = on.keep, on.restore
+    """New ``A (e, d_in)`` and ``B (d_out, e)``, in float64; the states are changed in place, in their own dtype."""
+    n, m, dtype = on.keep, on.restore, state_b["rank_input"].dtype
+    h = n @ state_b["rank_input"].double() @ n.mT
+    d = m.mT @ state_b["rank_output"].double() @ m
     if state_a is not None:
-        _transport(state_a, m.mT, m.mT @ state_b["rank_output"] @ m, -2)
-    _transport(state_b, n, n @ state_b["rank_input"] @ n.mT, -1)
-    state_b["rank_input"] = n @ state_b["rank_input"] @ n.mT
-    state_b["rank_output"] = m.mT @ state_b["rank_output"] @ m
-    return n @ a.to(n.dtype), b.to(m.dtype) @ m
+        _transport(state_a, m.mT, d, -2)
+    _transport(state_b, n, h, -1)
+    state_b["rank_input"], state_b["rank_output"] = h.to(dtype), d.to(dtype)
+    return n @ a.double(), b.double() @ m
 
 
 def _transport(state: State, move: Tensor, factor: Tensor, rank_dim: int) -> None:
     """Moments under ``g <- move g`` (along the rank dimension), into the eigenbasis of the new factor."""
     basis = torch.linalg.eigh(0.5 * (factor + factor.mT))[1]
-    turn = (basis.mT @ move @ state["basis"]).mT  # rotate() takes the transpose
-    state["exp_avg"] = rotate(state["exp_avg"], turn, rank_dim).contiguous()
-    state["exp_avg_sq"] = rotate(state["exp_avg_sq"], turn.square(), rank_dim).contiguous()
-    state["basis"] = basis
+    turn = (basis.mT @ move @ state["basis"].double()).mT  # rotate() takes the transpose
+    for name, by in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
+        state[name] = rotate(state[name].double(), by, rank_dim).to(state[name].dtype).contiguous()
+    state["basis"] = basis.to(state["basis"].dtype).contiguous()
 
 
 def typical_second_moment(state: State, rank_dim: int) -> Tensor:

@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -49,7 +50,7 @@ class RankScheduler:
             swing to and fro on noise.
         absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
             own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
-        max_change: most directions that a layer gains or loses at one event.
+        max_change: the most by which a rank rises or falls at one event; None for no limit.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.
     """
@@ -72,14 +73,16 @@ class RankScheduler:
             raise ValueError(f"budget: got {self.budget!r}, expected a mean rank of at least min_rank={self.min_rank}")
         if not 0.0 <= self.start <= self.until <= 1.0:
             raise ValueError(f"start, until: got {self.start!r}, {self.until!r}, expected 0 <= start <= until <= 1")
-        for name in ("interval", "min_rank", "window", "sketch_rank"):
+        optional = ("max_rank", "total_steps", "max_change")
+        for name in ("interval", "min_rank", "window", "sketch_rank", *optional):
             value = getattr(self, name)
+            if value is None and name in optional:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+                hint = ", or None" if name in optional else ""
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{hint}")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps: got {self.total_steps!r}, expected at least 1, or None")
         if self.absent not in ("spectrum", "sketch"):
             raise ValueError(f"absent: got {self.absent!r}, expected 'spectrum' or 'sketch'")
         if not self.hysteresis >= 0:
@@ -89,7 +92,9 @@ class RankScheduler:
         """The first event at or after ``step`` steps taken; None when there are no more."""
         first, last = 1.0, math.inf
         if self.total_steps is not None:
-            first, last = max(1.0, self.start * self.total_steps), self.until * self.total_steps
+            # rounded: 0.07 * 100 is a little more than 7
+            first = max(1.0, round(self.start * self.total_steps, 6))
+            last = round(self.until * self.total_steps, 6)
         due = max(1, math.ceil(max(step, first) / self.interval)) * self.interval
         return due if due <= last else None
 
@@ -102,7 +107,7 @@ class RankScheduler:
         """The budget in parameters."""
         if self.budget is None:
             return sum(ranks[name] * cost for name, cost in costs.items())
-        return int(self.budget * sum(costs.values()))
+        return int(self.budget * sum(costs.values()) + 1e-6)
 
     def allocate(
         self,
@@ -122,20 +127,26 @@ class RankScheduler:
 
         Returns:
             the new ranks; never over budget. Ties go to the layer that is named first in the alphabet, so that the
-            order of layers does not matter.
+            order of layers does not matter. Today's ranks stay where they fit and nothing better is found (the fill is
+            optimal where all costs are equal, and nearly so elsewhere).
 
         Raises:
             ValueError: unknown layers, utilities that rise, or a budget too small for ``min_rank`` everywhere.
         """
-        if set(utilities) != set(costs):
-            raise ValueError(f"utilities and costs name different layers: {sorted(set(utilities) ^ set(costs))[:5]}")
+        for what, given in (("utilities", utilities), ("ranks", ranks)):
+            if given is not None and set(given) != set(costs):
+                raise ValueError(f"{what} and costs name different layers: {sorted(set(given) ^ set(costs))[:5]}")
+        for name, worth in utilities.items():
+            if not all(a >= b for a, b in pairwise(worth)):
+                raise ValueError(f"utilities: those of {name!r} are not in falling order: {list(worth)[:8]}")
         if ranks is None and self.budget is None:
             raise ValueError("budget: None means today's parameters; pass ranks, or set RankScheduler(budget=...)")
         total = self.parameters(costs, ranks or {})
         mean = total / sum(costs.values())
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
-        new = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
+        least = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
+        new = dict(least)
         left = total - sum(new[n] * costs[n] for n in costs)
         if left < 0 and floors:
             return self.allocate(utilities, costs, ranks, limits)  # a shrunken budget wins over gradual change
@@ -154,4 +165,8 @@ class RankScheduler:
             new[name] += 1
             if new[name] < most[name]:
                 heapq.heappush(queue, (-utilities[name][new[name]] / costs[name], name))
+        fits = ranks is not None and sum(ranks[n] * costs[n] for n in costs) <= total
+        if ranks is not None and fits and all(least[n] <= ranks[n] <= most[n] for n in costs):
+            before, after = (math.fsum(u for n in costs for u in utilities[n][: r[n]]) for r in (ranks, new))
+            return dict(ranks) if before >= after else new
         return new

@@ -32,9 +32,11 @@ def existing_directions(H: Tensor, D: Tensor) -> Existing:
 
     With ``H^1/2 D H^1/2 = U L U^T``, ``S^1/2 B A C^1/2`` has the singular values ``L^1/2``, and
     ``B (H^1/2 U_e) (U_e^T H^-1/2) A`` is its best approximation of rank e (Eckart & Young in the Fisher metric).
+    All in float64, whatever comes in: H may be near singular, and what is dropped must be what is worth nothing.
     """
+    H, D = H.double(), D.double()
     values, vectors = torch.linalg.eigh(0.5 * (H + H.mT))
-    floor = 1e-7 * values.amax().clamp_min(torch.finfo(H.dtype).tiny)
+    floor = 1e-10 * values.amax().clamp_min(torch.finfo(H.dtype).tiny)
     roots = values.clamp_min(floor).sqrt()
     half = (vectors * roots) @ vectors.mT
     inverse_half = (vectors / roots) @ vectors.mT
