@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="the adapters are PEFT's")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-RANKS = RankScheduler(interval=3, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+RANKS = RankScheduler(interval=3, hysteresis=0.0, window=2, sketch_rank=3)
 
 
 def prepared() -> tuple[Any, ...]:

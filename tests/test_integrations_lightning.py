@@ -19,7 +19,7 @@ from ctr_optim.integrations.lightning import CTRCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning", "ignore:.*LeafSpec")
 
-RANKS = dict(interval=3, until=1.0, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+RANKS = dict(interval=3, until=1.0, hysteresis=0.0, window=2, sketch_rank=3)
 
 
 class Module(pl.LightningModule):

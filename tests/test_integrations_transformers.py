@@ -24,7 +24,7 @@ from ctr_optim.integrations.transformers import CTRCallback, CTRFactory  # noqa:
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")
 
 OPTIONS: dict[str, Any] = dict(lr=0.02, max_kl=1e-3, calibration_interval=4)
-RANKS: dict[str, Any] = dict(interval=3, until=1.0, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+RANKS: dict[str, Any] = dict(interval=3, until=1.0, hysteresis=0.0, window=2, sketch_rank=3)
 
 
 def data(n: int = 24) -> list[dict[str, Any]]:

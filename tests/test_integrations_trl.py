@@ -26,7 +26,7 @@ TEXTS = [
     "It was a dark and stormy night.",
     "All happy families are alike.",
 ]
-RANKS = dict(interval=3, until=1.0, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
+RANKS = dict(interval=3, until=1.0, hysteresis=0.0, window=2, sketch_rank=3)
 
 
 def trainer_of(folder: Path, **args: Any) -> Any:
