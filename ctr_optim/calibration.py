@@ -9,14 +9,17 @@ training mode and autocast as in the user's own forward, norm statistics and par
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from ctr_optim.hooks import Hook
 
 
 class CannotRerun(Exception):
@@ -47,7 +50,7 @@ class Probe:
         self._depth: int | None = None
         self._handles = []
         for depth, module in enumerate(_common_ancestors(root, layers)):
-            before, after = _hooks_of(self, depth, id(module))
+            before, after = (Hook(partial(act, depth), id(module)) for act in (self.entered, self.left))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
 
@@ -75,7 +78,7 @@ class Probe:
         except CannotRerun as reason:
             self._call, self.refused = None, str(reason)
 
-    def left(self, depth: int, output: Any) -> None:
+    def left(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a forward: learn from the gradient which tokens the loss looks at."""
         if self.paused or self._depth != depth:
             return
@@ -198,20 +201,6 @@ def logits_of(output: Any) -> Tensor | None:
         return logits
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
-
-
-def _hooks_of(probe: Probe, depth: int, owner: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Forward hooks that serve only the module they were made for (``deepcopy(model)`` copies hooks too)."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if id(module) == owner:
-            probe.entered(depth, module, args, kwargs)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if id(module) == owner:
-            probe.left(depth, output)
-
-    return before, after
 
 
 def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

@@ -52,7 +52,7 @@ class CTROptimizer(Optimizer):
         factor_interval: int = 5,
         basis_interval: int = 10,
         damping: float = 0.1,
-        max_tokens: int | None = None,
+        max_tokens: int | None = 512,
         rank_scheduler: RankScheduler | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         resize: str = "auto",
@@ -398,7 +398,7 @@ class CTROptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
         super().zero_grad(set_to_none)
-        for block in self._blocks:
+        for block in self._blocks if self._taps.enabled else ():
             block.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -93,12 +93,13 @@ def _torch_optimizer(name: str) -> Callable:
 
 
 def _adalora(base, spec: dict, batches) -> Run:
-    """AdaLoRA from PEFT: starts at 1.5 times the rank; alpha matched (its scale is alpha, not alpha over r)."""
+    """AdaLoRA from PEFT: starts at 1.5 times the rank; alpha matched to that, as LoRA's is to its rank."""
     from peft import AdaLoraConfig
 
     rank, steps = spec["rank"], spec["steps"]
+    start = max(2, round(1.5 * rank))
     config = AdaLoraConfig(
-        init_r=max(2, round(1.5 * rank)), target_r=rank, lora_alpha=2, target_modules="all-linear",
+        init_r=start, target_r=rank, lora_alpha=2 * start, target_modules="all-linear",
         total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=5, task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(base, config)

@@ -57,6 +57,7 @@ class Block:
         self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
         self.sketch = [t[name] for name in ("sketch_range", "sketch_corange") if name in t]
         self._staged: list[Tensor] = []
+        self._stages: list[Stage] = []
 
     # -- capture ------------------------------------------------------------------------------------------------
 
@@ -65,11 +66,13 @@ class Block:
         if not self._staged:
             like = [self.b.tensors["factor_updates"], self.H, self.D, *self.C.tensors, *self.S.tensors, *self.sketch]
             self._staged = [torch.zeros_like(t) for t in like]
-        torch._foreach_zero_(self._staged)
+        self.forget()
+        if self._stages and not self.sketch:
+            return self._stages
         n = len(self.structure.fields)
         rows, h, d, *wide = self._staged
         sketches = self._sketches(damping, *wide[2 * n :]) if self.sketch else [None] * len(self.pairs)
-        return [
+        self._stages = [
             Stage(
                 rows[i],
                 h[i],
@@ -80,6 +83,7 @@ class Block:
             )
             for i in range(len(self.pairs))
         ]
+        return self._stages
 
     def _sketches(self, damping: float, range_: Tensor, corange: Tensor) -> list[Sketch]:
         omega, psi = self.test_matrices()
@@ -113,7 +117,7 @@ class Block:
     def forget(self) -> None:
         """Drop what the taps have staged so far."""
         if self._staged:
-            torch._foreach_zero_(self.staged)
+            torch._foreach_zero_(self._staged)
 
     def loss_tokens(self) -> Tensor:
         """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""

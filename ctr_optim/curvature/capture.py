@@ -11,9 +11,10 @@ micro-batches simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctr_optim.curvature.factors import Factor
+from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 
 
@@ -63,7 +65,7 @@ class Stage:
     def add_(self, x: Tensor, h: Tensor, b: Tensor, g: Tensor, stride: int) -> None:
         """Add tokens. x ``(..., d_in)``, h ``(..., r)``, b ``(d_out, r)``, g ``(..., d_out)``, any float dtype."""
         x, h, g = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])
-        active = (torch.linalg.vector_norm(g, ord=float("inf"), dim=-1, keepdim=True) != 0).to(x.dtype)
+        active = (g.abs().amax(-1, keepdim=True) != 0).to(x.dtype)
         weight = stride**0.5  # every kept token stands for `stride` of them
         x = x * (active * weight) if stride > 1 else x * active
         wide = self.rank_input.dtype
@@ -99,7 +101,10 @@ class _exact_matmul:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward adds to a stage. x and h are saved by the LoRA layer itself: nothing more is kept."""
+    """The identity; its backward adds to a stage.
+
+    Outside autocast x and h are what the LoRA layer saves itself, and nothing more is kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, h: Tensor, b: Tensor, stage: Stage, stride: int) -> Tensor:
@@ -130,7 +135,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         for index, pair in enumerate(pairs):
             for module, seen in ((pair.down, self._seen_down), (pair.up, self._seen_up)):
-                self._handles.append(module.register_forward_hook(_hook_of(seen, index, id(module))))
+                self._handles.append(module.register_forward_hook(Hook(partial(seen, index), id(module))))
 
     def _seen_down(self, index: int, module: nn.Module, args: tuple[Any, ...], h: Tensor) -> None:
         if self.enabled and torch.is_grad_enabled() and self.stages[index] is not None:
@@ -146,7 +151,10 @@ class Taps:
         x = x.detach().reshape(-1, x.shape[-1])
         stride = 1 if self.max_tokens is None else -(-x.shape[0] // self.max_tokens)
         weight: Tensor = module.weight  # type: ignore[assignment]
-        return _Tap.apply(out, x[::stride], h[::stride], weight.detach(), stage, stride)  # type: ignore
+        # in h's dtype: under autocast the layer keeps a copy of x in half precision, and so do we; a part of the tokens
+        # is copied out, for a view would keep the whole alive
+        x = x[::stride].to(h.dtype, copy=stride > 1)
+        return _Tap.apply(out, x, h[::stride], weight.detach(), stage, stride)  # type: ignore
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -163,12 +171,3 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self.stages = [None] * len(self.stages)
-
-
-def _hook_of(seen: Callable[..., Any], index: int, owner: int) -> Callable[..., Any]:
-    """A forward hook that serves only the module it was made for: ``deepcopy(model)`` copies hooks too."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return seen(index, module, args, output) if id(module) == owner else None
-
-    return hook

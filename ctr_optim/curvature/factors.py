@@ -76,8 +76,7 @@ class Diagonal(Factor):
 
     def add_rows_(self, rows: Tensor) -> None:
         (diagonal,) = self.tensors
-        # vector_norm sums in the wide dtype without a wide copy of the rows
-        diagonal += torch.linalg.vector_norm(rows, dim=0, dtype=diagonal.dtype).square_()
+        diagonal += rows.to(diagonal.dtype).square().sum(0)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.tensors[0].unsqueeze(-1) * x

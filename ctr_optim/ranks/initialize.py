@@ -61,6 +61,7 @@ def initialize(
         factor_decay=0.999,
         factor_structure=factor_structure,
         damping=damping,
+        max_tokens=None,
     )
     try:
         stale = [pair.name for pair in scout.pairs if bool((pair.B != 0).any())]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.adapters import find_pairs
+from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 
 _PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
@@ -66,9 +67,9 @@ def make_room(pair: LoRAPair, rank: int) -> None:
 def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[Any]:
     """Hooks that give ``pair`` the rank of the weights that it is about to load, and then call ``resized(pair)``."""
 
-    def hook(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    def fit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         incoming = state_dict.get(prefix + "weight")
-        if incoming is None or module not in (pair.down, pair.up):
+        if incoming is None:
             return
         rank = incoming.shape[0 if module is pair.down else 1]
         if rank != pair.rank:
@@ -76,7 +77,7 @@ def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[
             resized(pair)
 
     halves: tuple[Any, ...] = (pair.down, pair.up)
-    return [m.register_load_state_dict_pre_hook(hook) for m in halves]
+    return [m.register_load_state_dict_pre_hook(Hook(fit, id(m))) for m in halves]
 
 
 def _plain(key: str) -> str:

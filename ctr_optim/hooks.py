@@ -1,0 +1,28 @@
+"""Hooks on the user's model that stay behind when it is copied, pickled or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Hook:
+    """Calls ``act`` for the one module that it was made for.
+
+    ``copy.deepcopy`` and ``pickle`` take a module's hooks along: what they take of this one does nothing.
+    """
+
+    def __init__(self, act: Callable[..., Any], owner: int) -> None:
+        self.act, self.owner = act, owner
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        return self.act(module, *args) if id(module) == self.owner else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing, 0)
+
+
+def _nothing(*_: Any) -> None:
+    """What the hook of a copy does."""
