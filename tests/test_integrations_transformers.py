@@ -162,6 +162,14 @@ def test_the_event_log(tmp_path: Path) -> None:
     assert ranks != start["ranks"]
 
 
+def test_training_on_with_the_same_trainer_logs_every_event_once(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "optimizers", save_strategy="no")
+    trainer.train()
+    trainer.train()
+    ranks = [(e["step"], e["name"]) for e in read_events(tmp_path) if e["event"] == "rank"]
+    assert len(ranks) == len(set(ranks))
+
+
 @pytest.mark.parametrize("total", [None, 5])
 def test_the_scheduler_learns_the_length_of_the_training(tmp_path: Path, total: int | None) -> None:
     trainer = trainer_of(tmp_path, "factory", {**RANKS, "total_steps": total}, save_strategy="no")

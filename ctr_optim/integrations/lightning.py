@@ -28,7 +28,8 @@ class CTRCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the model load other ranks: Lightning loads it before it builds the optimizer."""
-        self._hooks = accept_ranks(pl_module)
+        if stage == "fit":
+            self._hooks = accept_ranks(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Model, optimizer and checkpoint are in place."""
@@ -37,7 +38,8 @@ class CTRCallback(pl.Callback):
         optimizer = unwrap(trainer.optimizers[0])
         total = trainer.estimated_stepping_batches
         set_length(optimizer, int(total) if total != float("inf") else 0)
-        self._log = EventLog(optimizer, self.events or trainer.log_dir or trainer.default_root_dir)
+        if self._log is None or self._log.optimizer is not optimizer:
+            self._log = EventLog(optimizer, self.events or trainer.log_dir or trainer.default_root_dir)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -68,7 +68,8 @@ class CTRCallback(TrainerCallback):
         _move_to_front(self)
         optimizer = unwrap(kwargs["optimizer"])
         set_length(optimizer, state.max_steps)
-        self._log = EventLog(optimizer, self.events or args.output_dir or ".")
+        if self._log is None or self._log.optimizer is not optimizer:  # train() may be called again
+            self._log = EventLog(optimizer, self.events or args.output_dir or ".")
 
     def on_log(
         self,
