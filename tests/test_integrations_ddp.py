@@ -136,3 +136,24 @@ def test_moving_ranks_are_refused_at_construction(tmp_path: Path) -> None:
     for errors in spawn(_move_ranks, tmp_path):
         assert len(errors) == 2
         assert all("group of 2 processes" in e and "ctr_optim.initialize" in e for e in errors)
+
+
+def _trainer(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    from accelerate.state import AcceleratorState
+    from test_integrations_transformers import trainer_of
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before the fork left
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    trainer = trainer_of(folder, "factory", None, max_steps=4, save_strategy="no", ddp_backend="gloo")
+    trainer.train()
+    assert trainer.model_wrapped.find_unused_parameters  # the Trainer's default for PEFT models
+    return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_the_trainer_in_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="Hugging Face's Trainer is an extra")
+    first, second = spawn(_trainer, tmp_path)
+    assert same(first, second)
+    logged = [e for e in read_events(tmp_path) if e["event"] == "log"]
+    assert [e["step"] for e in logged] == [2, 4] and logged[-1]["trust/source"] == "measured"
