@@ -46,8 +46,8 @@ class Sketch:
         """Add tokens: x ``(n, d_in)``, g ``(n, d_out)``."""
         x_t = self.structure.whiten(self.input_whitener, x.mT.to(self.omega.dtype))
         g_t = self.structure.whiten(self.output_whitener, g.mT.to(self.omega.dtype))
-        self.range_ += g_t @ (x_t.mT @ self.omega)
-        self.corange += (self.psi.mT @ g_t) @ x_t.mT
+        self.range_.add_(g_t @ (x_t.mT @ self.omega))
+        self.corange.add_((self.psi.mT @ g_t) @ x_t.mT)
 
 
 @dataclass
@@ -71,33 +71,30 @@ class Stage:
         wide = self.rank_input.dtype
         h = h.to(wide) * (active * weight).to(wide)
         g_rank = (g @ b.to(g.dtype)).to(wide) * weight
-        with _exact_matmul(g.device):
-            self.rows += active.sum(dtype=wide) * stride
-            self.rank_input += h.mT @ h
-            self.rank_output += g_rank.mT @ g_rank
+        with torch.autocast(g.device.type, enabled=False), _NoTF32(g.device):
+            self.rows.add_(active.sum(dtype=wide) * stride)
+            self.rank_input.add_(h.mT @ h)
+            self.rank_output.add_(g_rank.mT @ g_rank)
             self.input.add_rows_(x)
             self.output.add_rows_(g * weight if stride > 1 else g)
             if self.sketch is not None:
                 self.sketch.add_(x, g * weight if stride > 1 else g)
 
 
-class _exact_matmul:
-    """Full float32 products for Gram matrices, whatever the user chose for the model (no TF32, no autocast)."""
+class _NoTF32:
+    """Full float32 products for Gram matrices, whatever the user chose for the model (a compiled graph keeps it)."""
 
     def __init__(self, device: torch.device) -> None:
-        self.autocast = torch.autocast(device.type, enabled=False)
-        self.cuda = device.type == "cuda"
+        self.active = device.type == "cuda" and not torch.compiler.is_compiling()
 
     def __enter__(self) -> None:
-        self.autocast.__enter__()  # type: ignore[no-untyped-call]
-        if self.cuda:
+        if self.active:
             self.tf32 = torch.backends.cuda.matmul.allow_tf32
             torch.backends.cuda.matmul.allow_tf32 = False
 
     def __exit__(self, *exc: Any) -> None:
-        if self.cuda:
+        if self.active:
             torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        self.autocast.__exit__(*exc)
 
 
 class _Tap(torch.autograd.Function):

@@ -1,0 +1,69 @@
+"""A model that is being trained can be copied, pickled and saved whole."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    Net,
+    assert_factors,
+    batch,
+    factors_of,
+    llama_batch,
+    llama_loss,
+    net,
+    optimizer,
+    same,
+    snapshot,
+    tiny_llama,
+    train,
+)
+
+
+def through_torch(model: Net) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch])
+def test_a_copy_is_a_model_like_any_other(copied: Callable[[Net], Net]) -> None:
+    model = net(rank=3)
+    opt = optimizer(model, rank_scheduler={"interval": 4, "window": 4}, calibration_interval=1)
+    train(model, opt, 2)
+    clone = copied(model)
+    assert same(snapshot(clone), snapshot(model))
+    assert torch.equal(clone(batch()[0]), model(batch()[0]))
+    before = factors_of(opt)
+    train(clone, torch.optim.SGD(clone.parameters(), lr=0.1), 2)  # nobody listens
+    opt.zero_grad()
+    assert all(torch.equal(f[k], factors_of(opt)[n][k]) for n, f in before.items() for k in f)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        clone.load_state_dict(net(rank=2).state_dict())
+    own = optimizer(clone, rank_scheduler={"interval": 4, "window": 4})
+    train(clone, own, 5)
+    assert own.metrics()["ranks"].keys() == {"up", "down"}
+    train(model, opt, 3, start=2)
+
+
+def test_a_compiled_model_stays_one_graph() -> None:
+    pytest.importorskip("peft", reason="the adapters are PEFT's")
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        model = tiny_llama(torch.float32)
+        opt = optimizer(model, rank_scheduler={"interval": 50})
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for step in range(2):
+            llama_loss(called, llama_batch(step)).backward()
+            opt.step()
+            opt.zero_grad()
+        found.append(factors_of(opt))
+    assert_factors(found[1], found[0], 1e-5)
+    torch.compiler.reset()
