@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +20,7 @@ from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, sketch_state, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.gradients import all_finite, grad_scale, warn_skipped
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack
 from ctr_optim.ranks.controller import RankController
@@ -32,6 +31,44 @@ from ctr_optim.trust_region import penalty_gradients, quadratic
 
 
 class CTROptimizer(Optimizer):
+    r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
+
+    Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks keep
+    :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
+    :math:`S = E[g g^T]` (:math:`h = A x`, g the per-token gradient at B's output). A step is
+
+    .. math::
+        \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
+        \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
+
+    with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included, and
+    :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled alike.
+
+    Args:
+        params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
+        lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+        max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
+        kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
+            scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the loss,
+            needs ``step(closure)``, which is called twice.
+        calibration_interval: steps between measurements of kappa; None: kappa is 1, the plain metric.
+        trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
+        curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, needs a model that returns its loss; ``"none"``.
+        factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
+        factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
+        damping: of whitening, relative to the mean eigenvalue.
+        max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
+        rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
+        model: the model, where it should not be searched for.
+        resize: how ranks move; see the documentation.
+        loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
+        maximize, foreach: as in torch; ``foreach=False`` works layer by layer.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what was expected.
+    """
+
     _finalizer: weakref.finalize
 
     def __init__(
@@ -75,7 +112,7 @@ class CTROptimizer(Optimizer):
             "hessians": 0,
             **initial_shared(self._settings),
         }
-        self._scheduler = rank_scheduler if rank_scheduler is None else as_scheduler(rank_scheduler)
+        self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
         self._attach()
 
     # -- the layers ---------------------------------------------------------------------------------------------
@@ -177,6 +214,14 @@ class CTROptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. A step with a gradient that is not finite changes nothing, and is counted.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            the closure's loss.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -200,22 +245,10 @@ class CTROptimizer(Optimizer):
 
     def _check(self, grads: list[Tensor]) -> Tensor:
         """``()`` whether every gradient is finite; counts and tells where not, without waiting for the device."""
-        for g in grads:
-            if g.is_sparse or g.is_complex():
-                kind = "sparse" if g.is_sparse else "complex"
-                raise TypeError(
-                    f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real"
-                )
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for g in grads:
-            by_device.setdefault(g.device, []).append(g)
-        home = grads[0].device
-        finite = torch.stack(
-            [torch.isfinite(torch.stack(torch._foreach_norm(gs, math.inf))).all().to(home) for gs in by_device.values()]
-        ).all()
+        finite = all_finite(grads)
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + ~finite
-        if home.type == "cpu" and not finite:
-            _warn_skipped()
+        if finite.device.type == "cpu" and not finite:
+            warn_skipped()
         return finite
 
     def _commit(self, finite: Tensor) -> None:
@@ -228,7 +261,7 @@ class CTROptimizer(Optimizer):
             self._looked = True
             guards.warn_if_blind(tokens, finite, self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
-        grad = 1.0 / (_grad_scale() * world)
+        grad = 1.0 / (grad_scale() * world)
         scale = TokenScale(
             tokens, tokens * grad if self._settings.loss_reduction == "mean" else tokens.new_tensor(grad)
         )
@@ -365,7 +398,7 @@ class CTROptimizer(Optimizer):
         skipped, self._skipped = int(self._skipped or 0), None
         if skipped:
             self._shared["skipped"] += skipped
-            _warn_skipped()
+            warn_skipped()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
@@ -425,15 +458,6 @@ def _due(step: int, interval: int) -> bool:
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
 
-def as_scheduler(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
-    """A RankScheduler, or one from a config's dict of its arguments."""
-    if isinstance(given, RankScheduler):
-        return given
-    if isinstance(given, Mapping):
-        return RankScheduler(**given)
-    raise TypeError(f"rank_scheduler: got {type(given).__name__}, expected a RankScheduler or a dict of its arguments")
-
-
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:
     inside = {id(m) for m in root.modules()}
     return all(id(pair.layer) in inside for pair in pairs)
@@ -445,29 +469,3 @@ def _close(taps: Taps, probe: Probe | None, handles: list[Any]) -> None:
         handle.remove()
     if probe is not None:
         probe.close()
-
-
-def _warn_skipped() -> None:
-    warnings.warn(
-        "CTROptimizer skipped a step: a gradient was not finite. Parameters, moments and factors are untouched; "
-        "metrics()['skipped_steps'] counts such steps.",
-        stacklevel=4,
-    )
-
-
-def _grad_scale() -> float | Tensor:
-    """The loss scale of the GradScaler that called this step, or 1.
-
-    The scaler unscales ``p.grad`` but cannot reach what the taps staged, and hides its scale from optimizers when the
-    user unscaled early to clip. It is the caller of ``step()``, a few frames up.
-    """
-    frame = sys._getframe(2)
-    for _ in range(10):
-        # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
-        scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
-        if isinstance(scaler, torch.amp.GradScaler):
-            return scaler._scale if scaler._scale is not None else 1.0
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return 1.0

@@ -88,6 +88,17 @@ class RankScheduler:
         if not self.hysteresis >= 0:
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
 
+    @staticmethod
+    def of(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
+        """A scheduler, or one from a config's dict of its arguments."""
+        if isinstance(given, RankScheduler):
+            return given
+        if isinstance(given, Mapping):
+            return RankScheduler(**given)
+        raise TypeError(
+            f"rank_scheduler: got {type(given).__name__}, expected a RankScheduler or a dict of its arguments"
+        )
+
     def next_event(self, step: int) -> int | None:
         """The first event at or after ``step`` steps taken; None when there are no more."""
         first, last = 1.0, math.inf

@@ -1,0 +1,54 @@
+"""What a step must know of its gradients: whether they can be used, and what scale they had in backward."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def all_finite(grads: list[Tensor]) -> Tensor:
+    """``()`` on the first gradient's device: whether every gradient is finite, without waiting for any device.
+
+    Raises:
+        TypeError: for a sparse or complex gradient.
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        if g.is_sparse or g.is_complex():
+            kind = "sparse" if g.is_sparse else "complex"
+            raise TypeError(f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real")
+        by_device.setdefault(g.device, []).append(g)
+    home = grads[0].device
+    largest = [torch.stack(torch._foreach_norm(some, math.inf)) for some in by_device.values()]
+    return torch.stack([torch.isfinite(norms).all().to(home) for norms in largest]).all()
+
+
+def warn_skipped() -> None:
+    """Tell the user about a step that was not taken; Python shows it once."""
+    warnings.warn(
+        "CTROptimizer skipped a step: a gradient was not finite. Parameters, moments and factors are untouched; "
+        "metrics()['skipped_steps'] counts such steps.",
+        stacklevel=5,
+    )
+
+
+def grad_scale() -> float | Tensor:
+    """The loss scale of the GradScaler that called the running ``step()``, or 1.
+
+    The scaler unscales ``p.grad`` but cannot reach what the taps staged, and hides its scale from optimizers when the
+    user unscaled early to clip. It is the caller of ``step()``, a few frames up.
+    """
+    frame = sys._getframe(2)
+    for _ in range(10):
+        # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
+        scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            return scaler._scale if scaler._scale is not None else 1.0
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return 1.0
