@@ -58,6 +58,7 @@ def _enter(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, .
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
+        dist.barrier()  # whoever is done first must not leave while the other still connects
     finally:
         dist.destroy_process_group()
 
