@@ -27,22 +27,23 @@ from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 from ctr_optim.settings import Settings, check_group
-from ctr_optim.trust_region import penalty_gradients, quadratic
+from ctr_optim.trust_region import penalty_gradients
 
 
 class CTROptimizer(Optimizer):
     r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
 
-    Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks keep
-    :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
+    Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks
+    keep :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
     :math:`S = E[g g^T]` (:math:`h = A x`, g the per-token gradient at B's output). A step is
 
     .. math::
         \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
         \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
 
-    with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included, and
-    :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled alike.
+    with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included,
+    and :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled
+    alike.
 
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
@@ -50,11 +51,11 @@ class CTROptimizer(Optimizer):
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
-            scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the loss,
-            needs ``step(closure)``, which is called twice.
+            scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
+            loss, needs ``step(closure)``, which is called twice.
         calibration_interval: steps between measurements of kappa; None: kappa is 1, the plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
-        curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, needs a model that returns its loss; ``"none"``.
+        curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
         factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
         damping: of whitening, relative to the mean eigenvalue.
@@ -294,25 +295,11 @@ class CTROptimizer(Optimizer):
         """``()`` the step's quadratic form in the chosen curvature; None where there is none."""
         if self._settings.curvature == "hutchinson" and self._probe is not None:
             if self._probe.enabled and self._probe.ready:
-                self._sample_hessian(list(deltas))
+                hutchinson.sample(list(deltas), self._probe.gradients, self._shared, self._settings.factor_decay)
             return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
         if not self._blocks:
             return None
-        forms = []
-        for block in self._blocks:
-            delta_a = deltas.get(block.a) if block.a is not None else None
-            a, b = block.weights()
-            forms.append(quadratic(delta_a, deltas.get(block.b), a, b, block.H, block.D, block.C, block.S).sum())
-        return torch.stack(forms).sum()
-
-    def _sample_hessian(self, stacks: list[Stack]) -> None:
-        """Another sample of the Hessian's diagonal into the moving average."""
-        assert self._probe is not None
-        samples = hutchinson.sample_diagonal(stacks, self._probe.gradients, self._shared["steps"])
-        world = distributed.add_up(samples)
-        self._shared["hessians"] += 1
-        for stack, sample in zip(stacks, samples, strict=True):
-            hutchinson.update_diagonal_(stack, sample / world, self._settings.factor_decay, self._shared["hessians"])
+        return torch.stack([block.quadratic(deltas) for block in self._blocks]).sum()
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""

@@ -54,7 +54,7 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
     model.to(device)
     examples = tasks.encode(tasks.load_rows(Path(args.data), task, "train"), tokenizer)
     stream = list(tasks.batches(examples, batch, steps + 1, 0, device))
-    optimizer = CTROptimizer(model.parameters())
+    optimizer = CTROptimizer(model.parameters(), max_kl=args.max_kl)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     ratios: dict[str, list[float]] = {"same batch": [], "fresh batch": [], "same batch, uncalibrated": []}
     violations, losses = 0, []
@@ -77,7 +77,8 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
         optimizer.zero_grad()
         schedule.step()
     return {
-        "base": base, "task": task, "steps": steps, "batch": batch, "violations": violations,
+        "base": base, "task": task, "steps": steps, "batch": batch, "max_kl": args.max_kl, "violations": violations,
+        "same": [round(r, 3) for r in ratios["same batch"]],
         "ratios": {name: quantiles(values) for name, values in ratios.items()}, "final_loss": sum(losses[-10:]) / 10,
         "versions": {"torch": torch.__version__, "device": device.type},
     }  # fmt: skip
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--base", default="base5m")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--max-kl", type=float, default=5e-2)
     parser.add_argument("--tasks", default="e2e,gsm8k")
     args = parser.parse_args()
     for task in args.tasks.split(","):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ctr_optim.curvature.capture import Sketch, Stage
 from ctr_optim.curvature.factors import Factor, eigenbasis
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack, initial_state
+from ctr_optim.trust_region import quadratic
 
 
 def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
@@ -153,6 +154,11 @@ class Block:
         for stack, factor in ((self.a, self.D), (self.b, self.H)):
             if stack is not None:
                 stack.set_basis(eigenbasis(factor, stack.tensors["basis"]))
+
+    def quadratic(self, deltas: Mapping[Stack, Tensor]) -> Tensor:
+        """``()`` the K-FAC quadratic form of these layers' part of a step."""
+        delta_a = deltas.get(self.a) if self.a is not None else None
+        return quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S).sum()
 
     def kl_from_base(self) -> Tensor:
         """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim import distributed
 from ctr_optim.calibration import moved
 from ctr_optim.precondition import Stack, initial_state
 
@@ -54,6 +55,17 @@ def sample_diagonal(
     return [
         z * torch.stack([next(products).to(z) for _ in stack.params]) for stack, z in zip(stacks, signs, strict=True)
     ]
+
+
+def sample(
+    stacks: Sequence[Stack], gradients: Callable[[list[Tensor]], list[Tensor]], shared: dict[str, Any], decay: float
+) -> None:
+    """Another sample into the moving average, the mean over processes."""
+    samples = sample_diagonal(stacks, gradients, shared["steps"])
+    world = distributed.add_up(samples)
+    shared["hessians"] += 1
+    for stack, one in zip(stacks, samples, strict=True):
+        update_diagonal_(stack, one / world, decay, shared["hessians"])
 
 
 def update_diagonal_(stack: Stack, sample: Tensor, decay: float, updates: int) -> None:
