@@ -104,7 +104,9 @@ class TrustRegion:
             return
         target, guess, first = max(self.bound or 0.0, 1e-4), self.coupling(shared), shared["coupling"] is None
         for _ in range(3 if first else 1):
-            epsilon = math.sqrt(2 * target / (guess * form))
+            # no further than the step itself goes (or a trace of a move): a model that cannot reach the target would
+            # look flatter the further one pushes it
+            epsilon = min(math.sqrt(2 * target / (guess * form)), max(1.0, math.sqrt(2e-4 / (guess * form))))
             logits = self._logits_along(deltas, epsilon)
             measured = distributed.mean(gauss_newton_kl(*logits) if logits else None, q)
             coupling = measured / (0.5 * epsilon**2 * form)
