@@ -44,7 +44,7 @@ def adam_(
     wide = (-1,) + (1,) * (grad.dim() - 1)
     on = live.view(wide).to(grad.dtype)
     exp_avg.lerp_(grad, (1 - betas[0]) * on)
-    exp_avg_sq.lerp_(grad.square(), (1 - betas[1]) * on)
+    exp_avg_sq.mul_(betas[1] ** on).addcmul_(grad, grad * ((1 - betas[1]) * on))
     count = step.double().clamp_min(1).view(wide)
     correction1 = (1 - betas[0] ** count).to(grad.dtype)
     correction2 = (1 - betas[1] ** count).sqrt_().to(grad.dtype)
