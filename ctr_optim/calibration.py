@@ -41,7 +41,7 @@ class _Call:
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.2) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
         self.enabled = False
         self.paused = False
         self.share = share

@@ -24,14 +24,7 @@ _COUPLING_GUESS = 30.0  # where the first measurement starts from; language mode
 
 def initial_shared(settings: Settings) -> dict[str, Any]:
     """Numbers of the trust region that a checkpoint carries."""
-    return {
-        "calibrate_at": 0,
-        "gap": 1,
-        "coupling": None,
-        "base_coupling": None,
-        "calibrations": 0,
-        "max_kl": settings.max_kl,
-    }
+    return {"coupling": None, "base_coupling": None, "calibrations": 0, "max_kl": settings.max_kl}
 
 
 class TrustRegion:
@@ -64,11 +57,8 @@ class TrustRegion:
             shared: the optimizer's numbers, changed here.
         """
         self.bound = self._bound_now(groups, shared)
-        if self.probe is not None and self.probe.enabled:
-            if self.probe.ready:
-                self._calibrate(deltas, blocks, q, shared)
-            gap = shared["gap"] if self.probe.refused is None else self.settings.calibration_interval
-            shared["calibrate_at"] = shared["steps"] + gap
+        if self.probe is not None and self.probe.enabled and self.probe.ready:
+            self._calibrate(deltas, blocks, q, shared)
         predicted = 0.5 * self.coupling(shared) * q
         scale = torch.ones_like(predicted) if self.bound is None else scale_within(predicted, self.bound)
         self.predicted, self.scale = predicted * scale.square(), scale
@@ -125,22 +115,11 @@ class TrustRegion:
             close, guess = 0.5 < coupling / guess < 2, coupling
             if close:
                 break
-        self._learn(coupling, shared)
+        # the slice is small: the geometric mean with the last value halves its noise
+        shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
         shared["calibrations"] += 1
         if shared["calibrations"] % 4 == 2:
             self._calibrate_base(logits, blocks, shared)
-
-    def _learn(self, measured: float, shared: dict[str, Any]) -> None:
-        """Take in a measurement, and decide when to make the next one.
-
-        The slice is small: while measurements agree within a factor of two, their geometric mean halves the noise, and
-        the gap to the next doubles, up to the interval. One that disagrees replaces the old value, and the next comes
-        soon.
-        """
-        known, interval = shared["coupling"], self.settings.calibration_interval or 1
-        agrees = known is not None and 0.5 < measured / known < 2
-        shared["coupling"] = math.sqrt(measured * known) if agrees else measured
-        shared["gap"] = min(interval, 2 * shared["gap"]) if agrees else max(1, shared["gap"] // 4)
 
     def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
         assert self.probe is not None

@@ -53,8 +53,7 @@ class CTROptimizer(Optimizer):
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
             loss, needs ``step(closure)``, which is called twice.
-        calibration_interval: most steps between measurements of kappa; they come more often while kappa changes fast.
-            None: kappa is 1, the plain metric.
+        calibration_interval: steps between measurements of kappa; None: kappa is 1, the plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
         curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
@@ -194,7 +193,7 @@ class CTROptimizer(Optimizer):
                 for index, stage in zip(block.indices, block.stages(s.damping), strict=True):
                     self._taps.stages[index] = stage
         if self._probe is not None:
-            self._probe.enabled = step >= self._shared["calibrate_at"]
+            self._probe.enabled = s.calibration_interval is not None and _due(step, s.calibration_interval)
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -442,7 +441,7 @@ class CTROptimizer(Optimizer):
 
 
 def _due(step: int, interval: int) -> bool:
-    """Every ``interval`` steps; more often at first, when everything changes fast: steps 0 to 8, 10, 12, ..."""
+    """Every ``interval`` steps; at first, when everything still changes fast, every ``step // 4``: 0 ... 8, 10, 12, ..."""
     return step % interval == 0 or (step < interval and step % max(1, step // 4) == 0)
 
 

@@ -30,8 +30,6 @@ from support import (
 from torch import Tensor, nn
 
 from ctr_optim.calibration import gauss_newton_kl, kl_divergence, moved
-from ctr_optim.constraint import TrustRegion, initial_shared
-from ctr_optim.curvature.capture import Taps
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
 
@@ -271,31 +269,16 @@ def test_measurements_under_autocast_run_under_autocast() -> None:
     assert opt.metrics()["trust/source"] == "measured"
 
 
-def test_measurements_thin_out_while_they_agree_and_come_back_when_they_do_not() -> None:
-    shared = initial_shared(settings := optimizer(net(), calibration_interval=8)._settings)
-    region = TrustRegion(settings, None, Taps([], None))
-    gaps, known = [], []
-    for measured in (100.0, 100.0, 100.0, 100.0, 100.0, 30.0, 30.0, 40.0):
-        region._learn(measured, shared)
-        gaps.append(shared["gap"])
-        known.append(shared["coupling"])
-    assert gaps == [1, 2, 4, 8, 8, 2, 4, 8]
-    assert known[:7] == pytest.approx([100.0] * 5 + [30.0] * 2)  # one that disagrees replaces
-    assert known[7] == pytest.approx((30.0 * 40.0) ** 0.5)  # one that agrees is averaged
-
-
-def test_the_model_is_run_again_only_when_due() -> None:
+def test_measurements_happen_when_due() -> None:
     model, calls = net(), []
     model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     opt = optimizer(model, calibration_interval=4, lr=1e-3)
-    due = 0
-    for step in range(12):
+    counts = []
+    for step in range(10):
         calls.clear()
-        expected = step >= opt.param_groups[0]["ctr"]["calibrate_at"]
         train(model, opt, 1, step)
-        assert (calls.count(False) > 0) == expected
-        due += expected
-    assert 4 <= due <= 9
+        counts.append(calls.count(False))
+    assert [c > 0 for c in counts] == [True, True, True, True, True, False, False, False, True, False]
 
 
 # -- where it cannot be done ------------------------------------------------------------------------------------------
