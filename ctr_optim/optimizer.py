@@ -62,7 +62,7 @@ class CTROptimizer(Optimizer):
         max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
         rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
         model: the model, where it should not be searched for.
-        resize: how ranks move; see the documentation.
+        resize: ``"auto"`` or ``"physical"``: layers get weights of another shape (in one process only).
         loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
         maximize, foreach: as in torch; ``foreach=False`` works layer by layer.
 
