@@ -17,7 +17,7 @@ from ctr_optim.calibration import Probe
 from ctr_optim.checkpoint import check_checkpoint, exact_copy
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, sketch_state, stack_all
+from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, sketch_state, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.gradients import all_finite, grad_scale, warn_skipped
@@ -334,9 +334,7 @@ class CTROptimizer(Optimizer):
             raise ValueError("rank_scheduler: this optimizer was built without one; pass it to CTROptimizer")
         self._scheduler = self._ranks.scheduler = scheduler
         if not scheduler.sketches(self.steps):
-            for pair in self.pairs:
-                for name in ("sketch_range", "sketch_corange"):
-                    self.state[pair.B].pop(name, None)
+            drop_sketches(self.state, self.pairs)
             self._restack()
         self._arm()
 
@@ -409,9 +407,7 @@ class CTROptimizer(Optimizer):
         """The model loaded a pair of another rank: its state here is void until ours is loaded, too."""
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
-        for other in self.pairs:  # sketches begin anew, everywhere at once
-            for name in ("sketch_range", "sketch_corange"):
-                self.state[other.B].pop(name, None)
+        drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
         self._restack()
         self._arm()
 

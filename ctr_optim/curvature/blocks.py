@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,21 +57,21 @@ class Block:
         self.C = structure(*(t[f"input_{f}"] for f in structure.fields))
         self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
         self.sketch = [t[name] for name in ("sketch_range", "sketch_corange") if name in t]
-        self._staged: list[Tensor] = []
+        self.staged: list[Tensor] = []  # what processes add up before a commit
         self._stages: list[Stage] = []
 
     # -- capture ------------------------------------------------------------------------------------------------
 
     def stages(self, damping: float) -> list[Stage]:
         """Empty stages for the taps, one a pair: views into stacked sums."""
-        if not self._staged:
+        if not self.staged:
             like = [self.b.tensors["factor_updates"], self.H, self.D, *self.C.tensors, *self.S.tensors, *self.sketch]
-            self._staged = [torch.zeros_like(t) for t in like]
+            self.staged = [torch.zeros_like(t) for t in like]
         self.forget()
         if self._stages and not self.sketch:
             return self._stages
         n = len(self.structure.fields)
-        rows, h, d, *wide = self._staged
+        rows, h, d, *wide = self.staged
         sketches = self._sketches(damping, *wide[2 * n :]) if self.sketch else [None] * len(self.pairs)
         self._stages = [
             Stage(
@@ -90,7 +90,7 @@ class Block:
         omega, psi = self.test_matrices()
         whiten_in, whiten_out = self.whiteners(damping)
         return [
-            Sketch(range_[i], corange[i], omega, psi, _layer(whiten_in, i), _layer(whiten_out, i), self.structure)
+            Sketch(range_[i], corange[i], omega, psi, layer_of(whiten_in, i), layer_of(whiten_out, i), self.structure)
             for i in range(len(self.pairs))
         ]
 
@@ -110,19 +110,14 @@ class Block:
         """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
         return torch.stack([pair.A.detach() for pair in self.pairs]).to(self.H.dtype), self.b.values()
 
-    @property
-    def staged(self) -> list[Tensor]:
-        """Everything that processes add up before a commit."""
-        return self._staged
-
     def forget(self) -> None:
         """Drop what the taps have staged so far."""
-        if self._staged:
-            torch._foreach_zero_(self._staged)
+        if self.staged:
+            torch._foreach_zero_(self.staged)
 
     def loss_tokens(self) -> Tensor:
         """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
-        rows = self._staged[0]
+        rows = self.staged[0]
         return torch.where(rows > 0, rows, torch.inf).amin()
 
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
@@ -130,10 +125,10 @@ class Block:
 
         ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
         """
-        rows, h, d, *wide = self._staged
+        rows, h, d, *wide = self.staged
         n = len(self.structure.fields)
         seen = (rows > 0) & finite
-        for t in self._staged:
+        for t in self.staged:
             seen = seen & torch.isfinite(t).flatten(1).all(1) if t.dim() > 1 else seen
         updates = self.b.tensors["factor_updates"]
         updates += seen
@@ -213,5 +208,13 @@ def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
     }
 
 
-def _layer(whitener: Tensor | tuple[Tensor, ...], index: int) -> Tensor | tuple[Tensor, ...]:
+def drop_sketches(state: Any, pairs: Iterable[LoRAPair]) -> None:
+    """Take the pairs' sketches out of the state; whoever holds stacks of it stacks anew."""
+    for pair in pairs:
+        for name in ("sketch_range", "sketch_corange"):
+            state[pair.B].pop(name, None)
+
+
+def layer_of(whitener: Tensor | tuple[Tensor, ...], index: int) -> Tensor | tuple[Tensor, ...]:
+    """One layer's part of the whitener of a batch."""
     return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ctr_optim.curvature.blocks import Block
+from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.lora import LoRAPair
 from ctr_optim.ranks.reallocation import reallocate, survey
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
@@ -42,9 +42,7 @@ class RankController:
         surveys = [s for block in blocks for s in survey(block, max(1, shared["sketched"]), self.damping)]
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
-        for s in surveys:
-            for name in ("sketch_range", "sketch_corange"):
-                state[s.pair.B].pop(name, None)
+        drop_sketches(state, [s.pair for s in surveys])
         scheduler = self.scheduler
         if scheduler.budget is None:
             parameters = sum(s.pair.rank * s.pair.cost for s in surveys)
