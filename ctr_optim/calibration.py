@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ctr_optim import distributed
 from ctr_optim.hooks import Hook
 
 
@@ -137,7 +138,9 @@ class Probe:
         devices = sorted({p.device.index or 0 for p in call.module.parameters() if p.is_cuda})
         norms = [m for m in call.module.modules() if isinstance(m, _NormBase) and m.training]
         buffers = [(b, b.clone()) for m in norms for b in m.buffers()]
+        fsdp = distributed.fsdp_modules([call.module])
         self.paused = True
+        distributed.reshard(fsdp)
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.random.fork_rng(devices))
@@ -149,20 +152,21 @@ class Probe:
                 yield
         finally:
             self.paused = False
+            distributed.reshard(fsdp)
             for buffer, before in buffers:
                 buffer.copy_(before)
 
 
 @contextmanager
-def moved(changes: Sequence[tuple[Sequence[Tensor], Tensor | None]], factor: float = 1.0) -> Iterator[None]:
-    """Displace parameters by ``factor`` times their stacked delta (None: to zero) for a while; restored bit for bit."""
+def moved(changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float = 1.0) -> Iterator[None]:
+    """Displace parameters by ``factor`` times their deltas (None: to zero) for a while; restored bit for bit."""
     saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
     try:
         for (params, _), (_, delta) in zip(saved, changes, strict=True):
             if delta is None:
                 torch._foreach_zero_(params)
             else:
-                torch._foreach_add_(params, list((factor * delta).unbind(0)))
+                torch._foreach_add_(params, torch._foreach_mul(list(delta), factor))
         yield
     finally:
         for params, values in saved:

@@ -57,7 +57,7 @@ class TrustRegion:
             shared: the optimizer's numbers, changed here.
         """
         self.bound = self._bound_now(groups, shared)
-        if self.probe is not None and self.probe.enabled and self.probe.ready:
+        if self.probe is not None and self.probe.enabled and distributed.everywhere(self.probe.ready, q):
             self._calibrate(deltas, blocks, q, shared)
         predicted = 0.5 * self.coupling(shared) * q
         scale = torch.ones_like(predicted) if self.bound is None else scale_within(predicted, self.bound)
@@ -123,7 +123,7 @@ class TrustRegion:
 
     def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
         assert self.probe is not None
-        changes = [(stack.params, delta) for stack, delta in deltas.items()]
+        changes = [stack.parts(delta) for stack, delta in deltas.items()]
         logits = []
         for sign in (1.0, -1.0):
             with self.taps.paused(), moved(changes, sign * epsilon):
@@ -138,7 +138,8 @@ class TrustRegion:
         total = float(sum(block.kl_from_base().sum() for block in blocks))
         if not total > 0:
             return
-        with self.taps.paused(), moved([([pair.B for block in blocks for pair in block.pairs], None)]):
+        b = [distributed.local(pair.B) for block in blocks for pair in block.pairs]
+        with self.taps.paused(), moved([(b, None)]):
             base = self.probe.logits()
         here = None if logits is None or base is None else kl_divergence((logits[0] + logits[1]) / 2, base)
         shared["base_coupling"] = distributed.mean(here, blocks[0].H) / total
@@ -152,10 +153,12 @@ class TrustRegion:
         promised, sign = -float(self.predicted), 1.0
         for stack, delta in deltas.items():
             sign = -1.0 if stack.group["maximize"] else 1.0
-            for p, d in zip(stack.params, delta.unbind(0), strict=True):
-                if p.grad is not None:
-                    promised -= sign * float((p.grad * d).sum())
+            parts = zip(stack.params, *stack.parts(delta), strict=True)
+            slopes = [(distributed.local(p.grad) * part).sum() for p, _, part in parts if p.grad is not None]
+            promised -= sign * float(distributed.sum_over_parts(torch.stack(slopes).sum(), stack.params[0]))
         with self.taps.paused(), torch.enable_grad():
             after = closure()
-        gained = sign * (float(before) - float(after))
-        shared["max_kl"] = adapted_bound(shared["max_kl"], self.settings.max_kl, gained, promised)
+        # every process saw its own share of the batch
+        gained = torch.tensor(sign * (float(before) - float(after)), device=slopes[0].device)
+        gain = float(gained / distributed.add_up([gained]))
+        shared["max_kl"] = adapted_bound(shared["max_kl"], self.settings.max_kl, gain, promised)

@@ -9,9 +9,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from ctr_optim import distributed
+
 
 def all_finite(grads: list[Tensor]) -> Tensor:
     """``()`` on the first gradient's device: whether every gradient is finite, without waiting for any device.
+
+    Processes that hold parts of the gradients (FSDP2) agree; elsewhere all of them hold the same ones.
 
     Raises:
         TypeError: for a sparse or complex gradient.
@@ -21,10 +25,15 @@ def all_finite(grads: list[Tensor]) -> Tensor:
         if g.is_sparse or g.is_complex():
             kind = "sparse" if g.is_sparse else "complex"
             raise TypeError(f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real")
-        by_device.setdefault(g.device, []).append(g)
+        part = distributed.local(g)
+        if part.numel() > 0:
+            by_device.setdefault(g.device, []).append(part)
     home = grads[0].device
     largest = [torch.stack(torch._foreach_norm(some, math.inf)) for some in by_device.values()]
-    return torch.stack([torch.isfinite(norms).all().to(home) for norms in largest]).all()
+    finite = torch.ones((), dtype=torch.bool, device=home)
+    for norms in largest:
+        finite = finite & torch.isfinite(norms).all().to(home)
+    return distributed.everywhere(finite) if any(map(distributed.is_sharded, grads)) else finite
 
 
 def warn_skipped() -> None:

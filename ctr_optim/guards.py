@@ -24,6 +24,30 @@ def check_parameters(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
+def check_sharding(parameters: Iterable[nn.Parameter], curvature: str) -> None:
+    """Of parameters in parts, take what FSDP2 makes: one mesh of all processes, one dimension of it sharded."""
+    sharded = [p for p in parameters if distributed.is_sharded(p)]
+    if sharded and curvature == "hutchinson":
+        raise ValueError(
+            "curvature: got 'hutchinson' with sharded parameters (FSDP2), expected 'kfac' or 'none'; its gradients are "
+            "taken outside of the backward that gathers the parameters"
+        )
+    for mesh, placements in {distributed.layout(p) for p in sharded}:
+        plain = all(type(p).__name__ in ("Shard", "Replicate") for p in placements)
+        if mesh.size() != distributed.world_size() or not plain or sum(p.is_shard() for p in placements) != 1:
+            raise ValueError(
+                f"CTROptimizer: parameters are laid out as {placements} on a mesh of {mesh.size()} of "
+                f"{distributed.world_size()} processes; expected what fully_shard makes of one mesh of all processes "
+                "(FSDP2, or HSDP). Tensor and pipeline parallelism are not supported: LoRA seldom needs them"
+            )
+        off = next((p.device.type for p in sharded if p.device.type not in (mesh.device_type, "meta")), None)
+        if off is not None:
+            raise ValueError(
+                f"CTROptimizer: parameters were offloaded to {off} while the model runs on {mesh.device_type}; leave "
+                "out fully_shard(offload_policy=...): what trains with LoRA is small"
+            )
+
+
 def check_models(roots: Iterable[nn.Module]) -> None:
     """Refuse nn.DataParallel over several devices: its replicas are new modules in every forward."""
     for root in roots:

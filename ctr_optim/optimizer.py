@@ -127,7 +127,9 @@ class CTROptimizer(Optimizer):
         model = self._model() if self._model is not None else None
         roots = [model] if model is not None else find_roots(parameters)
         guards.check_parameters(parameters)
+        guards.check_sharding(parameters, self._settings.curvature)
         guards.check_models(roots)
+        self._fsdp = distributed.fsdp_modules(roots)
         ours = {id(p) for p in parameters}
         found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
         self.pairs: list[LoRAPair] = [pair for pair in found.values() if id(pair.B) in ours]
@@ -169,6 +171,7 @@ class CTROptimizer(Optimizer):
     def _stack(self) -> list[Stack]:
         """The stacks of all parameters that train; built anew after anything replaced their state."""
         if self._stacks is None:
+            distributed.reshard(self._fsdp)  # a forward may have left its gathered copies in the parameters' places
             pairs = self.pairs if self._settings.curvature == "kfac" else []
             if self._settings.curvature == "hutchinson":
                 hutchinson.make_room(self.state, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
@@ -294,7 +297,7 @@ class CTROptimizer(Optimizer):
     def _quadratic(self, deltas: dict[Stack, Tensor]) -> Tensor | None:
         """``()`` the step's quadratic form in the chosen curvature; None where there is none."""
         if self._settings.curvature == "hutchinson" and self._probe is not None:
-            if self._probe.enabled and self._probe.ready:
+            if self._probe.enabled and distributed.everywhere(self._probe.ready, next(iter(deltas.values()))):
                 hutchinson.sample(list(deltas), self._probe.gradients, self._shared, self._settings.factor_decay)
             return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
         if not self._blocks:
@@ -420,6 +423,7 @@ class CTROptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""
         super().add_param_group(param_group)
+        self.param_groups[-1].setdefault("peak_lr", 0.0)  # checkpoints that fill in a template want it there
         check_group(self.param_groups[-1])
         if self._attached:
             self._attach()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim import distributed
+
 
 def rotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
     """Coordinates of x in ``basis`` (columns), along its rank dimension: -2 for A ``(r, d)``, -1 for B ``(d, r)``."""
@@ -76,9 +78,9 @@ class Stack:
                 state[p].update(initial_state(p, rank_dim))
         self.tensors: dict[str, Tensor] = {}
         for key in state[self.params[0]]:
-            self.tensors[key] = torch.stack([state[p][key] for p in self.params])
+            self.tensors[key] = torch.stack([distributed.local(state[p][key]) for p in self.params])
             for index, p in enumerate(self.params):
-                state[p][key] = self.tensors[key][index]
+                state[p][key] = distributed.as_parts(self.tensors[key][index], state[p][key])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +89,7 @@ class Stack:
 
     def values(self) -> Tensor:
         """The parameters, stacked in the state's dtype."""
-        return torch.stack([p.detach() for p in self.params]).to(self.dtype)
+        return self._stacked([p.detach() for p in self.params]).to(self.dtype)
 
     def gradients(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
         """Gradients ``(L, *shape)`` and who has one ``(L,)``; all zero unless ``finite``. None where nobody has."""
@@ -96,7 +98,7 @@ class Stack:
         if all(missing):
             return None
         zero = torch.zeros_like(self.params[0]) if any(missing) else None
-        stacked = torch.stack([zero if g is None else g for g in grads]).to(self.dtype)  # type: ignore[misc]
+        stacked = self._stacked([zero if g is None else g for g in grads]).to(self.dtype)  # type: ignore[misc]
         stacked = torch.where(finite, -stacked if self.group["maximize"] else stacked, 0)
         return stacked, self.live(finite)
 
@@ -132,16 +134,29 @@ class Stack:
 
     def move_(self, delta: Tensor) -> None:
         """``p <- p + delta``, summed in the wider dtype."""
-        torch._foreach_add_([p.data for p in self.params], list(delta.unbind(0)))
+        params, parts = self.parts(delta)
+        torch._foreach_add_([p.data for p in params], parts)
+
+    def parts(self, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process holds of the parameters and of a step ``(L, *shape)``."""
+        cut = list(delta.unbind(0)) if self.rank_dim is None else distributed.parts(delta, self.params[0])
+        return [distributed.local(p) for p in self.params], cut
+
+    def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """LoRA's weights whole on every process; others, which may be large, as far as this one holds them."""
+        if self.rank_dim is None:
+            return torch.stack([distributed.local(t) for t in tensors])
+        return distributed.stack_whole(tensors)
 
 
 def initial_state(p: nn.Parameter, rank_dim: int | None) -> dict[str, Tensor]:
     """State of a parameter that has not moved yet; float32 also for half-precision parameters."""
     dtype = torch.promote_types(p.dtype, torch.float32)
+    like = p if rank_dim is None else torch.empty(p.shape, device=p.device)  # of LoRA's each process has it whole
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
-        "exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format),
     }
     if rank_dim is not None:
         state["basis"] = torch.eye(p.shape[rank_dim], dtype=dtype, device=p.device)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import needs_gloo, spawn
 from support import batch, loss_of, net, same, snapshot, trainable
 from torch.nn.parallel import DistributedDataParallel
 
 from ctr_optim import CTROptimizer, RankScheduler
 from ctr_optim.events import EventLog, read_events
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = needs_gloo
 
 STEPS, SHARE = 6, 5  # of five rows, a process calibrates on one
 OPTIONS: dict[str, Any] = dict(lr=0.05, max_kl=1e-3, factor_interval=2, basis_interval=2, calibration_interval=2)
@@ -44,23 +42,6 @@ def alone(**options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         loss_of(model(ids), labels).backward()
         opt.step()
     return snapshot(model), opt.metrics()
-
-
-def spawn(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """What ``work(rank, folder, *args)`` returns in each of two processes."""
-    mp.start_processes(_enter, (work, folder, args), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _enter(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
-        dist.barrier()  # whoever is done first must not leave while the other still connects
-    finally:
-        dist.destroy_process_group()
 
 
 def _train(

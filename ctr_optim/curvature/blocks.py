@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim import distributed
 from ctr_optim.curvature.capture import Sketch, Stage
 from ctr_optim.curvature.factors import Factor, eigenbasis
 from ctr_optim.lora import LoRAPair
@@ -108,7 +109,8 @@ class Block:
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
-        return torch.stack([pair.A.detach() for pair in self.pairs]).to(self.H.dtype), self.b.values()
+        a = distributed.stack_whole([pair.A.detach() for pair in self.pairs])
+        return a.to(self.H.dtype), self.b.values()
 
     def forget(self) -> None:
         """Drop what the taps have staged so far."""
@@ -172,7 +174,8 @@ def stack_all(
     for index, pair in enumerate(pairs):
         group = group_of[id(pair.B)]
         kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
-        key = (*kind, id(group_of.get(id(pair.A))), id(group))
+        cut = (distributed.layout(pair.A), distributed.layout(pair.B))
+        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
         for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
             if not state[p] and id(p) in group_of:
@@ -192,7 +195,7 @@ def stack_all(
     for group in groups:
         for p in group["params"]:
             if id(p) not in paired and p.requires_grad:
-                kin = (p.shape, p.dtype, p.device, id(group))
+                kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
                 others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
     return stacks + [Stack(some, group_of[id(some[0])], state, None) for some in others.values()], blocks
 

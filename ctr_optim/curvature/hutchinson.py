@@ -46,7 +46,7 @@ def sample_diagonal(
         z = torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1)
         signs.append(z.to(stack.tensors["exp_avg"]))
     params: list[Tensor] = [p for stack in stacks for p in stack.params]
-    changes = [(list(stack.params), z) for stack, z in zip(stacks, signs, strict=True)]
+    changes = [(list(stack.params), list(z.unbind(0))) for stack, z in zip(stacks, signs, strict=True)]
     ends = []
     for radius in (_RADIUS, -_RADIUS):
         with moved(changes, radius):
