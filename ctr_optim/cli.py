@@ -5,19 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from ctr_optim.adapters.export import export_uniform_files
 from ctr_optim.adapters.files import read_adapter
-from ctr_optim.report import columns, picture, read_run, table
+from ctr_optim.report import columns, read_run, save_page, save_picture, table
 
 
 def report(args: argparse.Namespace) -> None:
     """Ranks, KL and trust scale of a run."""
     run = read_run(args.run)
     print(table(run))
-    if args.png:
-        picture(run, args.png)
-        print(f"wrote {args.png}")
+    for file, save in ((args.png, save_picture), (args.html, partial(save_page, title=title(args.run)))):
+        if file:
+            save(run, file)
+            print(f"wrote {file}")
+
+
+def title(run: str) -> str:
+    """A heading for a run: the name of its directory."""
+    path = Path(run).resolve()
+    return (path.parent if path.suffix == ".jsonl" else path).name
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -46,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     one = commands.add_parser("report", help="what a run did: ranks, KL from base, trust scale")
     one.add_argument("run", help="the run's directory, or its events.jsonl")
-    one.add_argument("--png", metavar="FILE", help="draw the ranks over time (needs matplotlib)")
+    one.add_argument("--png", metavar="FILE", help="draw curves and ranks (needs matplotlib)")
+    one.add_argument("--html", metavar="FILE", help="write a page with all of it, one file (needs matplotlib)")
     one.set_defaults(run_command=report)
 
     one = commands.add_parser("inspect", help="ranks, scalings, norms and sizes of a saved PEFT adapter")

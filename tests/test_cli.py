@@ -10,26 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import llama_batch, net, optimizer, tiny_llama, train
+from support import llama_batch, tiny_llama
 
-from ctr_optim import RankScheduler
 from ctr_optim.cli import main
-from ctr_optim.events import EventLog, read_events
-from ctr_optim.report import place, read_run
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Twelve steps with rank events, logged every third."""
-    model = net()
-    scheduler = RankScheduler(interval=4, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
-    opt = optimizer(model, lr=0.05, max_kl=1e-3, rank_scheduler=scheduler, calibration_interval=4)
-    log = EventLog(opt, tmp_path / "run")
-    for step in range(12):
-        train(model, opt, 1, step)
-        if step % 3 == 2:
-            log.log(loss=1.0)
-    return tmp_path / "run"
+from ctr_optim.events import read_events
+from ctr_optim.report import read_run
 
 
 @pytest.mark.parametrize("file", ["", "events.jsonl"])
@@ -49,30 +34,14 @@ def test_report(run: Path, file: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{last['kl_from_base']:.4g} nats" in out and "of 4 logged steps" in out
 
 
-def test_the_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option, name", [("--png", "ranks.png"), ("--html", "run.html")])
+def test_pictures(run: Path, option: str, name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="behind the plot extra")
-    assert main(["report", str(run), "--png", str(run / "ranks.png")]) == 0
-    assert (run / "ranks.png").read_bytes().startswith(b"\x89PNG")
-    assert "ranks.png" in capsys.readouterr().out
-
-
-def test_a_picture_of_a_run_in_which_nothing_happened(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="behind the plot extra")
-    EventLog(optimizer(net()), tmp_path)
-    assert main(["report", str(tmp_path), "--png", str(tmp_path / "ranks.png")]) == 0
-
-
-def test_a_picture_without_matplotlib(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["report", str(run), option, str(run / name)]) == 0
+    assert (run / name).is_file() and name in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["report", str(run), "--png", str(run / "ranks.png")]) == 1
-    assert "ctr_optim[plot]" in capsys.readouterr().err
-
-
-def test_ranks_over_time(run: Path) -> None:
-    ranks = {e["step"]: e["ranks"] for e in read_events(run) if e["event"] == "log"}
-    found = read_run(run)
-    for step, by_layer in ranks.items():
-        assert {name: found.rank(name, step) for name in by_layer} == by_layer
+    assert main(["report", str(run), option, str(run / "not there")]) == 1
+    assert "ctr_optim[plot]" in capsys.readouterr().err and not (run / "not there").exists()
 
 
 def test_a_run_that_resumed_reads_as_one(tmp_path: Path) -> None:
@@ -96,19 +65,6 @@ def test_no_run_there(tmp_path: Path, content: str | None, capsys: pytest.Captur
         (tmp_path / "events.jsonl").write_text(content, encoding="utf-8")
     assert main(["report", str(tmp_path)]) == 1
     assert str(tmp_path / "events.jsonl") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("model.layers.3.self_attn.q_proj", (3, "self_attn.q_proj")),
-        ("layer.12", (12, "layer.12")),
-        ("lm_head", (0, "lm_head")),
-        ("h.0.attn.c_attn2", (0, "attn.c_attn2")),
-    ],
-)
-def test_where_a_layer_is(name: str, expected: tuple[int, str]) -> None:
-    assert place(name) == expected
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,8 @@
+"""What a run did, from its event log: a table for the terminal, a picture, and a page."""
+
+from ctr_optim.report.figures import save_picture
+from ctr_optim.report.page import save_page
+from ctr_optim.report.run import Run, read_run
+from ctr_optim.report.table import columns, table
+
+__all__ = ["Run", "columns", "read_run", "save_page", "save_picture", "table"]

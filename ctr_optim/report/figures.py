@@ -1,0 +1,238 @@
+"""The figures of a report, in matplotlib: the same drawing serves a PNG and, as SVG, the page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ctr_optim.report.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# the page replaces these by its own colours, light or dark
+INK, PAPER, ACCENT, SECOND = "#24292f", "#fefefe", "#c2410c", "#2563eb"
+_LESS, _SAME, _MORE = "#2f6db5", "#d6d5d0", "#c2410c"  # ranks against where they began
+_RAMP = ["#f3ece2", "#e9b384", "#c2410c", "#5b1a05"]  # amounts
+_STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.6,
+    "legend.frameon": False, "legend.fontsize": 8, "figure.facecolor": "white",
+    "svg.fonttype": "none", "svg.hashsalt": "ctr_optim",
+}  # fmt: skip
+
+Draw = Callable[[Any, Run], None]
+
+
+def curves(canvas: Any, run: Run) -> None:
+    """Loss, KL from base, the steps' predicted KL against the bound, and what the bound left of them."""
+    panels: list[tuple[str, Callable[[Axes], None]]] = []
+    steps, losses = run.series("loss")
+    if losses:
+        panels += [("loss (training)", lambda axis: _line(axis, steps, losses, ACCENT))]
+
+    def base(axis: Axes) -> None:
+        _line(axis, *run.series("kl_from_base"), ACCENT)
+        axis.set_ylim(bottom=0)
+
+    def step_kl(axis: Axes) -> None:
+        # at the end of a schedule the bound is next to nothing: four decades say enough
+        bounds = run.series("trust/max_kl")
+        predicted = run.series("trust/predicted_kl")
+        if bounds[1]:
+            axis.plot(*bounds, color=SECOND, alpha=0.4, linewidth=5, label="bound")
+        _line(axis, *predicted, ACCENT, label="predicted")
+        axis.legend(loc="lower left")
+        top = max([*predicted[1], *bounds[1]], default=0.0)
+        if top > 0:
+            axis.set_yscale("log")
+            axis.set_ylim(top / 1e4, 2 * top)
+
+    def scale(axis: Axes) -> None:
+        _line(axis, *run.series("trust/scale"), ACCENT)
+        axis.set_ylim(0, 1.05)
+
+    panels += [
+        ("KL from base (estimate, nats per token)", base),
+        ("KL of a step (nats per token)", step_kl),
+        ("trust scale", scale),
+    ]
+    axes = canvas.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, draw) in zip(axes, panels, strict=True):
+        axis.set_title(title)
+        for step in run.event_steps:
+            axis.axvline(step, color=INK, alpha=0.15, linewidth=0.8)
+        draw(axis)
+        axis.set_xlim(0, max(1, run.last_step))
+        axis.set_xlabel("step")
+        axis.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+
+
+def layers(canvas: Any, run: Run) -> None:
+    """Module by block: ranks at the end, KL from base, and utility where ranks move."""
+    utility, shares = run.last.get("utility") or {}, run.last.get("kl_from_base/layer") or {}
+    panels: list[tuple[str, Mapping[str, float], bool]] = [("rank at the end", run.last_ranks, True)]
+    panels += [("share in KL from base", _shares(shares), False)] if shares else []
+    panels += [("share in utility, last rank event", _shares(utility), False)] if utility else []
+    axes = canvas.subplots(1, 3, squeeze=False, sharey=True)[0]
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, values, are_ranks) in zip(axes, panels, strict=False):
+        _matrix(axis, run, values, are_ranks)
+        axis.set_title(title)
+
+
+def ranks_over_time(canvas: Any, run: Run) -> None:
+    """One heat map for each module, block by step: where ranks went, and when."""
+    grid = run.grid
+    edges = sorted({step for h in run.history.values() for step, _ in h} | {run.last_step})
+    edges = edges if len(edges) > 1 else [edges[0], edges[0] + 1]
+    rows = -(-len(grid.modules) // 4)
+    axes = canvas.subplots(rows, min(4, len(grid.modules)), sharex=True, sharey=True, squeeze=False)
+    colors = _rank_colors(run)
+    for index, axis in enumerate(axes.flat):
+        if index >= len(grid.modules):
+            axis.set_axis_off()
+            continue
+        blocks = {c: name for (r, c), name in grid.names.items() if r == index}
+        values = [
+            [run.rank(blocks[c], step) if c in blocks else float("nan") for step in edges[:-1]]
+            for c in range(len(grid.blocks))
+        ]
+        mesh = axis.pcolormesh(edges, _edges(len(grid.blocks)), values, rasterized=True, **colors)
+        axis.set_title(grid.modules[index])
+        _number_blocks(axis.yaxis, run)
+        if index % axes.shape[1] == 0:
+            axis.set_ylabel("block")
+        if index // axes.shape[1] == rows - 1:
+            axis.set_xlabel("step")
+    bar = canvas.colorbar(mesh, ax=list(axes.flat), label="rank", pad=0.01, fraction=0.04, aspect=30)
+    _bare(bar)
+
+
+def figures(run: Run) -> list[tuple[str, Draw, float]]:
+    """What there is to draw of a run: a name, the drawing, and its height in inches at a width of 12."""
+    modules, blocks = len(run.grid.modules), len(run.grid.blocks)
+    found: list[tuple[str, Draw, float]] = []
+    if run.logs:
+        found += [("curves", curves, 2.6)]
+    if modules:
+        found += [("layers", layers, 1.1 + 0.27 * modules)]
+    if run.event_steps:
+        found += [("ranks over time", ranks_over_time, 0.5 + -(-modules // 4) * (0.65 + 0.075 * max(8, blocks)))]
+    return found
+
+
+def drawn(draws: list[tuple[str, Draw, float]], run: Run) -> Figure:
+    """The figures one below the other, as one.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'ctr_optim[plot]'") from error
+    heights = [height for _, _, height in draws]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(draws), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, (_, draw, _) in zip(parts, draws, strict=True):
+            draw(part, run)
+    return figure
+
+
+def save_picture(run: Run, file: str | os.PathLike[str]) -> None:
+    """All figures in one file of any format that matplotlib writes, by its ending.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+        ValueError: an ending that it does not know, or a run in which there is nothing to draw.
+    """
+    draws = figures(run)
+    if not draws:
+        raise ValueError(f"{file}: nothing to draw; the run has neither LoRA layers nor log entries")
+    drawn(draws, run).savefig(file, dpi=150)
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _line(axis: Axes, steps: list[int], values: list[float], color: str, label: str = "") -> None:
+    """A curve; with marks where points are few."""
+    axis.plot(steps, values, "o-" if len(steps) <= 30 else "-", color=color, markersize=3, label=label)
+
+
+def _rank_colors(run: Run) -> dict[str, Any]:
+    """Blue for less rank than at the start on average, orange for more."""
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+    first = list(run.first_ranks.values())
+    ranks = [rank for h in run.history.values() for _, rank in h]
+    middle = sum(first) / len(first)
+    reach = max(1.0, middle - min(ranks), max(ranks) - middle)
+    return {
+        "cmap": LinearSegmentedColormap.from_list("ranks", [_LESS, _SAME, _MORE]),
+        "norm": TwoSlopeNorm(middle, middle - reach, middle + reach),
+    }
+
+
+def _matrix(axis: Axes, run: Run, values: Mapping[str, float], are_ranks: bool) -> None:
+    """Modules down, blocks across, a colour for each value; ranks are written into their cells."""
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    colors = _rank_colors(run) if are_ranks else {
+        "cmap": LinearSegmentedColormap.from_list("amounts", _RAMP),
+        "norm": Normalize(0, max(values.values(), default=1.0) or 1.0),
+    }  # fmt: skip
+    cells = run.grid.matrix(values)
+    few = len(cells[0]) <= 16
+    mesh = axis.pcolormesh(
+        _edges(len(cells[0])), _edges(len(cells)), cells, edgecolors=PAPER, linewidth=1.5 if few else 0.5, **colors
+    )
+    axis.set_ylim(len(cells) - 0.5, -0.5)
+    axis.set_yticks(range(len(cells)), run.grid.modules)
+    _number_blocks(axis.xaxis, run)
+    axis.set_xlabel("block")
+    axis.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_visible(False)
+    if are_ranks and few:
+        for (r, c), name in run.grid.names.items():
+            axis.text(c, r, f"{values[name]:g}", ha="center", va="center", fontsize=8, color=_on(mesh, values[name]))
+    else:
+        form = None if are_ranks else "{x:.1%}"
+        bar = axis.figure.colorbar(mesh, ax=axis, fraction=0.05, pad=0.02, format=form)
+        _bare(bar)
+
+
+def _bare(bar: Any) -> None:
+    """A colour bar without a frame, and without seams between its colours in an SVG."""
+    bar.outline.set_visible(False)
+    bar.solids.set_rasterized(True)
+
+
+def _on(mesh: Any, value: float) -> str:
+    """A colour to write with on that of ``value``."""
+    r, g, b, _ = mesh.cmap(mesh.norm(value))
+    return "#111111" if 0.3 * r + 0.6 * g + 0.1 * b > 0.5 else "#fafafa"
+
+
+def _edges(count: int) -> list[float]:
+    return [i - 0.5 for i in range(count + 1)]
+
+
+def _number_blocks(axis: Any, run: Run) -> None:
+    """Ticks on some of the blocks, where there are many."""
+    every = -(-len(run.grid.blocks) // 12)
+    axis.set_ticks(range(0, len(run.grid.blocks), every), [str(b) for b in run.grid.blocks[::every]])
+
+
+def _shares(values: Mapping[str, float]) -> dict[str, float]:
+    """Each one's part of their sum."""
+    total = sum(values.values())
+    return {name: value / total if total > 0 else 0.0 for name, value in values.items()}

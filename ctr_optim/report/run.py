@@ -1,0 +1,123 @@
+"""A run's event log, sorted out: ranks over time, curves, and where each layer stands in the model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ctr_optim.events import read_events
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Layers as a table: a row for each module, a column for each block.
+
+    Attributes:
+        modules: labels of the rows, such as ``"self_attn.q_proj"``.
+        blocks: numbers of the columns.
+        names: the layer in each cell that has one, by ``(row, column)``.
+    """
+
+    modules: Sequence[str]
+    blocks: Sequence[int]
+    names: Mapping[tuple[int, int], str]
+
+    def matrix(self, values: Mapping[str, float]) -> list[list[float]]:
+        """One value a cell; NaN where there is no layer, or no value for it."""
+        at = {cell: values.get(name, float("nan")) for cell, name in self.names.items()}
+        return [[at.get((r, c), float("nan")) for c in range(len(self.blocks))] for r in range(len(self.modules))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's event log, sorted out.
+
+    Attributes:
+        history: for each layer its ranks, as ``(step, rank)`` from the first on, one entry a change.
+        logs: the entries of the training log.
+    """
+
+    history: Mapping[str, Sequence[tuple[int, int]]]
+    logs: Sequence[Mapping[str, Any]]
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last entry of the training log; empty where there is none."""
+        return self.logs[-1] if self.logs else {}
+
+    @property
+    def last_step(self) -> int:
+        """The last step that left a trace."""
+        return max([log["step"] for log in self.logs[-1:]] + [h[-1][0] for h in self.history.values()], default=0)
+
+    @property
+    def event_steps(self) -> list[int]:
+        """Steps at which some layer changed."""
+        return sorted({step for h in self.history.values() for step, _ in h[1:]})
+
+    @property
+    def first_ranks(self) -> dict[str, int]:
+        """Every layer's rank at the start."""
+        return {name: h[0][1] for name, h in self.history.items()}
+
+    @property
+    def last_ranks(self) -> dict[str, int]:
+        """Every layer's rank at the end."""
+        return {name: h[-1][1] for name, h in self.history.items()}
+
+    def rank(self, layer: str, step: int) -> int:
+        """A layer's rank after ``step`` steps."""
+        return [rank for at, rank in self.history[layer] if at <= max(step, self.history[layer][0][0])][-1]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a logged number, where it was logged."""
+        found = [(log["step"], log[key]) for log in self.logs if isinstance(log.get(key), (int, float))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The layers, by module and block."""
+        places = {name: place(name) for name in self.history}
+        several = len({stem for stem, block, _ in places.values() if block is not None}) > 1
+        labels = {
+            name: f"{stem}.*.{module}" if several and block is not None else module
+            for name, (stem, block, module) in places.items()
+        }
+        modules = list(dict.fromkeys(labels.values()))
+        blocks = sorted({block or 0 for _, block, _ in places.values()})
+        cells = {(modules.index(labels[n]), blocks.index(block or 0)): n for n, (_, block, _) in places.items()}
+        return Grid(modules, blocks, cells)
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read the event log at ``path``, a directory or the file itself.
+
+    Raises:
+        FileNotFoundError: no log there.
+        ValueError: the file is no event log.
+    """
+    history: dict[str, list[tuple[int, int]]] = {}
+    events = read_events(path)
+    for event in events:
+        if event["event"] == "start":
+            for name, rank in event["ranks"].items():
+                if name not in history or history[name][-1][1] != rank:
+                    history.setdefault(name, []).append((event["step"], rank))
+        elif event["event"] == "rank":
+            history[event["name"]].append((event["step"], event["new_rank"]))
+    return Run(history, [event for event in events if event["event"] == "log"])
+
+
+def place(name: str) -> tuple[str, int | None, str]:
+    """Stem, block and module of a layer: ``model.layers.3.attn.q`` is ``("model.layers", 3, "attn.q")``.
+
+    The block is None for a layer that stands in no numbered one.
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if found is None:
+        return "", None, name
+    return name[: found.start()], int(found[1]), name[found.end() :] or name[: found.start()] or name
