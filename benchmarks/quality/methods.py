@@ -1,59 +1,71 @@
 """The registry of methods: how each adapts a base model, and which optimizer trains it.
 
-Peers are the real packages: PEFT for adapters, torch.optim, pytorch_optimizer and torch-optimizer for optimizers.
+Peers are the real packages: PEFT for adapters and their optimizers, torch.optim, pytorch_optimizer and torch-optimizer
+for optimizers. Sensitivity-LoRA, of which there is no package, is in :mod:`benchmarks.quality.sensitivity`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.quality import sensitivity
 from ctr_optim import CTROptimizer
+
+Batches = Iterator[dict[str, torch.Tensor]]
+SETUP_BATCHES = 6  # that methods may look at before the first step
 
 
 @dataclass
 class Run:
-    """A model ready to train; ``after_step(step)`` is called behind every optimizer step."""
+    """A model ready to train; ``after_step(step)`` is called behind every step, ``finish()`` gives what to evaluate."""
 
     model: Any
     optimizer: Any
     after_step: Callable[[int], None] = lambda step: None
+    finish: Callable[[], Any] | None = None
 
 
-def _adapt(base, spec: dict, **config) -> Any:
-    rank = spec["rank"]
-    return get_peft_model(
-        base, LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config})
-    )
+def _config(rank: int, **config: Any) -> LoraConfig:
+    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config})
 
 
-def _trainable(model) -> list:
+def _trainable(model: Any) -> list:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _torch(name: str, **adapter) -> Callable:
-    def build(base, spec: dict, batches) -> Run:
-        model = _adapt(base, spec, **adapter)
-        return Run(
-            model, getattr(torch.optim, name)(_trainable(model), lr=spec["lr"], weight_decay=0.0, **spec["options"])
-        )
-
-    return build
+def _adamw(model: Any, spec: dict) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_trainable(model), lr=spec["lr"], **{"weight_decay": 0.0, **spec["options"]})
 
 
-def _ctr(base, spec: dict, batches) -> Run:
+def _adapter(base: Any, spec: dict, batches: Batches, **config: Any) -> Run:
+    """AdamW on a LoRA of PEFT's, ``config`` set."""
+    model = get_peft_model(base, _config(spec["rank"], **config))
+    return Run(model, _adamw(model, spec))
+
+
+def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str, **fixed: Any) -> Run:
+    """An optimizer of ``package`` on plain LoRA."""
+    optimizers = __import__(package, fromlist=[name])
+    model = get_peft_model(base, _config(spec["rank"]))
+    return Run(model, getattr(optimizers, name)(_trainable(model), lr=spec["lr"], **fixed, **spec["options"]))
+
+
+def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
+    """Ours. ``options`` are the optimizer's; ``initialize`` and ``adapter`` among them go to those."""
     options = deepcopy(spec["options"])
     start = options.pop("initialize", None)
-    model = _adapt(base, spec)
+    model = get_peft_model(base, _config(spec["rank"], **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
 
-        initialize(model, [next(batches) for _ in range(start.pop("batches", 6))], **start)
+        initialize(model, [next(batches) for _ in range(start.pop("batches", SETUP_BATCHES))], **start)
     scheduler = options.get("rank_scheduler")
     if scheduler is not None:
         scheduler.setdefault("total_steps", spec["steps"])
@@ -62,38 +74,32 @@ def _ctr(base, spec: dict, batches) -> Run:
     return Run(model, CTROptimizer(model.parameters(), **options))
 
 
-def _lora_plus(base, spec: dict, batches) -> Run:
+def _lora_plus(base: Any, spec: dict, batches: Batches) -> Run:
     from peft.optimizers import create_loraplus_optimizer
 
-    model = _adapt(base, spec)
-    return Run(
-        model,
-        create_loraplus_optimizer(model, torch.optim.AdamW, lr=spec["lr"], loraplus_lr_ratio=16, weight_decay=0.0),
-    )
+    model = get_peft_model(base, _config(spec["rank"]))
+    fixed = {"loraplus_lr_ratio": 16, "weight_decay": 0.0}
+    return Run(model, create_loraplus_optimizer(model, torch.optim.AdamW, lr=spec["lr"], **fixed))
 
 
-def _pytorch_optimizer(name: str, **fixed) -> Callable:
-    def build(base, spec: dict, batches) -> Run:
-        import pytorch_optimizer
+def _lora_fa(base: Any, spec: dict, batches: Batches) -> Run:
+    """LoRA-FA: A stays as drawn, so that half of the adapter is trained."""
+    from peft.optimizers import create_lorafa_optimizer
 
-        model = _adapt(base, spec)
-        return Run(model, getattr(pytorch_optimizer, name)(_trainable(model), lr=spec["lr"], **fixed))
-
-    return build
-
-
-def _torch_optimizer(name: str) -> Callable:
-    def build(base, spec: dict, batches) -> Run:
-        import torch_optimizer
-
-        model = _adapt(base, spec)
-        return Run(model, getattr(torch_optimizer, name)(_trainable(model), lr=spec["lr"]))
-
-    return build
+    rank = spec["rank"]
+    model = get_peft_model(base, _config(rank))
+    return Run(model, create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=spec["lr"]))
 
 
-def _adalora(base, spec: dict, batches) -> Run:
-    """AdaLoRA from PEFT: starts at 1.5 times the rank; alpha matched to that, as LoRA's is to its rank."""
+def _riemannian(base: Any, spec: dict, batches: Batches) -> Run:
+    from peft.optimizers import create_riemannian_optimizer
+
+    model = get_peft_model(base, _config(spec["rank"]))
+    return Run(model, create_riemannian_optimizer(model, torch.optim.AdamW, lr=spec["lr"], weight_decay=0.0))
+
+
+def _adalora(base: Any, spec: dict, batches: Batches) -> Run:
+    """AdaLoRA: starts at 1.5 times the rank; alpha matched to that, as LoRA's is to its rank."""
     from peft import AdaLoraConfig
 
     rank, steps = spec["rank"], spec["steps"]
@@ -103,37 +109,101 @@ def _adalora(base, spec: dict, batches) -> Run:
         total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=5, task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(base, config)
-    inner = model.base_model
-    return Run(model, torch.optim.AdamW(_trainable(model), lr=spec["lr"], weight_decay=0.0),
-               lambda step: inner.update_and_allocate(step))  # fmt: skip
+    return Run(model, _adamw(model, spec), model.base_model.update_and_allocate)
 
 
-def _eva(base, spec: dict, batches) -> Run:
-    """EVA from PEFT: directions and ranks from the inputs' principal components."""
+def _eva(base: Any, spec: dict, batches: Batches) -> Run:
+    """EVA: directions and ranks from the inputs' principal components."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
-    rank = spec["rank"]
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)
-    )
+    config = _config(spec["rank"], init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = get_peft_model(base, config, low_cpu_mem_usage=False)
-    initialize_lora_eva_weights(model, [next(batches) for _ in range(6)], show_progress_bar=False)
-    return Run(model, torch.optim.AdamW(_trainable(model), lr=spec["lr"], weight_decay=0.0))
+    initialize_lora_eva_weights(model, [next(batches) for _ in range(SETUP_BATCHES)], show_progress_bar=False)
+    return Run(model, _adamw(model, spec))
 
 
-METHODS: dict[str, Callable[[Any, dict, Any], Run]] = {
+def _lora_ga(base: Any, spec: dict, batches: Batches) -> Run:
+    """LoRA-GA: A and B from the full gradient's singular vectors, the base weight shifted by what they add."""
+    from peft import LoraGAConfig
+    from peft.tuners.lora import preprocess_loraga
+
+    config = _config(spec["rank"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config.target_modules = sorted({n.split(".")[-1] for n, m in base.named_modules() if _adaptable(n, m)})
+
+    def backward() -> None:
+        for _ in range(SETUP_BATCHES):
+            base(**next(batches)).loss.backward()
+
+    preprocess_loraga(base, config, backward)
+    model = get_peft_model(base, config)
+    return Run(model, _adamw(model, spec))
+
+
+def _adaptable(name: str, module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and "lm_head" not in name
+
+
+def _sensitivity(base: Any, spec: dict, batches: Batches) -> Run:
+    """Sensitivity-LoRA: ranks from a diagonal, AdamW."""
+    score = sensitivity.scores(sensitivity.measure(base, [next(batches) for _ in range(SETUP_BATCHES)]))
+    size = {n: sum(m.weight.shape) for n, m in base.named_modules() if n in score}
+    ranks = sensitivity.allocate(score, size, spec["rank"])
+    alphas = {name: 2 * rank for name, rank in ranks.items()}
+    return _adapter(base, spec, batches, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _truncated(base: Any, spec: dict, batches: Batches) -> Run:
+    """LoRA of twice the rank, cut to the rank after training by PEFT's ``convert_to_lora``: the trivial rank method."""
+    run = _adapter(base, {**spec, "rank": 2 * spec["rank"]}, batches)
+
+    def finish() -> Any:
+        from peft import convert_to_lora, set_peft_model_state_dict
+
+        config, weights = convert_to_lora(run.model, rank=spec["rank"])
+        model = get_peft_model(run.model.unload(), config)
+        set_peft_model_state_dict(model, weights)
+        return model
+
+    run.finish = finish
+    return run
+
+
+def _qlora(base: Any, spec: dict, batches: Batches) -> Run:
+    """QLoRA: the linear layers of the base in bitsandbytes' NF4, LoRA and AdamW on top."""
+    import bitsandbytes
+
+    for name, module in list(base.named_modules()):
+        if _adaptable(name, module):
+            new = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, bias=module.bias is not None,
+                compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True,
+            )  # fmt: skip
+            new.load_state_dict({"weight": module.weight.data.cpu()}, strict=False)
+            base.set_submodule(name, new.to(module.weight.device))  # moving it quantizes it
+    base.is_loaded_in_4bit = True
+    return _adapter(base, spec, batches)
+
+
+Build = Callable[[Any, dict, Batches], Run]
+METHODS: dict[str, Build] = {
     "ctr": _ctr,
-    "adamw": _torch("AdamW"),
-    "rslora": _torch("AdamW", use_rslora=True),
-    "dora": _torch("AdamW", use_dora=True),
-    "pissa": _torch("AdamW", init_lora_weights="pissa"),
-    "muon": _torch("Muon"),
+    "adamw": _adapter,
+    "rslora": partial(_adapter, use_rslora=True),
+    "dora": partial(_adapter, use_dora=True),
+    "pissa": partial(_adapter, init_lora_weights="pissa"),
     "lora_plus": _lora_plus,
+    "lora_fa": _lora_fa,
+    "lora_ga": _lora_ga,
+    "riemannian": _riemannian,
     "adalora": _adalora,
     "eva": _eva,
-    "soap": _pytorch_optimizer("SOAP", weight_decay=0.0),
-    "lora_rite": _pytorch_optimizer("LoRARite"),
-    "yogi": _torch_optimizer("Yogi"),
-    "lamb": _torch_optimizer("Lamb"),
-    "adabelief": _torch_optimizer("AdaBelief"),
+    "sensitivity": _sensitivity,
+    "truncated": _truncated,
+    "qlora": _qlora,
+    "muon": partial(_optimizer, package="torch.optim", name="Muon", weight_decay=0.0),
+    "soap": partial(_optimizer, package="pytorch_optimizer", name="SOAP", weight_decay=0.0),
+    "lora_rite": partial(_optimizer, package="pytorch_optimizer", name="LoRARite"),
+    "yogi": partial(_optimizer, package="torch_optimizer", name="Yogi"),
+    "lamb": partial(_optimizer, package="torch_optimizer", name="Lamb"),
+    "adabelief": partial(_optimizer, package="torch_optimizer", name="AdaBelief"),
 }

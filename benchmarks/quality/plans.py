@@ -1,93 +1,315 @@
 """Plans for the tables: which runs, with which settings.
 
-    python -m benchmarks.quality.plans ranks tune > tune.json
-    python -m benchmarks.quality.plans ranks final --tuned tune.jsonl > final.json
-    python -m benchmarks.quality.plans robustness final > robustness.json
+    python -m benchmarks.quality.plans tune > tune.json
+    python -m benchmarks.quality.plans extend --lines lines.jsonl > more.json   # beyond a grid's edge
+    python -m benchmarks.quality.plans final --lines lines.jsonl > final.json
 
-Peers get their own best learning rate from a grid (validation loss, a seed of its own, mean rank 4); CTR
-runs at its defaults.
+Learning rates of peers are chosen by validation loss on a seed of its own; tables are made of other seeds, on the test
+split. CTR runs at its defaults. A run's cost is counted in runs of 150 steps of 32 on base30m.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-SETTINGS = [
-    {"base": "base30m", "task": "e2e", "steps": 150, "batch": 32},
-    {"base": "base5m", "task": "gsm8k", "steps": 150, "batch": 16},
-    {"base": "base5m", "task": "boolq", "steps": 150, "batch": 16, "evaluate": 1500},
-]
-PEERS = ["adamw", "eva"]
-GRID = [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+Spec = dict[str, Any]
+
+DEFAULTS: Spec = {
+    "method": "ctr", "base": "base5m", "task": "e2e", "lr": None, "rank": 8, "steps": 300, "batch": 32, "seed": 0,
+    "options": {}, "split": "validation", "held": 600, "evaluate": 600, "max_length": 256, "curve": 0, "also": [],
+    "score": [], "dtype": "float32",
+}  # fmt: skip
+"""``held``: training rows kept for validation. ``evaluate``: rows of ``split`` that are evaluated. ``also``: other
+tasks whose test loss is taken (or a folder with a ``test.txt``). ``score``: see :func:`benchmarks.quality.run.score`.
+``curve``: steps between evaluations. ``lr`` None: the method's default (CTR only)."""
+
 TUNING_SEED = 100
+SEEDS = range(5)
+
+# The middle of each peer's grid of five, a factor 2 apart, and how much longer it takes than AdamW.
+PEERS: dict[str, tuple[float, float]] = {
+    "adamw": (8e-3, 1.0), "rslora": (4e-3, 1.0), "dora": (8e-3, 2.2), "pissa": (2e-3, 1.1), "lora_plus": (2e-3, 1.0),
+    "lora_fa": (8e-3, 2.0), "lora_ga": (2e-3, 1.2), "riemannian": (4e-3, 2.5), "adalora": (1.6e-2, 3.0),
+    "eva": (8e-3, 1.2), "sensitivity": (8e-3, 1.2), "truncated": (8e-3, 1.2), "muon": (4e-2, 1.5), "soap": (4e-3, 5.0),
+    "lora_rite": (8e-3, 5.0), "yogi": (8e-3, 1.5), "lamb": (3.2e-2, 1.5), "adabelief": (1.6e-2, 1.5),
+}  # fmt: skip
+# The rate that each peer's package has by default; PEFT's methods are trained with torch's AdamW.
+PACKAGE_RATES = {"soap": 3e-3, "yogi": 1e-2}
+PACKAGE_RATE = 1e-3
+
+E2E: Spec = {"base": "base30m", "task": "e2e", "steps": 150}
+SMALL: Spec = {"base": "base5m", "steps": 150, "batch": 16}
+TASKS: list[Spec] = [
+    {**SMALL, "task": "gsm8k"},
+    {**SMALL, "task": "sst2", "score": ["accuracy"]},
+    {**SMALL, "task": "boolq", "score": ["accuracy"]},
+    {**SMALL, "task": "arc_easy", "held": 400, "score": ["accuracy"]},
+    {**SMALL, "task": "mbpp", "held": 80},
+]
 SCHEDULE = {"interval": 25, "until": 0.6}
-CTR: list[dict[str, Any]] = [{}, {"rank_scheduler": SCHEDULE}, {"initialize": {}}]
+CTR_VARIANTS: list[dict[str, Any]] = [
+    {},
+    *({"betas": betas} for betas in ([0.9, 0.99], [0.95, 0.999], [0.95, 0.99], [0.8, 0.99])),
+    *({"factor_interval": n, "basis_interval": n} for n in (1, 10, 20)),
+    *({"factor_decay": decay} for decay in (0.9, 0.98)),
+    *({"max_kl": max_kl} for max_kl in (2.5e-2, 0.1)),
+    {"kl_schedule": "constant"},
+    {"kl_schedule": "constant", "max_kl": 1.25e-2},
+    *({"calibration_interval": n} for n in (10, None)),
+    {"weight_decay": 0.1},
+    {"eps": 1e-6},
+    {"max_tokens": None},
+    {"adapter": {"use_rslora": True}},
+    {"initialize": {}},
+    {"rank_scheduler": SCHEDULE},
+]
 
 
-def ranks(tuned: dict[str, float]) -> list[dict[str, Any]]:
-    """Uniform, scheduled and initialized ranks against peers, at mean rank 2, 4 and 8; five seeds."""
-    plan = []
-    for setting in SETTINGS:
-        for rank in (4,) if setting["task"] == "boolq" else (2, 4, 8):
-            for seed in range(5):
-                common = {**setting, "rank": rank, "seed": seed}
-                plan += [{**common, "method": "ctr", "options": options} for options in CTR]
-                plan += [{**common, "method": peer, "lr": tuned.get(peer + setting["task"], 8e-3)} for peer in PEERS]
-    e2e = SETTINGS[0]
-    for lr in (8e-3, 3.2e-2):  # three times as slow as the rest: fewer runs
-        plan += [{**e2e, "rank": 4, "seed": seed, "method": "adalora", "lr": lr} for seed in range(2)]
+def complete(spec: Spec) -> Spec:
+    """A spec with every key, so that equal runs have equal keys; raises ValueError for a key that there is not."""
+    unknown = set(spec) - set(DEFAULTS)
+    if unknown:
+        raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
+    return {**DEFAULTS, **spec}
+
+
+def key_of(spec: Spec) -> str:
+    """Identity of a run."""
+    return json.dumps(complete(spec), sort_keys=True)
+
+
+def cost(spec: Spec) -> float:
+    """Estimated cost, in runs of 150 steps of 32 on base30m with AdamW."""
+    spec = complete(spec)
+    unit = {"base5m": 1.2, "base30m": 1.0}.get(spec["base"], 1.0) * spec["batch"] / 32 * spec["steps"] / 150
+    slower = 1.4 if spec["method"] == "ctr" else PEERS.get(spec["method"], (0.0, 1.5))[1]
+    scores = 0.4 * len(set(spec["score"]) & {"overlap", "exact_match"}) + 0.05 * len(spec["also"])
+    evaluations = 1 + (spec["steps"] // spec["curve"] if spec["curve"] else 0)
+    return unit * slower + scores + evaluations * spec["evaluate"] / 600 * 0.03
+
+
+def grid(method: str, steps: Iterable[int] = range(-2, 3)) -> list[float]:
+    """Learning rates around the middle of a peer's grid: ``2 ** step`` times it."""
+    return [PEERS[method][0] * 2.0**step for step in steps]
+
+
+def _tuned(setting: Spec, methods: Iterable[str]) -> list[Spec]:
+    validation = {k: v for k, v in setting.items() if k not in ("score", "also", "curve")}
+    return [{**validation, "method": m, "lr": lr, "seed": TUNING_SEED} for m in methods for lr in grid(m)]
+
+
+class Lines:
+    """What earlier runs tell: the best rates, and which peers are best."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self.losses: dict[tuple, dict[float, float]] = defaultdict(dict)
+        for record in records:
+            spec = complete(record["spec"])
+            tuning = spec["seed"] == TUNING_SEED and spec["split"] == "validation" and spec["lr"] is not None
+            if tuning and spec["method"] in PEERS and not spec["options"]:
+                loss = record.get("loss", float("inf"))  # a failed run is no candidate
+                self.losses[self._key(spec)][spec["lr"]] = loss if loss == loss else float("inf")
+
+    @staticmethod
+    def _key(spec: Spec) -> tuple:
+        return tuple(complete(spec)[k] for k in ("method", "base", "task", "rank", "steps", "batch"))
+
+    def rate(self, spec: Spec) -> float:
+        """The best rate for a run like this, from the nearest tuning there is: other ranks, steps, then other tasks."""
+        key = self._key(spec)
+        for same in range(len(key), 0, -1):
+            near = {k: v for k, v in self.losses.items() if k[:same] == key[:same]}
+            if near:
+                best = {k: min(v, key=v.__getitem__) for k, v in near.items()}
+                return best[min(best, key=lambda k: abs(k[3] - key[3]))]  # of the nearest rank
+        return PEERS[key[0]][0]
+
+    def ranking(self, spec: Spec) -> list[str]:
+        """Peers that were tuned on this setting, best first."""
+        key = self._key(spec)
+        best = {k[0]: min(v.values()) for k, v in self.losses.items() if k[1:] == key[1:]}
+        return sorted(best, key=best.__getitem__)
+
+    def best_three(self) -> list[str]:
+        """AdamW and the three best other peers on E2E (all but the truncated one, which is no way of training)."""
+        ranking = [m for m in self.ranking(E2E) if m not in ("adamw", "truncated")]
+        return ["adamw", *(ranking or ["rslora", "lora_plus", "soap"])[:3]]
+
+    def at_edge(self) -> list[Spec]:
+        """Two rates further out wherever the best of a grid is at its edge."""
+        specs = []
+        for key, losses in self.losses.items():
+            best = min(losses, key=losses.__getitem__)
+            names = ("method", "base", "task", "rank", "steps", "batch")
+            setting = dict(zip(names, key, strict=True))
+            held = next((t["held"] for t in TASKS if t["task"] == setting["task"] and "held" in t), DEFAULTS["held"])
+            outward = {min(losses): 0.5, max(losses): 2.0}.get(best)
+            if outward is not None:
+                specs += [
+                    {**setting, "held": held, "lr": best * factor, "seed": TUNING_SEED}
+                    for factor in (outward, outward**2)
+                ]
+        return specs
+
+
+def variants(lines: Lines) -> list[Spec]:
+    """Options of CTR on validation data: two tasks, two seeds that no table uses; and at 300 steps."""
+    settings = [E2E, TASKS[0]]
+    seeds = (TUNING_SEED, TUNING_SEED + 1)
+    plan = [{**s, "seed": seed, "options": o} for seed in seeds for s in settings for o in CTR_VARIANTS]
+    return plan + [{**s, "steps": 300, "seed": seed} for seed in seeds for s in settings]
+
+
+def tune(lines: Lines) -> list[Spec]:
+    """Every peer over its grid on E2E; AdamW at 300 steps and at other ranks, too."""
+    more = [{**E2E, "steps": 300}, {**E2E, "rank": 2}, {**E2E, "rank": 16}]
+    return _tuned(E2E, PEERS) + [spec for setting in more for spec in _tuned(setting, ["adamw"])]
+
+
+def tune_tasks(lines: Lines) -> list[Spec]:
+    """AdamW on the other tasks; the three best peers around their best on E2E there, at 300 steps and at rank 2."""
+    plan = [spec for setting in TASKS for spec in _tuned(setting, ["adamw"])]
+    for setting in [*TASKS, {**E2E, "steps": 300}, {**E2E, "rank": 2}]:
+        for spec in _tuned(setting, lines.best_three()[1:]):
+            best = lines.rate({**E2E, "method": spec["method"]})
+            if 0.4 < spec["lr"] / best < 2.5:
+                plan.append(spec)
     return plan
 
 
-def ranks_tuning() -> list[dict[str, Any]]:
-    """The grid of every peer."""
+def extend(lines: Lines) -> list[Spec]:
+    """Rates beyond a grid whose best is at its edge."""
+    return lines.at_edge()
+
+
+def _peer(setting: Spec, method: str, lines: Lines) -> Spec:
+    return {**setting, "method": method, "lr": lines.rate({**setting, "method": method})}
+
+
+def final(lines: Lines) -> list[Spec]:
+    """E2E at 300 steps, in full: generation, forgetting, the curve. CTR, AdamW and the three best peers; five seeds."""
+    setting = {
+        **E2E, "steps": 300, "split": "test", "evaluate": 1000, "curve": 30, "score": ["overlap", "kl_from_base"],
+        "also": ["wikitext2", "gsm8k", "mbpp"],
+    }  # fmt: skip
+    plan = [{**setting, "seed": seed} for seed in SEEDS]
+    plan += [{**_peer(setting, m, lines), "seed": seed} for m in lines.best_three() for seed in SEEDS]
+    return [*plan, {**setting, "method": "adamw", "lr": 1e-3, "steps": 0, "curve": 0}]  # the base as it is
+
+
+def task_table(lines: Lines) -> list[Spec]:
+    """Five more tasks: CTR, AdamW and the three best peers; five seeds. GSM8K's answers are generated once a method."""
+    plan = []
+    for task in TASKS:
+        others = ["wikitext2", *(["arc_challenge", "winogrande"] if task["task"] == "arc_easy" else [])]
+        setting = {**task, "split": "test", "evaluate": 1000, "also": others}
+        for seed in SEEDS:
+            exact = {"score": ["exact_match", "kl_from_base"]} if task["task"] == "gsm8k" and seed == 0 else {}
+            plan.append({**setting, **exact, "seed": seed})
+            plan += [{**_peer(setting, m, lines), **exact, "seed": seed} for m in lines.best_three()]
+    return plan
+
+
+def peers(lines: Lines) -> list[Spec]:
+    """Every peer at its best rate on E2E, 150 steps: three seeds, slow ones two; QLoRA at AdamW's rate."""
+    setting = {**E2E, "split": "test", "evaluate": 1000}
+    plan = [{**setting, "seed": seed} for seed in range(3)]
+    for method, (_, slower) in PEERS.items():
+        plan += [{**_peer(setting, method, lines), "seed": seed} for seed in range(3 if slower < 2 else 2)]
+    return plan + [{**_peer(setting, "adamw", lines), "method": "qlora", "seed": seed} for seed in range(2)]
+
+
+def pareto(lines: Lines) -> list[Spec]:
+    """Loss against parameters: ranks 1 to 16 of CTR (uniform, scheduled), AdamW and the best peer; three seeds."""
+    plan = []
+    for rank in (1, 2, 4, 8, 16):
+        setting = {**E2E, "rank": rank, "split": "test", "evaluate": 1000}
+        for seed in range(3):
+            options: list[dict[str, Any]] = [{}, {"rank_scheduler": SCHEDULE}] if rank in (2, 4) else [{}]
+            plan += [{**setting, "seed": seed, "options": o} for o in options]
+            plan += [{**_peer(setting, m, lines), "seed": seed} for m in lines.best_three()[:2]]
+    return plan
+
+
+def robustness(lines: Lines) -> list[Spec]:
+    """The tuning grid of every peer widened to a factor of 64, and CTR over as much."""
+    plan = [{**E2E, "method": m, "lr": lr, "seed": TUNING_SEED} for m in PEERS for lr in grid(m, range(-3, 4))]
+    return plan + [{**E2E, "lr": 2e-2 * 2.0**step, "seed": TUNING_SEED} for step in range(-3, 4)]
+
+
+def ablation(lines: Lines) -> list[Spec]:
+    """Curvature, trust region, ranks and start directions off and on; max_kl and the penalty's weight."""
+    setting = {**E2E, "split": "test", "evaluate": 1000}
+    free: dict[str, Any] = {"max_kl": None, "calibration_interval": None}
+    rows: list[Spec] = [{}, {"options": {"curvature": "none"}}]
+    rows += [{"lr": lr, "options": free} for lr in (2e-3, 4e-3, 8e-3)]
+    rows += [{"lr": lr, "options": {**free, "curvature": "none"}} for lr in (4e-3, 8e-3)]
+    rows += [{"options": {"rank_scheduler": SCHEDULE}}, {"options": {"initialize": {}}}]
+    rows += [{"options": {"rank_scheduler": SCHEDULE, "initialize": {}}}]
+    plan = [{**setting, **row, "seed": seed} for row in rows for seed in range(3)]
+    doses = [{"max_kl": max_kl} for max_kl in (1.25e-2, 2.5e-2, 0.1, 0.2)]
+    doses += [{"trust_penalty": penalty} for penalty in (1e-4, 1e-3, 1e-2)]
+    return plan + [{**setting, "options": dose, "seed": seed} for dose in doses for seed in range(2)]
+
+
+def timing(lines: Lines) -> list[Spec]:
+    """Time and memory, one run after the other (``--workers 1``): 30 steps of every method."""
+    setting = {**E2E, "steps": 30, "evaluate": 64, "seed": TUNING_SEED}
+    return [{**setting}, *({**_peer(setting, m, lines)} for m in PEERS)]
+
+
+def smoke(lines: Lines) -> list[Spec]:
+    """Three steps of every method on base5m."""
+    setting = {**SMALL, "task": "e2e", "steps": 3, "batch": 4, "evaluate": 32, "rank": 4}
+    start = {"initialize": {"batches": 2}, "rank_scheduler": {"interval": 1}}
     return [
-        {**setting, "rank": 4, "seed": TUNING_SEED, "method": peer, "lr": lr}
-        for setting in SETTINGS
-        for peer in PEERS
-        for lr in GRID
+        setting,
+        {**setting, "options": start, "score": ["overlap", "kl_from_base"], "also": ["wikitext2"], "curve": 2},
+        *({**setting, "method": m, "lr": rate} for m, (rate, _) in PEERS.items()),
+        {**setting, "method": "qlora", "lr": 8e-3},
     ]
 
 
-def robustness(tuned: dict[str, float]) -> list[dict[str, Any]]:
-    """base5m on E2E: the loss over learning rates, a factor of 256 apart for CTR; three seeds."""
-    common = {"base": "base5m", "task": "e2e", "steps": 150, "batch": 16}
-    plan = []
-    for seed in range(3):
-        plan += [{**common, "seed": seed, "method": "adamw", "lr": lr} for lr in [1e-3, *GRID, 8e-2]]
-        plan += [{**common, "seed": seed, "method": "ctr", "lr": 2e-2 * factor} for factor in (0.25, 1, 4, 16, 64)]
-        for max_kl in (1.25e-2, 2.5e-2, 0.1):
-            plan.append({**common, "seed": seed, "method": "ctr", "lr": 2e-2, "options": {"max_kl": max_kl}})
-        for options in ({"max_kl": None, "calibration_interval": None}, {"kl_schedule": "constant"}):
-            plan.append({**common, "seed": seed, "method": "ctr", "lr": 4e-3, "options": options})
-    return plan
+PLANS: dict[str, Callable[[Lines], list[Spec]]] = {
+    plan.__name__: plan
+    for plan in (
+        smoke, variants, tune, tune_tasks, extend, final, task_table, peers, pareto, robustness, ablation, timing,
+    )
+}  # fmt: skip
 
 
-def best_rates(results: str) -> dict[str, float]:
-    """The best learning rate of each method and task in a tuning file."""
-    best: dict[str, tuple[float, float]] = {}
-    with open(results) as lines:
-        for record in map(json.loads, lines):
-            if "loss" not in record:
+def make(name: str, lines: Lines) -> list[Spec]:
+    """A plan, each run once, long ones first so that no worker is left alone with one at the end."""
+    specs = {key_of(spec): spec for spec in PLANS[name](lines)}
+    return sorted(specs.values(), key=cost, reverse=True)
+
+
+def read(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """Records of results files; a line that was cut off is left out."""
+    records = []
+    for path in paths:
+        for line in Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
                 continue
-            spec = record["spec"]
-            key = spec["method"] + spec["task"]
-            best[key] = min(best.get(key, (float("inf"), 0.0)), (record["loss"], spec["lr"]))
-    return {key: rate for key, (_, rate) in best.items()}
+    return records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["ranks", "robustness"])
-    parser.add_argument("phase", choices=["tune", "final"])
-    parser.add_argument("--tuned")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=list(PLANS))
+    parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs")
     args = parser.parse_args()
-    tuned = best_rates(args.tuned) if args.tuned else {}
-    tables = {"ranks": ranks, "robustness": robustness}
-    plan = ranks_tuning() if args.phase == "tune" else tables[args.table](tuned)
-    print(json.dumps(plan))
+    specs = make(args.plan, Lines(read(args.lines)))
+    print(f"{args.plan}: {len(specs)} runs, cost {sum(map(cost, specs)):.0f}", file=sys.stderr)
+    print(json.dumps(specs))
 
 
 if __name__ == "__main__":

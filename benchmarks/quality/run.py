@@ -1,8 +1,10 @@
 """Run many small fine-tunings and write one JSON line for each; finished ones are not repeated.
 
-    python -m benchmarks.quality.run PLAN.json --data DIR --models DIR --out results.jsonl [--workers 14]
+    python -m benchmarks.quality.run PLAN.json --data DIR --models DIR --out results.jsonl [--workers N] [--limit-s S]
 
 PLAN.json is a list of specs; keys left out come from DEFAULTS below. With several workers, processes share the device.
+A line is written whole or not at all as its run ends, so that a stopped command loses only the runs under way: the same
+command goes on where it stopped. With ``--limit-s``, a run that would not end in time is not begun.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import json
 import math
 import os
 import platform
+import queue as queues
 import time
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,66 +25,81 @@ import torch
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from benchmarks.quality import tasks
+from benchmarks.quality import generation, tasks
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.plans import complete, cost, key_of
 
-DEFAULTS: dict[str, Any] = {
-    "method": "ctr", "base": "base5m", "task": "e2e", "lr": None, "rank": 8, "steps": 300, "batch": 32, "seed": 0,
-    "options": {}, "split": "validation", "evaluate": 600, "max_length": 256, "curve": 0, "also": [],
-}  # fmt: skip
+PROMPTS = 200  # texts generated for a score
 
 
-def complete(spec: dict[str, Any]) -> dict[str, Any]:
-    """A spec with every key, so that equal runs have equal keys."""
-    unknown = set(spec) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
-    return {**DEFAULTS, **spec}
-
-
-def key_of(spec: dict[str, Any]) -> str:
-    """Identity of a run."""
-    return json.dumps(spec, sort_keys=True)
-
-
-@lru_cache(maxsize=4)
-def _base_and_tokenizer(models: str, base: str):
-    path = str(Path(models) / base) if (Path(models) / base).exists() else base
-    return (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict(),
-        path,
-        AutoTokenizer.from_pretrained(path),
-    )
+@lru_cache(maxsize=2)
+def _base(models: str, name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """A base and its tokenizer: a folder of ``models``, a path, or a name on the hub. Runs train copies of it."""
+    path = str(Path(models) / name) if (Path(models) / name).exists() else name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+    return model.requires_grad_(True), AutoTokenizer.from_pretrained(path)
 
 
 @lru_cache(maxsize=16)
-def _examples(data: str, models: str, base: str, task: str, split: str, limit: int, max_length: int):
-    tokenizer = _base_and_tokenizer(models, base)[2]
+def _examples(
+    data: str, tokenizer: Any, task: str, split: str, limit: int, max_length: int, held: int = 0
+) -> list[tasks.Example]:
+    folder = Path(data)
+    if not (folder / task / "train.jsonl").exists() and (folder / task / "test.txt").exists():
+        return tasks.encode_text((folder / task / "test.txt").read_text(), tokenizer, max_length)[:limit]
     if split == "test":
-        examples = tasks.encode(tasks.load_rows(Path(data), task, "test"), tokenizer, max_length)
+        examples = tasks.encode(tasks.load_rows(folder, task, "test"), tokenizer, max_length)
     else:
-        every = tasks.encode(tasks.load_rows(Path(data), task, "train"), tokenizer, max_length)
-        train, held = tasks.validation_split(every, limit)
-        return train if split == "train" else held
+        every = tasks.encode(tasks.load_rows(folder, task, "train"), tokenizer, max_length)
+        train, validation = tasks.validation_split(every, held)
+        if split == "train":
+            return train
+        examples = validation
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     return [examples[i] for i in order[:limit]]
 
 
+def score(names: list[str], model: Any, base: Any, tokenizer: Any, held: list[tasks.Example]) -> dict[str, float]:
+    """What a spec's ``score`` asks for, on the held-out examples: accuracy, overlap, exact_match, kl_from_base."""
+    device = next(model.parameters()).device
+    rows = [e.row for e in held]
+    scores: dict[str, float] = {}
+    for name in names:
+        if name == "accuracy":
+            scores[name] = tasks.choice_accuracy(model, rows, tokenizer, device)
+        elif name == "overlap":
+            references = generation.group_references(rows, PROMPTS)
+            texts = generation.generate(model, tokenizer, list(references), new_tokens=80)
+            scores |= generation.overlap(texts, list(references.values()))
+        elif name == "exact_match":
+            texts = generation.generate(model, tokenizer, [r["prompt"] for r in rows[:PROMPTS]], new_tokens=200)
+            scores[name] = generation.exact_match(texts, [r["target"] for r in rows[:PROMPTS]])
+        elif name == "kl_from_base":
+            scores[name] = tasks.kl_per_token(base, model, held, device)
+        else:
+            raise ValueError(f"score: got {name!r}, expected accuracy, overlap, exact_match or kl_from_base")
+    return scores
+
+
 def train(spec: dict[str, Any], data: str, models: str, device: torch.device) -> dict[str, Any]:
     """One run: the record that goes into the results file."""
-    _, path, _ = _base_and_tokenizer(models, spec["base"])
-    torch.manual_seed(spec["seed"])
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    common = (data, models, spec["base"], spec["task"])
-    examples = _examples(*common, "train", spec["evaluate"], spec["max_length"])
-    held = _examples(*common, spec["split"], spec["evaluate"], spec["max_length"])
-    stream = tasks.batches(examples, spec["batch"], spec["steps"] + 64, spec["seed"], device)
-    run = METHODS[spec["method"]](base, spec, tasks.batches(examples, spec["batch"], 64, spec["seed"] + 7, device))
+    base, tokenizer = _base(models, spec["base"], spec["dtype"], device)
+    steps, size, seed, length = spec["steps"], spec["batch"], spec["seed"], spec["max_length"]
+    examples = _examples(data, tokenizer, spec["task"], "train", 0, length, spec["held"])
+    held = _examples(data, tokenizer, spec["task"], spec["split"], spec["evaluate"], length, spec["held"])
+    stream = tasks.batches(examples, size, steps, seed, device)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.time()
+    run = METHODS[spec["method"]](deepcopy(base), spec, tasks.batches(examples, size, 64, seed + 7, device))
     model, optimizer = run.model, run.optimizer
     model.to(device).train()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / spec["steps"])))
-    losses, curve, start = [], [], time.time()
-    for step in range(spec["steps"]):
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / max(1, steps))))
+    setup = time.time() - began
+    losses, curve, start, paused = [], [], time.time(), 0.0
+    for step in range(steps):
         loss = model(**next(stream)).loss
         loss.backward()
         optimizer.step()
@@ -89,59 +108,102 @@ def train(spec: dict[str, Any], data: str, models: str, device: torch.device) ->
         schedule.step()
         losses.append(loss.detach())
         if spec["curve"] and (step + 1) % spec["curve"] == 0:
+            pause = time.time()
             curve.append([step + 1, tasks.loss_per_token(model, held, device)])
-    others = {t: _examples(data, models, spec["base"], t, "test", 400, spec["max_length"]) for t in spec["also"]}
-    record = {
+            paused += time.time() - pause
+    train_loss = float(torch.stack(losses[-20:]).mean()) if losses else math.nan  # waits for the device
+    seconds = time.time() - start - paused
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    metrics = optimizer.metrics() if hasattr(optimizer, "metrics") and steps else {}
+    model = run.finish() if run.finish is not None else model
+    also = {task: _examples(data, tokenizer, task, "test", 400, length) for task in spec["also"]}
+    return {
         "loss": tasks.loss_per_token(model, held, device),
-        "train_loss": float(torch.stack(losses[-20:]).mean()),
-        "seconds": time.time() - start,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_loss": train_loss,
+        "seconds": round(seconds, 2),
+        "setup_seconds": round(setup, 2),
+        "total_seconds": round(time.time() - began, 2),
+        "peak_bytes": peak,
+        "parameters": parameters,
         "curve": curve,
-        "also": {task: tasks.loss_per_token(model, some, device) for task, some in others.items()},
+        "also": {task: tasks.loss_per_token(model, some, device) for task, some in also.items()},
+        "score": score(spec["score"], model, base, tokenizer, held),
+        "metrics": {k: v for k, v in metrics.items() if not isinstance(v, dict)},
     }
-    if hasattr(optimizer, "metrics"):
-        record["metrics"] = {k: v for k, v in optimizer.metrics().items() if not isinstance(v, dict)}
-    return record
 
 
-def _work(queue, out: str, data: str, models: str, lock) -> None:
+def finished(out: str) -> set[str]:
+    """Keys of the runs in a results file; a line that was cut off does not count, a failed run does."""
+    done = set()
+    for line in Path(out).read_text().splitlines() if os.path.exists(out) else []:
+        try:
+            done.add(key_of(json.loads(line)["spec"]))
+        except json.JSONDecodeError:
+            continue
+    return done
+
+
+def append(out: str, record: dict[str, Any]) -> None:
+    """One line, in one write: several processes may append to one file."""
+    handle = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.write(handle, (json.dumps(record) + "\n").encode())
+    os.close(handle)
+
+
+def _work(queue: Any, out: str, data: str, models: str, deadline: float) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     versions = {"torch": torch.__version__, "python": platform.python_version(), "device": device.type}
-    while (spec := queue.get()) is not None:
+    pace = 0.0  # seconds of the slowest run yet, over its estimated cost
+    while True:
+        try:
+            spec = queue.get(timeout=5)
+        except queues.Empty:
+            return
+        began = time.time()
+        if began + pace * cost(spec) > deadline:
+            continue
         try:
             result = train(spec, data, models, device)
         except Exception as error:  # one failed run must not lose the others
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
-        with lock, open(out, "a") as file:
-            file.write(json.dumps({"spec": spec, **result, "versions": versions}) + "\n")
+        pace = max(pace, (time.time() - began) / cost(spec))
+        append(out, {"spec": spec, **result, "versions": versions})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("plan")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--models", required=True)
-    parser.add_argument("--out", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", nargs="+", help="JSON files of specs, worked off one after the other")
+    parser.add_argument("--data", required=True, help="folder of tasks")
+    parser.add_argument("--models", required=True, help="folder of bases")
+    parser.add_argument("--out", required=True, help="results, JSON lines, appended to")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
     args = parser.parse_args()
-    specs = [complete(s) for s in json.loads(Path(args.plan).read_text())]
-    lines = Path(args.out).read_text().splitlines() if os.path.exists(args.out) else []
-    done = {key_of(json.loads(line)["spec"]) for line in lines}
-    todo = [s for s in specs if key_of(s) not in done]
+    deadline = time.time() + args.limit_s
+    specs = [complete(s) for plan in args.plan for s in json.loads(Path(plan).read_text())]
+    done = finished(args.out)
+    todo = {key_of(s): s for s in specs if key_of(s) not in done}
+    print(f"{len(todo)} of {len(specs)} runs to do, cost {sum(map(cost, todo.values())):.0f}", flush=True)
     context = mp.get_context("spawn")
-    queue, lock = context.Queue(), context.Lock()
-    for spec in [*todo, *[None] * args.workers]:
+    queue = context.Queue()
+    for spec in todo.values():
         queue.put(spec)
     workers = [
-        context.Process(target=_work, args=(queue, args.out, args.data, args.models, lock)) for _ in range(args.workers)
+        context.Process(target=_work, args=(queue, args.out, args.data, args.models, deadline), daemon=True)
+        for _ in range(args.workers)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join()
+        worker.join(None if deadline == math.inf else max(0.0, deadline - time.time()))
+    for worker in workers:
+        worker.terminate()  # where the estimate was too low
+    queue.cancel_join_thread()
+    print(f"{len(todo) - len(set(todo) - finished(args.out))} done, {len(set(todo) - finished(args.out))} left")
 
 
 if __name__ == "__main__":

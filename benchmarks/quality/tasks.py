@@ -28,13 +28,21 @@ def load_rows(data: Path, task: str, split: str) -> list[dict]:
 
 def encode(rows: list[dict], tokenizer, max_length: int = 256) -> list[Example]:
     """Prompt and target, the end-of-text token after it; the prompt is cut from the left where both are too long."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
     examples = []
-    for row in rows:
-        target = (tokenizer(row["target"])["input_ids"] + [tokenizer.eos_token_id])[:max_length]
-        prompt = tokenizer(row["prompt"])["input_ids"]
+    for row, prompt, target in zip(rows, prompts, targets, strict=True):
+        target = [*target, tokenizer.eos_token_id][:max_length]
         prompt = prompt[max(0, len(prompt) + len(target) - max_length) :]
         examples.append(Example(prompt + target, [-100] * len(prompt) + target, row))
     return examples
+
+
+def encode_text(text: str, tokenizer, length: int = 256) -> list[Example]:
+    """Plain text in pieces of ``length`` tokens, all of them counted: for forgetting."""
+    ids = tokenizer(text)["input_ids"]
+    pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return [Example(piece, piece, {}) for piece in pieces]
 
 
 def validation_split(examples: list[Example], size: int) -> tuple[list[Example], list[Example]]:
@@ -93,6 +101,24 @@ def loss_per_token(model, examples: list[Example], device: torch.device, size: i
         total += float(model(**batch).loss) * tokens
         count += tokens
     model.train(training)
+    return total / count
+
+
+@torch.no_grad()
+def kl_per_token(base, model, examples: list[Example], device: torch.device, size: int = 64) -> float:
+    """Mean ``KL(base || model)`` over the target tokens, in nats."""
+    modes = base.training, model.training
+    base.eval()
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(examples), size):
+        batch = collate(examples[start : start + size], device)
+        here = batch.pop("labels")[:, 1:] != -100
+        p, q = (m(**batch).logits[:, :-1][here].float().log_softmax(-1) for m in (base, model))
+        total += float((p.exp() * (p - q)).sum())
+        count += int(here.sum())
+    base.train(modes[0])
+    model.train(modes[1])
     return total / count
 
 
