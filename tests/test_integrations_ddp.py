@@ -103,6 +103,67 @@ def test_accumulation_without_synchronising(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
 
 
+class _Wrapped:
+    """An input that only its owner knows how to copy."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+
+class _Picky(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.norm = (
+            torch.nn.BatchNorm1d(7).double().requires_grad_(False)
+        )  # its buffers make each forward a conversation
+
+    def forward(self, ids: Any) -> torch.Tensor:
+        return self.net(ids.ids if isinstance(ids, _Wrapped) else ids)
+
+
+def _one_cannot_rerun(rank: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model = _Picky()
+    wrapped = DistributedDataParallel(model)
+    opt = CTROptimizer(trainable(model.net), **OPTIONS)
+    for step in range(STEPS):
+        opt.zero_grad()
+        ids, labels = rows_of(step, rank)
+        loss_of(wrapped(_Wrapped(ids) if rank == 1 and step < 4 else ids), labels).backward()
+        opt.step()
+        assert (opt.metrics()["trust/source"] == "measured") == (step >= 4)
+    return snapshot(model), opt.metrics()
+
+
+def test_all_measure_or_none(tmp_path: Path) -> None:
+    (first, numbers), (second, others) = spawn(_one_cannot_rerun, tmp_path)
+    assert same(first, second) and numbers == others
+
+
+def _adapt(rank: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model = net()
+    wrapped = DistributedDataParallel(model)
+    opt = CTROptimizer(trainable(model), **{**OPTIONS, "kl_schedule": "adaptive", "max_kl": 1e-2})
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> torch.Tensor:
+            opt.zero_grad()
+            ids, labels = rows_of(step, rank)
+            loss = loss_of(wrapped(ids), labels)
+            loss.backward()
+            # what one process sees is far from what the other sees
+            return loss.detach() * (1 + 50 * rank * (step % 2))
+
+        opt.step(closure)
+    return snapshot(model), opt.metrics()
+
+
+def test_an_adaptive_bound_is_one_bound(tmp_path: Path) -> None:
+    (first, numbers), (second, others) = spawn(_adapt, tmp_path)
+    assert same(first, second) and numbers == others
+    assert numbers["trust/max_kl"] != 1e-2  # it did move
+
+
 def _move_ranks(rank: int, folder: Path) -> list[str]:
     errors = []
     model = net()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes import needs_gloo, spawn
-from support import llama_batch, llama_loss, tiny_llama, trainable
+from support import llama_batch, llama_loss, same, tiny_llama, trainable
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, distributed
@@ -37,13 +37,13 @@ def model_of(**lora: Any) -> nn.Module:
     return tiny_llama(**{"r": 3, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"], **lora})
 
 
-def shard(model: nn.Module, mesh_shape: tuple[int, ...] = (2,), **options: Any) -> nn.Module:
+def shard(model: nn.Module, mesh_shape: tuple[int, ...] = (2,), units: bool = True, **options: Any) -> nn.Module:
     """Every decoder layer a unit of its own, as usual, and the rest another."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
-    for layer in model.base_model.model.model.layers:
+    for layer in model.base_model.model.model.layers if units else ():
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -92,3 +92,174 @@ def _train(rank: int, folder: Path, mesh: tuple[int, ...], lora: dict[str, Any])
 )
 def test_two_processes_are_one(tmp_path: Path, mesh: tuple[int, ...], lora: dict[str, Any]) -> None:
     assert_one(*spawn(_train, tmp_path, mesh, lora), alone(**lora))
+
+
+def _resume(rank: int, folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def data(step: int) -> dict[str, Tensor]:
+        return rows_of(step, rank)
+
+    def fresh() -> tuple[nn.Module, CTROptimizer]:
+        model = shard(model_of())
+        return model, CTROptimizer(model.parameters(), **OPTIONS)
+
+    model, opt = fresh()
+    opt.param_groups[0]["lr"] = 0.1  # the peak, which nothing but the checkpoint remembers
+    train(model, opt, data, range(2))
+    opt.param_groups[0]["lr"] = 0.05
+    train(model, opt, data, range(2, 3))
+    weights, state = get_state_dict(model, opt)
+    dcp.save({"model": weights, "optim": state}, checkpoint_id=folder / "checkpoint")
+    train(model, opt, data, range(3, STEPS))
+
+    again, resumed = fresh()
+    train(again, resumed, data, range(1))  # somewhere else
+    weights, state = get_state_dict(again, resumed)
+    dcp.load({"model": weights, "optim": state}, checkpoint_id=folder / "checkpoint")
+    set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state)
+    train(again, resumed, data, range(3, STEPS))
+    return [(whole(model), opt.metrics()), (whole(again), resumed.metrics())]
+
+
+def test_a_sharded_checkpoint_resumes_exactly_and_loads_in_one_process(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    for (weights, numbers), (others, other_numbers) in spawn(_resume, tmp_path):
+        assert same(weights, others)
+        assert numbers == other_numbers
+
+    model = model_of()
+    opt = CTROptimizer(model.parameters(), **OPTIONS)
+    loaded, state = get_state_dict(model, opt)
+    dcp.load({"model": loaded, "optim": state}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    set_state_dict(model, opt, model_state_dict=loaded, optim_state_dict=state)
+    assert opt.steps == 3
+    train(model, opt, joined, range(3, STEPS))
+    for name, value in whole(model).items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7)
+
+
+def _parts(rank: int, folder: Path) -> dict[str, tuple[bool, int]]:
+    model = shard(model_of())
+    opt = CTROptimizer(model.parameters(), **OPTIONS)
+    train(model, opt, lambda step: rows_of(step, rank), range(1))
+    moments = {name: opt.state[p]["exp_avg"] for name, p in model.named_parameters() if p.requires_grad}
+    return {n: (distributed.is_sharded(m), distributed.local(m).numel()) for n, m in moments.items()}
+
+
+def test_state_of_lora_is_whole_and_that_of_other_parameters_in_parts(tmp_path: Path) -> None:
+    first, _ = spawn(_parts, tmp_path)
+    sizes = {name: p.numel() for name, p in model_of().named_parameters() if p.requires_grad}
+    assert sum("lora" not in name for name in sizes) == 1
+    for name, size in sizes.items():
+        assert first[name] == ((False, size) if "lora" in name else (True, size // 2)), name
+
+
+def _accumulate(rank: int, folder: Path) -> Any:
+    model = shard(model_of())
+    opt = CTROptimizer(model.parameters(), **{**OPTIONS, "calibration_interval": None})
+    for step in range(STEPS):
+        data = rows_of(step, rank)
+        for micro in range(ROWS):
+            model.set_requires_gradient_sync(micro == ROWS - 1)
+            (llama_loss(model, {k: v[micro : micro + 1] for k, v in data.items()}) / ROWS).backward()
+        opt.step()
+        opt.zero_grad()
+    return whole(model), opt.metrics()
+
+
+def test_accumulation_without_synchronising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONS, "calibration_interval", None)
+    assert_one(*spawn(_accumulate, tmp_path), alone())
+
+
+def _half(rank: int, folder: Path) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(model_of(dtype=torch.float32), mp_policy=policy)
+    opt = CTROptimizer(model.parameters(), **{**OPTIONS, "max_kl": None})
+    model.gradient_checkpointing_enable()
+    train(model, opt, lambda step: rows_of(step, rank), range(STEPS))
+    return whole(model), opt.metrics()
+
+
+def test_mixed_precision_and_checkpointed_activations(tmp_path: Path) -> None:
+    (first, numbers), (second, others) = spawn(_half, tmp_path)
+    assert same(first, second) and numbers == others
+    assert numbers["trust/source"] == "measured" and numbers["kl_from_base"] > 0
+    expected, _ = alone_in_full_precision()
+    moved = torch.cat([(first[k] - v).flatten() for k, v in expected.items()]).norm()
+    start = whole(model_of(dtype=torch.float32))
+    assert moved < 0.2 * torch.cat([(start[k] - v).flatten() for k, v in expected.items()]).norm()
+
+
+def alone_in_full_precision() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model = model_of(dtype=torch.float32)
+    opt = CTROptimizer(trainable(model), **{**OPTIONS, "max_kl": None}, model=model)
+    train(model, opt, joined, range(STEPS))
+    return whole(model), opt.metrics()
+
+
+def _evaluate_between(rank: int, folder: Path, evaluate: bool) -> Any:
+    model = shard(model_of(), units=False)  # the outermost unit, whose gathered copies stay after a forward
+    opt = CTROptimizer(model.parameters(), **OPTIONS)
+    for step in range(STEPS):
+        train(model, opt, lambda step: rows_of(step, rank), range(step, step + 1))
+        if evaluate:
+            with torch.no_grad():
+                llama_loss(model, rows_of(99, rank))
+            opt.load_state_dict(opt.state_dict())  # lays out the state anew, gathered copies in the parameters' places
+            opt.metrics()
+    return whole(model), opt.metrics()
+
+
+def test_an_evaluation_leaves_no_trace(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (plain, _), (evaluated, _) = (spawn(_evaluate_between, tmp_path / n, e)[0] for n, e in (("a", False), ("b", True)))
+    assert same(plain, evaluated)
+
+
+def _overflow(rank: int, folder: Path) -> tuple[bool, int]:
+    model = shard(model_of())
+    opt = CTROptimizer(model.parameters(), **OPTIONS)
+    before = whole(model)
+    llama_loss(model, rows_of(0, rank)).backward()
+    if rank == 1:
+        next(p for p in model.parameters() if p.grad is not None).grad.to_local().fill_(torch.inf)
+    with pytest.warns(UserWarning, match="skipped a step"):
+        opt.step()
+    return same(before, whole(model)), opt.metrics()["skipped_steps"]
+
+
+def test_a_gradient_that_is_not_finite_in_one_part_skips_the_step_everywhere(tmp_path: Path) -> None:
+    assert spawn(_overflow, tmp_path) == [(True, 1), (True, 1)]
+
+
+def _refused(rank: int, folder: Path) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    errors = []
+    sharded = shard(model_of())
+    copied = model_of()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in copied.base_model.model.model.layers:
+        weight = layer.self_attn.q_proj.lora_A["default"].weight
+        layer.self_attn.q_proj.lora_A["default"].weight = nn.Parameter(distribute_tensor(weight.detach(), mesh))
+    for model, options in ((sharded, dict(curvature="hutchinson")), (copied, {})):
+        try:
+            CTROptimizer(trainable(model), **options)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    for hutchinson, parallel in spawn(_refused, tmp_path):
+        assert "'hutchinson'" in hutchinson and "expected 'kfac'" in hutchinson
+        assert "Replicate" in parallel and "fully_shard" in parallel
