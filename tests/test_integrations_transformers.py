@@ -145,6 +145,21 @@ def test_logs_reach_the_loggers(tmp_path: Path) -> None:
     json.dumps(trainer.state.log_history)
 
 
+def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard reads its own files")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(tmp_path, "factory", report_to="tensorboard", save_strategy="no")
+    trainer.train()
+    written = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
+    logs = [e for e in read_events(tmp_path) if e["event"] == "log"]
+    for key in ("kl_from_base", "trust/scale", "trust/predicted_kl", "trust/coupling"):
+        found = {point.step: point.value for point in written.Scalars(f"train/ctr/{key}")}
+        assert found == pytest.approx({log["step"]: log[key] for log in logs}, rel=1e-6)
+    ranks = [point.value for point in written.Scalars("train/ctr/mean_rank")]
+    assert ranks == pytest.approx([sum(log["ranks"].values()) / len(log["ranks"]) for log in logs])
+
+
 def test_the_event_log(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, "factory")
     trainer.train()
