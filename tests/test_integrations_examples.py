@@ -27,7 +27,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name, needs", [("trainer", "peft"), ("trl_sft", "trl"), ("lightning_loop", "lightning")])
+@pytest.mark.parametrize(
+    "name, needs", [("trainer", "peft"), ("trl_sft", "trl"), ("lightning_loop", "lightning"), ("classify", "peft")]
+)
 def test_an_example_with_ranks_that_move(name: str, needs: str, tmp_path: Path) -> None:
     pytest.importorskip(needs, reason=f"examples/{name}.py is about it")
     run(str(EXAMPLES / f"{name}.py"), "--out", str(tmp_path), "--steps", "6")
