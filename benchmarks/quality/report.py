@@ -1,8 +1,9 @@
-"""Tables from a results file.
+"""Markdown tables from raw lines.
 
-    python -m benchmarks.quality.report benchmarks/results/quality-h200.jsonl
+    python -m benchmarks.quality.report benchmarks/results/quality-*.jsonl > benchmarks/results/quality.md
 
-Mean and standard deviation over seeds, and the mean paired difference from ``--against`` with its 95 % interval (t).
+A table shows the runs of the plan of its name. Mean and standard deviation over seeds; differences from CTROptimizer at
+its defaults are paired by seed, with their 95 % interval (t). Peers are shown at the rates that they were run at.
 """
 
 from __future__ import annotations
@@ -12,50 +13,210 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
-_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+from benchmarks.quality import plans
+from benchmarks.quality.plans import PACKAGE_RATE, PACKAGE_RATES, TUNING_SEED, Spec, complete
+
+Record = dict[str, Any]
+Rows = dict[str, dict[int, Record]]  # label, seed
+
+TITLES = {
+    "final": "Every figure of one task",
+    "task_table": "Other tasks",
+    "peers": "Every peer",
+    "pareto": "Quality against parameters",
+    "ablation": "What each part gives, and how strong it should be",
+    "variants": "Options that were tried (validation data)",
+}
 
 
-def label(spec: dict[str, Any]) -> str:
+def label(spec: Spec) -> str:
     """A method with what sets it apart."""
-    options = ", ".join(f"{k}={v}" for k, v in spec["options"].items())
-    rate = "" if spec["lr"] is None else f" lr {spec['lr']:g}"
-    return f"{spec['method']}{rate}{' ' + options if options else ''}"
+    options = ", ".join(f"{k}={json.dumps(v)}" for k, v in spec["options"].items())
+    rate = "" if spec["lr"] is None else f" {spec['lr']:.3g}"
+    name = "CTROptimizer" if spec["method"] == "ctr" else "base" if spec["steps"] == 0 else spec["method"]
+    return name + ("" if name == "base" else rate) + (f" ({options})" if options else "")
+
+
+def shape(spec: Spec) -> str:
+    """Identity of a run but for a peer's learning rate, which tuning chooses."""
+    spec = complete(spec)
+    return plans.key_of({**spec, "lr": None} if spec["method"] != "ctr" else spec)
+
+
+def setting(spec: Spec) -> tuple:
+    """What runs of one table have in common."""
+    return tuple(spec[k] for k in ("base", "task", "rank", "steps" if spec["steps"] else "seed", "batch", "split"))
+
+
+def select(records: Iterable[Record], plan: Iterable[Spec]) -> list[Record]:
+    """The records of a plan's runs, specs completed; failed ones left out."""
+    wanted = {shape(spec) for spec in plan}
+    kept = [{**r, "spec": complete(r["spec"])} for r in records if "loss" in r]
+    return [r for r in kept if shape(r["spec"]) in wanted]
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean of paired differences and half of its 95 % interval (Student's t); needs two or more."""
+    from scipy import stats
+
+    n = len(differences)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n)
+    return statistics.mean(differences), half
+
+
+def steps_to(curve: list[list[float]], target: float) -> float | None:
+    """Steps until the loss first reaches ``target``, linear between the curve's points; None where it never does."""
+    before: list[float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None:
+                return step
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = [step, loss]
+    return None
+
+
+def _mean(values: Iterable[float | None], digits: int = 3) -> str:
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    return f"{statistics.mean(known):.{digits}f}" if known else ""
+
+
+def _columns(rows: Rows, reference: dict[int, Record]) -> dict[str, Callable[[dict[int, Record]], str]]:
+    """Columns beyond the loss that some row has something for."""
+    adamw = next((r for name, r in rows.items() if name.startswith("adamw")), {})
+
+    def reached(runs: dict[int, Record]) -> str:
+        return _mean([steps_to(r["curve"], adamw[s]["loss"]) for s, r in runs.items() if s in adamw], 0)
+
+    def extra(part: str, key: str, factor: float, digits: int) -> Callable[[dict[int, Record]], str]:
+        return lambda runs: _mean([factor * r[part][key] for r in runs.values() if key in r.get(part, {})], digits)
+
+    columns: dict[str, Callable[[dict[int, Record]], str]] = {}
+    every = [r for runs in rows.values() for r in runs.values()]
+    if adamw and any(r["curve"] for r in every):
+        columns["steps to AdamW's loss"] = reached
+    scores = {"accuracy": 100.0, "bleu": 1.0, "chrf": 1.0, "exact_match": 100.0}
+    for key, factor in scores.items():
+        if any(key in r.get("score", {}) for r in every):
+            columns[key + (" %" if factor == 100 else "")] = extra("score", key, factor, 1)
+    if any("kl_from_base" in r.get("score", {}) for r in every):
+        columns["KL from base"] = extra("score", "kl_from_base", 1.0, 2)
+    for task in sorted({t for r in every for t in r.get("also", {})}):
+        columns[f"loss on {task}"] = extra("also", task, 1.0, 3)
+    for task in sorted({t for r in every for t in r.get("also_accuracy", {})}):
+        columns[f"accuracy % on {task}"] = extra("also_accuracy", task, 100.0, 1)
+    return columns
+
+
+def table(rows: Rows) -> list[str]:
+    """One setting's runs as Markdown, best first."""
+    reference = rows.get("CTROptimizer", {})
+    columns = _columns(rows, reference)
+    head = ["method", "loss", "sd", "seeds", "from CTROptimizer", *columns]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, runs in sorted(rows.items(), key=lambda row: _sort(row[1])):
+        losses = [r["loss"] for r in runs.values()]
+        pairs = [runs[s]["loss"] - reference[s]["loss"] for s in runs if s in reference and runs is not reference]
+        if len(pairs) > 1 and all(map(math.isfinite, pairs)):
+            mean, half = interval(pairs)
+            difference = f"{mean:+.4f} ± {half:.4f}"
+        else:
+            difference = f"{pairs[0]:+.4f}" if pairs else ""
+        sd = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        cells = [name, _mean(losses, 4) or "diverged", sd, str(len(losses)), difference]
+        lines.append("| " + " | ".join([*cells, *(column(runs) for column in columns.values())]) + " |")
+    return lines
+
+
+def _sort(runs: dict[int, Record]) -> float:
+    losses = [r["loss"] for r in runs.values()]
+    return statistics.mean(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def group(records: Iterable[Record]) -> dict[tuple, Rows]:
+    """Records by setting, then label, then seed."""
+    tables: dict[tuple, Rows] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        spec = record["spec"]
+        tables[setting(spec)][label(spec)][spec["seed"]] = record
+    return tables
+
+
+def robustness(records: list[Record]) -> dict[str, dict[float, float]]:
+    """Validation loss by method and learning rate, of the tuning seed on E2E; failed and infinite runs are infinite."""
+    losses: dict[str, dict[float, float]] = defaultdict(dict)
+    wanted = {plans.key_of(s) for s in plans.robustness(plans.Lines([]))}
+    for record in records:
+        if plans.key_of(record["spec"]) in wanted:
+            loss = record.get("loss", math.inf)
+            losses[record["spec"]["method"]][record["spec"]["lr"]] = loss if math.isfinite(loss) else math.inf
+    return losses
+
+
+def robustness_table(losses: dict[str, dict[float, float]]) -> list[str]:
+    """Best, at the package's own rate, and over the seven rates."""
+    lines = [
+        "| method | best rate | best loss | at its package's rate | losses, 1/8 to 8 times the middle |",
+        "|---|---|---|---|---|",
+    ]
+    for method, by_rate in sorted(losses.items(), key=lambda row: min(row[1].values())):
+        best = min(by_rate, key=by_rate.__getitem__)
+        default = 2e-2 if method == "ctr" else PACKAGE_RATES.get(method, PACKAGE_RATE)
+        known = by_rate.get(default)
+        cells = [f"{v:.3f}" if v < 10 else "-" for _, v in sorted(by_rate.items())]
+        own = "" if known is None else f"{known:.3f} ({default:g})"
+        lines.append(f"| {method} | {best:.3g} | {by_rate[best]:.4f} | {own} | {', '.join(cells)} |")
+    return lines
+
+
+def timing_table(records: list[Record]) -> list[str]:
+    """Seconds a step and peak memory of solo runs, against AdamW's."""
+    runs = {r["spec"]["method"]: r for r in records}
+    lines = ["| method | ms a step | against AdamW | setup, s | peak memory, MiB |", "|---|---|---|---|---|"]
+    for method, record in sorted(runs.items(), key=lambda row: row[1]["seconds"]):
+        step = 1000 * record["seconds"] / record["spec"]["steps"]
+        ratio = f"{record['seconds'] / runs['adamw']['seconds']:.2f}" if "adamw" in runs else ""
+        peak = record["peak_bytes"] / 2**20
+        lines.append(f"| {method} | {step:.1f} | {ratio} | {record['setup_seconds']:.2f} | {peak:.0f} |")
+    return lines
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """What failed, once for each method and error."""
+    seen = {(r["spec"]["method"], r["error"]) for r in records if "error" in r}
+    return [f"- {method}: {error}" for method, error in sorted(seen)]
+
+
+def report(records: list[Record]) -> str:
+    """All tables that there are records for."""
+    lines = plans.Lines(records)
+    out: list[str] = ["# Quality: every table", "", "Written by `python -m benchmarks.quality.report`. Losses in nats."]
+    for name, title in TITLES.items():
+        chosen = select(records, plans.PLANS[name](lines))
+        if chosen:
+            out += ["", f"## {title} (`{name}`)"]
+        for key, rows in sorted(group(chosen).items(), key=lambda item: str(item[0])):
+            base, task, rank, steps, batch, split = key
+            out += ["", f"### {task}, {base}, rank {rank}, {steps} steps of {batch}, {split} split", "", *table(rows)]
+    losses = robustness(records)
+    if losses:
+        note = f"E2E, base30m, rank 8, 150 steps of 32, validation loss, seed {TUNING_SEED}."
+        out += ["", "## Learning rates (`tune`, `robustness`)", "", note, "", *robustness_table(losses)]
+    solo = select(records, plans.timing(lines))
+    if solo:
+        out += ["", "## Time and memory (`timing`)", "", "base30m, batch 32, alone on the device.", ""]
+        out += timing_table(solo)
+    failed = failures(records)
+    return "\n".join([*out, *(["", "## Failed runs", "", *failed] if failed else []), ""])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results")
-    parser.add_argument("--phase", default="final")
-    parser.add_argument("--against", default="ctr", help="label of the row that differences are taken from")
-    args = parser.parse_args()
-    tables: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    with open(args.results) as lines:
-        for record in map(json.loads, lines):
-            spec = record["spec"]
-            if record["phase"] == args.phase and "loss" in record:
-                key = (spec["base"], spec["task"], spec["steps"], spec["batch"], spec["rank"])
-                tables[key][label(spec)][spec["seed"]] = record["loss"]
-    for key, rows in sorted(tables.items()):
-        base, task, steps, batch, rank = key
-        print(f"\n### {base}, {task}, {steps} steps of {batch}, rank {rank}\n")
-        print(f"| method | loss | sd | seeds | difference from `{args.against}` |\n|---|---|---|---|---|")
-        reference = rows.get(args.against, {})
-        for name, losses in sorted(rows.items(), key=lambda row: statistics.mean(row[1].values())):
-            values = list(losses.values())
-            sd = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-            pairs = [losses[s] - reference[s] for s in losses if s in reference]
-            print(f"| {name} | {statistics.mean(values):.4f} | {sd} | {len(values)} | {interval(pairs)} |")
-
-
-def interval(differences: list[float]) -> str:
-    """Mean and 95 % interval of paired differences."""
-    n = len(differences)
-    if n < 2 or not any(differences):
-        return "-"
-    half = _T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n)
-    return f"{statistics.mean(differences):+.4f} ± {half:.4f}"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="+", help="results files")
+    print(report(plans.read(parser.parse_args().lines)), end="")
 
 
 if __name__ == "__main__":

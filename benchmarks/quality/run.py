@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import queue as queues
 import time
 from copy import deepcopy
 from functools import lru_cache
@@ -127,6 +126,11 @@ def train(spec: dict[str, Any], data: str, models: str, device: torch.device) ->
         "parameters": parameters,
         "curve": curve,
         "also": {task: tasks.loss_per_token(model, some, device) for task, some in also.items()},
+        "also_accuracy": {
+            task: tasks.choice_accuracy(model, [e.row for e in some], tokenizer, device)
+            for task, some in also.items()
+            if "accuracy" in spec["score"] and "choices" in some[0].row
+        },
         "score": score(spec["score"], model, base, tokenizer, held),
         "metrics": {k: v for k, v in metrics.items() if not isinstance(v, dict)},
     }
@@ -158,11 +162,7 @@ def _work(queue: Any, out: str, data: str, models: str, deadline: float) -> None
     torch.set_float32_matmul_precision("high")
     versions = {"torch": torch.__version__, "python": platform.python_version(), "device": device.type}
     pace = 0.0  # seconds of the slowest run yet, over its estimated cost
-    while True:
-        try:
-            spec = queue.get(timeout=5)
-        except queues.Empty:
-            return
+    while (spec := queue.get()) is not None:
         began = time.time()
         if began + pace * cost(spec) > deadline:
             continue
@@ -190,7 +190,7 @@ def main() -> None:
     print(f"{len(todo)} of {len(specs)} runs to do, cost {sum(map(cost, todo.values())):.0f}", flush=True)
     context = mp.get_context("spawn")
     queue = context.Queue()
-    for spec in todo.values():
+    for spec in [*todo.values(), *[None] * args.workers]:
         queue.put(spec)
     workers = [
         context.Process(target=_work, args=(queue, args.out, args.data, args.models, deadline), daemon=True)
