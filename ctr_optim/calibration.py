@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ class _Call:
     kwargs: dict[str, Any]
     sequences: int
     autocast: tuple[str, torch.dtype] | None
-    loss_mask: Tensor | None = None
+    loss_masks: dict[int, Tensor] = field(default_factory=dict)  # of each chunk of the logits
 
 
 class Probe:
@@ -91,10 +91,11 @@ class Probe:
             self._call, self.refused = None, "the model's output holds no logits"
         elif logits.requires_grad:
 
-            def remember(grad: Tensor) -> None:
-                call.loss_mask = (grad[: call.sequences] != 0).any(-1)
+            def remember(index: int, grad: Tensor) -> None:
+                call.loss_masks[index] = (grad[: call.sequences] != 0).any(-1)
 
-            logits.register_hook(remember)  # type: ignore[no-untyped-call]
+            for index, chunk in enumerate(_chunks(output) or [logits]):
+                chunk.register_hook(partial(remember, index))  # type: ignore[no-untyped-call]
 
     def _slice(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         size = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), 0)
@@ -114,7 +115,8 @@ class Probe:
             logits = logits_of(call.module(*call.args, **call.kwargs))
         if logits is None:
             return None
-        mask = call.loss_mask
+        masks = [call.loss_masks[index] for index in sorted(call.loss_masks)]
+        mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1) if masks else None
         return (logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)).float()
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
@@ -197,14 +199,28 @@ def kl_divergence(new: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in a model's output: ``.logits``, a tensor, or the first float tensor of two or more dimensions."""
+    """The logits in a model's output: ``.logits``, a tensor, or the first float tensor of two or more dimensions.
+
+    A list of chunks along the tokens, as torchtune's models give, is put together.
+    """
     if isinstance(output, Tensor):
         return output if output.is_floating_point() and output.dim() >= 2 else None
+    if chunks := _chunks(output):
+        return torch.cat(chunks, 1)
     if getattr(output, "logits", None) is not None:
         logits: Tensor = output.logits
         return logits
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
+
+
+def _chunks(output: Any) -> list[Tensor] | None:
+    """Logits ``(sequences, tokens, V)`` in chunks of the tokens; None where the output is something else."""
+    if not isinstance(output, list):
+        return None
+    if not all(isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() for t in output):
+        return None
+    return output if len({(t.shape[0], t.shape[2], t.dtype) for t in output}) == 1 else None
 
 
 def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ctr_optim.adapters.export import export_uniform_files
 from ctr_optim.adapters.files import read_adapter
+from ctr_optim.adapters.repair import fix_torchtune_adapter
 from ctr_optim.report import columns, read_run, save_page, save_picture, table
 
 
@@ -48,6 +49,12 @@ def uniform(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: every layer of rank {rank}")
 
 
+def fix_torchtune(args: argparse.Namespace) -> None:
+    """Write the ranks of an adapter that torchtune saved into its config."""
+    ranks = fix_torchtune_adapter(args.adapter).values()
+    print(f"wrote {args.adapter}: {len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ctr-optim", description="Look at runs and adapters of ctr_optim.")
@@ -67,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.add_argument("out", help="the directory to write")
     one.set_defaults(run_command=uniform)
+
+    one = commands.add_parser(
+        "fix-torchtune-adapter", help="write ranks that moved into torchtune's adapter_config.json"
+    )
+    one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
+    one.set_defaults(run_command=fix_torchtune)
 
     args = parser.parse_args(argv)
     try:

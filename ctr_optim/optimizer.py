@@ -265,10 +265,9 @@ class CTROptimizer(Optimizer):
             self._looked = True
             guards.warn_if_blind(tokens, finite, self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
-        grad = 1.0 / (grad_scale() * world)
-        scale = TokenScale(
-            tokens, tokens * grad if self._settings.loss_reduction == "mean" else tokens.new_tensor(grad)
-        )
+        # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
+        summed = tokens / world if self._settings.loss_reduction == "mean" else torch.ones_like(tokens)
+        scale = TokenScale(tokens, summed / grad_scale())
         for block in self._blocks:
             block.commit(scale, self._settings.factor_decay, seen)
         self._shared["sketched"] += 1

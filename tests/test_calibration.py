@@ -329,7 +329,7 @@ def test_the_source_before_the_first_step() -> None:
     assert optimizer(net(), calibration_interval=None).metrics()["trust/source"] == "block-diagonal"
 
 
-def test_a_model_may_return_a_tuple_or_a_dict_of_logits() -> None:
+def test_a_model_may_return_a_tuple_a_dict_or_chunks_of_logits() -> None:
     class Wrapped(nn.Module):
         def __init__(self, kind: str) -> None:
             super().__init__()
@@ -337,17 +337,20 @@ def test_a_model_may_return_a_tuple_or_a_dict_of_logits() -> None:
 
         def forward(self, ids: Tensor) -> Any:
             logits = self.net(ids)
+            if self.kind == "chunks":  # the first one holds no loss token
+                return list(logits.split(2, 1))
             return {"logits": logits} if self.kind == "dict" else (logits, None)
 
     couplings = []
-    for kind in ("dict", "tuple"):
+    for kind in ("dict", "chunks", "tuple"):
         model = Wrapped(kind)
         opt = optimizer(model, calibration_interval=1)
         ids, labels = batch()
         out = model(ids)
-        loss_of(out["logits"] if kind == "dict" else out[0], labels).backward()
+        logits = {"dict": lambda: out["logits"], "tuple": lambda: out[0], "chunks": lambda: torch.cat(out, 1)}[kind]()
+        loss_of(logits, labels).backward()
         opt.step()
         assert opt.metrics()["trust/source"] == "measured"
         couplings.append(opt.metrics()["trust/coupling"])
-    assert couplings[0] == couplings[1]
+    assert couplings[0] == couplings[1] == couplings[2]
     assert model(ids)[0].shape[-1] == VOCAB

@@ -39,7 +39,7 @@ def alone(**options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for step in range(STEPS):
         opt.zero_grad()
         ids, labels = joined(step)
-        loss_of(model(ids), labels).backward()
+        loss_of(model(ids), labels, options.get("loss_reduction", "mean")).backward()
         opt.step()
     return snapshot(model), opt.metrics()
 
@@ -55,7 +55,7 @@ def _train(
     for step in range(STEPS):
         opt.zero_grad()
         ids, labels = rows_of(step, rank)
-        loss_of(wrapped(ids), labels).backward()
+        loss_of(wrapped(ids), labels, options.get("loss_reduction", "mean")).backward()
         opt.step()
         log.log()
     return snapshot(model), opt.metrics()
@@ -67,8 +67,9 @@ def _train(
         (dict(find_unused_parameters=True), True, {}),
         (dict(), False, {}),
         (dict(static_graph=True), True, dict(max_kl=None)),
+        (dict(), True, dict(loss_reduction="sum")),
     ],
-    ids=["unused", "plain", "static"],
+    ids=["unused", "plain", "static", "sum"],
 )
 def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, options: dict[str, Any]) -> None:
     (first, numbers), (second, others) = spawn(_train, tmp_path, ddp, bare, options)

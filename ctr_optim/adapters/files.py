@@ -56,7 +56,7 @@ class SavedAdapter:
         """The factor s that PEFT gives a layer (``base_model.model.``... or bare name) of ``rank``."""
         alpha = self.config["lora_alpha"]
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer.removeprefix(_PREFIX)):
+            if re.match(rf"(.*\.)?({pattern})$", prefix_free(layer)):
                 alpha = value
                 break
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -77,7 +77,7 @@ class SavedAdapter:
         """Every layer with two linear halves, in the order of the file."""
         return [
             SavedLayer(
-                name.removeprefix(_PREFIX),
+                prefix_free(name),
                 self.weights[f"{name}.lora_A.weight"],
                 self.weights[f"{name}.lora_B.weight"],
                 scaling,
@@ -85,6 +85,11 @@ class SavedAdapter:
             for name, scaling in self.scalings.items()
             if self.weights.get(f"{name}.lora_A.weight", torch.empty(0)).dim() == 2
         ]
+
+
+def prefix_free(layer: str) -> str:
+    """A layer's name in its base model, from its name in the weights."""
+    return layer.removeprefix(_PREFIX)
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
