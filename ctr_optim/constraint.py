@@ -118,8 +118,7 @@ class TrustRegion:
         # the slice is small: the geometric mean with the last value halves its noise
         shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
         shared["calibrations"] += 1
-        if shared["calibrations"] % 4 == 2:
-            self._calibrate_base(logits, blocks, shared)
+        self._calibrate_base(logits, blocks, shared)
 
     def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
         assert self.probe is not None

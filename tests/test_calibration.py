@@ -279,6 +279,7 @@ def test_measurements_happen_when_due() -> None:
         train(model, opt, 1, step)
         counts.append(calls.count(False))
     assert [c > 0 for c in counts] == [True, True, True, False, True, False, False, False, True, False]
+    assert set(counts[4:]) == {0, 3}  # at theta + delta, at theta - delta, and without the adapter
 
 
 # -- where it cannot be done ------------------------------------------------------------------------------------------
