@@ -1,4 +1,4 @@
-"""torchtune: the optimizer is a YAML line (``_component_: ctr_optim.CTROptimizer``); resuming needs a model that can."""
+"""torchtune: the optimizer is a line of YAML (``_component_: ctr_optim.CTROptimizer``); resuming needs a word more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the recipe needs beside torchtune's own components: the bundled model's tokenizer, and jsonl rows as a dataset."""
+"""What the recipe needs beside torchtune's own components: the bundled model's tokenizer, and rows as a dataset."""
 
 from __future__ import annotations
 
