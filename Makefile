@@ -1,6 +1,8 @@
 # make demo   fine-tune the bundled model with AdamW and with CTROptimizer, and compare (a few minutes on two CPU cores)
 # make test   run the tests
 # make lint   style and types
+# make docs   build the documentation into site/
+# make wheel  build the wheel, install it into a clean environment, run the README's snippet there
 #
 # Everything runs in .venv, which the first of them makes. Choose with: make PYTHON=python3.12 TORCH="torch==2.13.0" ...
 
@@ -12,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(READY)
 	$(BIN)/python examples/finetune.py --out demo-output $(ARGS)
@@ -25,8 +27,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+wheel: $(READY)
+	$(BIN)/python .ci/wheel.py "$(TORCH)"
+
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist *.egg-info
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist site *.egg-info
 
 # torch first and pinned, so that a looser requirement does not bring a newer one; a good one already there is kept.
 $(READY): pyproject.toml

@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run_command(args)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-        print(f"ctr-optim: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError) and "safetensors" in str(error)
+        hint = "; adapters are read with it: pip install 'ctr_optim[hf]'" if missing else ""
+        print(f"ctr-optim: {error}{hint}", file=sys.stderr)
         return 1
     return 0
 

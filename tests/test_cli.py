@@ -119,6 +119,13 @@ def test_no_adapter_there(tmp_path: Path, command: list[str], capsys: pytest.Cap
     assert "'IA3', expected 'LORA'" in capsys.readouterr().err
 
 
+def test_an_adapter_without_safetensors(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # not there
+    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "ctr_optim[hf]" in capsys.readouterr().err
+
+
 def test_an_adapter_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter(tmp_path)
     assert main(["export-uniform", str(tmp_path), str(tmp_path)]) == 1
