@@ -71,10 +71,7 @@ def test_quadratic_is_never_negative_and_homogeneous(seed: int, name: str, lie: 
     d = layers(seed)
     structure = STRUCTURES[name]
     for key, width in (("C", D_IN), ("S", D_OUT)):
-        factor = structure(*(torch.zeros(LAYERS, *shape, dtype=torch.float64) for shape in structure.shapes(width)))
-        for i in range(LAYERS):
-            factor[i].add_rows_(lie * torch.randn(4, width, dtype=torch.float64))
-        d[key] = factor
+        d[key] = structure(*structure.sums(lie * torch.randn(LAYERS, 4, width, dtype=torch.float64)))
     da, db = torch.randn_like(d["a"]), torch.randn_like(d["b"])
     q = quadratic(da, db, **d)
     assert (q >= 0).all() and q.isfinite().all()

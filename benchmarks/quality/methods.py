@@ -58,7 +58,8 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 
 
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
-    """Ours. ``options`` are the optimizer's; ``initialize`` and ``adapter`` among them go to those."""
+    """Ours. ``options`` are the optimizer's; ``initialize`` and ``adapter`` among them go to those; ``lr_ratio`` is B's
+    learning rate over A's."""
     options = deepcopy(spec["options"])
     start = options.pop("initialize", None)
     model = get_peft_model(base, _config(spec["rank"], **options.pop("adapter", {})))
@@ -71,7 +72,12 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
         scheduler.setdefault("total_steps", spec["steps"])
     if spec["lr"] is not None:
         options["lr"] = spec["lr"]
-    return Run(model, CTROptimizer(model.parameters(), **options))
+    params: list[Any] = list(model.parameters())
+    if (ratio := options.pop("lr_ratio", None)) is not None:
+        of_b = [p for name, p in model.named_parameters() if "lora_B" in name]
+        of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
+        params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", 2e-2)}]
+    return Run(model, CTROptimizer(params, **options))
 
 
 def _lora_plus(base: Any, spec: dict, batches: Batches) -> Run:

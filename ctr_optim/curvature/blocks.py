@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim import distributed
-from ctr_optim.curvature.capture import Sketch, Stage
+from ctr_optim.curvature.capture import Sketch, Stage, Sums
 from ctr_optim.curvature.factors import Factor, eigenbasis
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack, initial_state
@@ -58,42 +58,28 @@ class Block:
         self.C = structure(*(t[f"input_{f}"] for f in structure.fields))
         self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
         self.sketch = [t[name] for name in ("sketch_range", "sketch_corange") if name in t]
-        self.staged: list[Tensor] = []  # what processes add up before a commit
-        self._stages: list[Stage] = []
+        self._sums: Sums | None = None
 
     # -- capture ------------------------------------------------------------------------------------------------
 
     def stages(self, damping: float) -> list[Stage]:
-        """Empty stages for the taps, one a pair: views into stacked sums."""
-        if not self.staged:
-            like = [self.b.tensors["factor_updates"], self.H, self.D, *self.C.tensors, *self.S.tensors, *self.sketch]
-            self.staged = [torch.zeros_like(t) for t in like]
-        self.forget()
-        if self._stages and not self.sketch:
-            return self._stages
-        n = len(self.structure.fields)
-        rows, h, d, *wide = self.staged
-        sketches = self._sketches(damping, *wide[2 * n :]) if self.sketch else [None] * len(self.pairs)
-        self._stages = [
-            Stage(
-                rows[i],
-                h[i],
-                d[i],
-                self.structure(*(t[i] for t in wide[:n])),
-                self.structure(*(t[i] for t in wide[n : 2 * n])),
-                sketches[i],
-            )
-            for i in range(len(self.pairs))
-        ]
-        return self._stages
+        """Where the taps put the tokens of each pair; empty."""
+        if self._sums is None:
+            rows, h, d = (torch.zeros_like(t) for t in (self.b.tensors["factor_updates"], self.H, self.D))
+            wide = (self.structure(*(torch.zeros_like(t) for t in factor.tensors)) for factor in (self.C, self.S))
+            self._sums = Sums(rows, h, d, *wide)
+        if self.sketch:
+            if self._sums.sketch is None:
+                range_, corange = (torch.zeros_like(t) for t in self.sketch)
+                self._sums.sketch = Sketch(range_, corange, *self.test_matrices(), self.structure)
+            self._sums.sketch.input_whitener, self._sums.sketch.output_whitener = self.whiteners(damping)
+        self._sums.forget()
+        return [Stage(self._sums, index) for index in range(len(self.pairs))]
 
-    def _sketches(self, damping: float, range_: Tensor, corange: Tensor) -> list[Sketch]:
-        omega, psi = self.test_matrices()
-        whiten_in, whiten_out = self.whiteners(damping)
-        return [
-            Sketch(range_[i], corange[i], omega, psi, layer_of(whiten_in, i), layer_of(whiten_out, i), self.structure)
-            for i in range(len(self.pairs))
-        ]
+    @property
+    def staged(self) -> list[Tensor]:
+        """What processes add up before a commit."""
+        return [] if self._sums is None else self._sums.tensors
 
     def whiteners(self, damping: float) -> tuple[Any, Any]:
         """Whiteners of C and S, as the factors stand now."""
@@ -114,8 +100,8 @@ class Block:
 
     def forget(self) -> None:
         """Drop what the taps have staged so far."""
-        if self.staged:
-            torch._foreach_zero_(self.staged)
+        if self._sums is not None:
+            self._sums.forget()
 
     def loss_tokens(self) -> Tensor:
         """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
@@ -216,8 +202,3 @@ def drop_sketches(state: Any, pairs: Iterable[LoRAPair]) -> None:
     for pair in pairs:
         for name in ("sketch_range", "sketch_corange"):
             state[pair.B].pop(name, None)
-
-
-def layer_of(whitener: Tensor | tuple[Tensor, ...], index: int) -> Tensor | tuple[Tensor, ...]:
-    """One layer's part of the whitener of a batch."""
-    return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)

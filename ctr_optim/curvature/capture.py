@@ -26,11 +26,104 @@ from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 
 
+class Sums:
+    """Sums over the tokens of a block of L layers since the last ``step()``, batch dimension first.
+
+    Backward only sets tokens aside; they are summed for many layers at once, when enough have come together or
+    somebody asks. A launch a layer for each term would cost more than all the arithmetic.
+
+    Attributes:
+        rows: ``(L,)`` tokens with a gradient.
+        rank_input: ``(L, r, r)`` sum of ``h h^T``, for H.
+        rank_output: ``(L, r, r)`` sum of ``B^T g g^T B``, for D.
+        input, output: sums of ``x x^T`` and ``g g^T``, for C and S.
+        sketch: of the whitened gradient, on the steps before a rank event.
+    """
+
+    most_held = 2**24  # numbers set aside before they are summed: 64 MiB in float32
+
+    def __init__(self, rows: Tensor, rank_input: Tensor, rank_output: Tensor, input: Factor, output: Factor) -> None:
+        self.rows, self.rank_input, self.rank_output, self.input, self.output = (
+            rows,
+            rank_input,
+            rank_output,
+            input,
+            output,
+        )
+        self.sketch: Sketch | None = None
+        self._waiting: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+        self._held = 0
+        self._stride = 1
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything summed so far."""
+        self.flush()
+        sketched = [] if self.sketch is None else [self.sketch.range_, self.sketch.corange]
+        return [self.rows, self.rank_input, self.rank_output, *self.input.tensors, *self.output.tensors, *sketched]
+
+    def add(self, layer: int, x: Tensor, h: Tensor, b: Tensor, g: Tensor, stride: int) -> None:
+        """Tokens of one layer: x ``(n, d_in)``, h ``(n, r)``, b ``(d_out, r)``, g ``(n, d_out)``, any float dtype.
+
+        Every one of them stands for ``stride`` tokens.
+        """
+        z = g @ b.to(g.dtype)  # now: a sharded B may be gone later
+        if torch.compiler.is_compiling():  # one graph, no lists
+            self._sum(torch.tensor([layer], device=g.device), x[None], h[None], z[None], g[None], stride)
+            return
+        if self._waiting and (self._stride != stride or _kind(self._waiting[0][1:]) != _kind((x, h, z, g))):
+            self.flush()
+        self._waiting.append((layer, x, h, z, g))
+        self._stride = stride
+        self._held += x.numel() + g.numel()
+        if self._held > self.most_held:
+            self.flush()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Sum what was set aside."""
+        if self._waiting:
+            layers, *tokens = zip(*self._waiting, strict=True)
+            index = torch.tensor(layers).to(self.rows.device, non_blocking=True)
+            x, h, z, g = (torch.stack(t) for t in tokens)
+            with torch.autocast(self.rows.device.type, enabled=False), _NoTF32(self.rows.device):
+                self._sum(index, x, h, z, g, self._stride)
+        self._drop()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._drop()
+        torch._foreach_zero_(self.tensors)
+
+    def _drop(self) -> None:
+        self._waiting, self._held = [], 0
+
+    def _sum(self, layers: Tensor, x: Tensor, h: Tensor, z: Tensor, g: Tensor, stride: int) -> None:
+        """Add tokens of k layers: ``(k, n, width)`` each."""
+        wide = self.rank_input.dtype
+        active = (g != 0).any(-1, keepdim=True).to(wide)
+        weight = stride**0.5
+        x, h, z, g = x.to(wide) * (active * weight), h.to(wide) * (active * weight), z.to(wide) * weight, g.to(wide)
+        g = g * weight if stride > 1 else g
+        self.rows.index_add_(0, layers, active.sum((-2, -1)) * stride)
+        self.rank_input.index_add_(0, layers, h.mT @ h)
+        self.rank_output.index_add_(0, layers, z.mT @ z)
+        for factor, rows in ((self.input, x), (self.output, g)):
+            for total, part in zip(factor.tensors, factor.sums(rows), strict=True):
+                total.index_add_(0, layers, part)
+        if self.sketch is not None:
+            self.sketch.add_(layers, x, g)
+
+
+def _kind(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(t.shape, t.dtype) for t in tensors]
+
+
 @dataclass
 class Sketch:
-    """A single-pass randomized sketch of the whitened gradient ``G~ = W_S G W_C^T``, ``G = sum_t g_t x_t^T``.
+    """A single-pass randomized sketch of the whitened gradients ``G~ = W_S G W_C^T``, ``G = sum_t g_t x_t^T``.
 
-    ``range_ = G~ Omega`` (d_out, k) and ``corange = Psi^T G~`` (l, d_in) determine its leading singular triples
+    ``range_ = G~ Omega`` (L, d_out, k) and ``corange = Psi^T G~`` (L, l, d_in) determine its leading singular triples
     (Tropp et al., 2017, arXiv 1609.00048) at the cost of a LoRA of rank k. No gradient of W0 is ever formed.
     """
 
@@ -38,47 +131,29 @@ class Sketch:
     corange: Tensor
     omega: Tensor
     psi: Tensor
-    input_whitener: Any
-    output_whitener: Any
     structure: type[Factor]
+    input_whitener: Any = None
+    output_whitener: Any = None
 
-    def add_(self, x: Tensor, g: Tensor) -> None:
-        """Add tokens: x ``(n, d_in)``, g ``(n, d_out)``."""
-        x_t = self.structure.whiten(self.input_whitener, x.mT.to(self.omega.dtype))
-        g_t = self.structure.whiten(self.output_whitener, g.mT.to(self.omega.dtype))
-        self.range_.add_(g_t @ (x_t.mT @ self.omega))
-        self.corange.add_((self.psi.mT @ g_t) @ x_t.mT)
+    def add_(self, layers: Tensor, x: Tensor, g: Tensor) -> None:
+        """Add tokens of k layers: x ``(k, n, d_in)``, g ``(k, n, d_out)``."""
+        x_t = self.structure.whiten(of_layers(self.input_whitener, layers), x.mT)
+        g_t = self.structure.whiten(of_layers(self.output_whitener, layers), g.mT)
+        self.range_.index_add_(0, layers, g_t @ (x_t.mT @ self.omega))
+        self.corange.index_add_(0, layers, (self.psi.mT @ g_t) @ x_t.mT)
 
 
-@dataclass
+def of_layers(whitener: Any, index: Any) -> Any:
+    """The part of a batch's whitener that belongs to one layer, or to some."""
+    return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)
+
+
+@dataclass(frozen=True)
 class Stage:
-    """Sums over the tokens of one layer since the last ``step()``; tensors are views into a batch of layers."""
+    """Where a layer's tokens go: its place in the sums of its block."""
 
-    rows: Tensor  # ()          tokens with a gradient
-    rank_input: Tensor  # (r, r)      sum h h^T          -> H
-    rank_output: Tensor  # (r, r)      sum B^T g g^T B    -> D
-    input: Factor  # (d_in, d_in)   sum x x^T   -> C
-    output: Factor  # (d_out, d_out) sum g g^T   -> S
-    sketch: Sketch | None = None
-
-    @torch.no_grad()
-    def add_(self, x: Tensor, h: Tensor, b: Tensor, g: Tensor, stride: int) -> None:
-        """Add tokens. x ``(..., d_in)``, h ``(..., r)``, b ``(d_out, r)``, g ``(..., d_out)``, any float dtype."""
-        x, h, g = x.reshape(-1, x.shape[-1]), h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])
-        active = (g.abs().amax(-1, keepdim=True) != 0).to(x.dtype)
-        weight = stride**0.5  # every kept token stands for `stride` of them
-        x = x * (active * weight) if stride > 1 else x * active
-        wide = self.rank_input.dtype
-        h = h.to(wide) * (active * weight).to(wide)
-        g_rank = (g @ b.to(g.dtype)).to(wide) * weight
-        with torch.autocast(g.device.type, enabled=False), _NoTF32(g.device):
-            self.rows.add_(active.sum(dtype=wide) * stride)
-            self.rank_input.add_(h.mT @ h)
-            self.rank_output.add_(g_rank.mT @ g_rank)
-            self.input.add_rows_(x)
-            self.output.add_rows_(g * weight if stride > 1 else g)
-            if self.sketch is not None:
-                self.sketch.add_(x, g * weight if stride > 1 else g)
+    sums: Sums
+    layer: int
 
 
 class _NoTF32:
@@ -114,7 +189,9 @@ class _Tap(torch.autograd.Function):
         (grad,) = grads
         x, h, b = ctx.saved_tensors
         kept = grad.reshape(-1, grad.shape[-1])[:: ctx.stride]
-        ctx.stage.add_(x, h, b, kept, ctx.stride)
+        # a part is copied out, for a view would keep the whole gradient alive until the tokens are summed
+        kept = kept if ctx.stride == 1 else kept.clone()
+        ctx.stage.sums.add(ctx.stage.layer, x, h, b, kept, ctx.stride)
         return grad, None, None, None, None, None
 
 

@@ -43,9 +43,10 @@ class Factor(ABC):
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the fields of one layer of width d."""
 
+    @staticmethod
     @abstractmethod
-    def add_rows_(self, rows: Tensor) -> None:
-        """Add ``sum_t v_t v_t^T``; rows ``(n, d)``, in any floating dtype; sums are taken in the factor's."""
+    def sums(rows: Tensor) -> tuple[Tensor, ...]:
+        """The fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``."""
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class Diagonal(Factor):
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:
         return ((width,),)
 
-    def add_rows_(self, rows: Tensor) -> None:
-        (diagonal,) = self.tensors
-        diagonal += rows.to(diagonal.dtype).square().sum(0)
+    @staticmethod
+    def sums(rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.square().sum(-2),)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.tensors[0].unsqueeze(-1) * x
@@ -103,10 +104,9 @@ class Dense(Factor):
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:
         return ((width, width),)
 
-    def add_rows_(self, rows: Tensor) -> None:
-        (matrix,) = self.tensors
-        rows = rows.to(matrix.dtype)
-        matrix += rows.mT @ rows
+    @staticmethod
+    def sums(rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.mT @ rows,)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.tensors[0] @ x
@@ -142,16 +142,15 @@ class LowRank(Factor):
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:
         return ((width, min(LowRank.columns, width)), (width,))
 
-    def add_rows_(self, rows: Tensor) -> None:
-        sketch, diagonal = self.tensors
-        rows = rows.to(sketch.dtype)
-        sketch += rows.mT @ (rows @ _test_matrix(sketch))
-        diagonal += rows.square().sum(0)
+    @staticmethod
+    def sums(rows: Tensor) -> tuple[Tensor, ...]:
+        width = rows.shape[-1]
+        return rows.mT @ (rows @ _test_matrix(width, rows)), rows.square().sum(-2)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal U ``(..., d, k)``, eigenvalues ``(..., k)``, residual diagonal ``(..., d)``."""
         sketch, diagonal = self.tensors
-        omega = _test_matrix(sketch)
+        omega = _test_matrix(sketch.shape[-2], sketch)
         # the shift keeps the Cholesky factor finite; it is taken back from the eigenvalues
         norm = torch.linalg.matrix_norm(sketch)[..., None, None]
         shift = 8 * torch.finfo(sketch.dtype).eps * norm
@@ -199,11 +198,10 @@ def _safe_rsqrt(x: Tensor) -> Tensor:
     return torch.where(x > 0, x.clamp_min(torch.finfo(x.dtype).tiny).rsqrt(), 0)
 
 
-def _test_matrix(sketch: Tensor) -> Tensor:
+def _test_matrix(width: int, like: Tensor) -> Tensor:
     """The same Gaussian ``(d, k)`` on every process and in every run; never stored."""
-    width, columns = sketch.shape[-2:]
     generator = torch.Generator().manual_seed(width)
-    return torch.randn(width, columns, generator=generator).to(sketch)
+    return torch.randn(width, min(LowRank.columns, width), generator=generator).to(like)
 
 
 def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.blocks import Block, layer_of
+from ctr_optim.curvature.blocks import Block
+from ctr_optim.curvature.capture import of_layers
 from ctr_optim.lora import LoRAPair
 from ctr_optim.ranks.resize import State, grow, projection, shrink, typical_second_moment
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
@@ -63,7 +64,7 @@ def survey(block: Block, count: float, damping: float, fresh: bool = False) -> l
     surveys = []
     for i, pair in enumerate(block.pairs):
         a, b = pair.A.detach().to(block.H.dtype), pair.B.detach().to(block.H.dtype)
-        w_in, w_out = layer_of(whiten_in, i), layer_of(whiten_out, i)
+        w_in, w_out = of_layers(whiten_in, i), of_layers(whiten_out, i)
         C, S = block.C[i], block.S[i]
         existing = existing_directions(block.H[i], block.D[i])
         if omega_psi is None:
