@@ -268,6 +268,13 @@ def test_a_report_pairs_runs_by_seed() -> None:
     assert "| adamw 0.008 | 1.3500 | 0.1000 | 3 | +0.2500 ± 0.0000 |" in text
 
 
+def test_old_lines_are_run_again_with_what_they_held_out() -> None:
+    old = {"method": "ctr", "task": "boolq", "evaluate": 1500, "seed": 3}
+    (spec,) = plans.again([{"spec": old, "loss": 1.0}])
+    assert spec == {**old, "held": 1500}
+    assert "| CTROptimizer | 1.0000 |" in report.report_all([{"spec": old, "loss": 1.0}])
+
+
 def test_protocol_sorts_tasks_and_reads_rates(tmp_path: Path) -> None:
     for task, splits in {"a": ("train", "test"), "b": ("test",)}.items():
         (tmp_path / task).mkdir()

@@ -257,8 +257,8 @@ def ablation(lines: Lines) -> list[Spec]:
 
 
 def timing(lines: Lines) -> list[Spec]:
-    """Time and memory, one run after the other (``--workers 1``): 30 steps of every method."""
-    setting = {**E2E, "steps": 30, "evaluate": 64, "seed": TUNING_SEED}
+    """Time and memory, one run after the other (``--workers 1``): 60 steps of every method."""
+    setting = {**E2E, "steps": 60, "evaluate": 64, "seed": TUNING_SEED}
     return [{**setting}, *({**_peer(setting, m, lines)} for m in PEERS)]
 
 
@@ -288,6 +288,12 @@ def make(name: str, lines: Lines) -> list[Spec]:
     return sorted(specs.values(), key=cost, reverse=True)
 
 
+def again(records: Iterable[dict[str, Any]]) -> list[Spec]:
+    """The specs of results as a plan, to run them once more; older ones held out as many rows as they evaluated."""
+    specs = [record["spec"] for record in records]
+    return [{**spec, "held": spec.get("held", spec.get("evaluate", DEFAULTS["held"]))} for spec in specs]
+
+
 def read(paths: Iterable[str]) -> list[dict[str, Any]]:
     """Records of results files; a line that was cut off is left out."""
     records = []
@@ -302,10 +308,11 @@ def read(paths: Iterable[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", choices=list(PLANS))
+    parser.add_argument("plan", choices=[*PLANS, "again"], help="again: the runs of --lines once more")
     parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs")
     args = parser.parse_args()
-    specs = make(args.plan, Lines(read(args.lines)))
+    records = read(args.lines)
+    specs = again(records) if args.plan == "again" else make(args.plan, Lines(records))
     print(f"{args.plan}: {len(specs)} runs, cost {sum(map(cost, specs)):.0f}", file=sys.stderr)
     print(json.dumps(specs))
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.report benchmarks/results/quality-*.jsonl > benchmarks/results/quality.md
 
-A table shows the runs of the plan of its name. Mean and standard deviation over seeds; differences from CTROptimizer at
-its defaults are paired by seed, with their 95 % interval (t). Peers are shown at the rates that they were run at.
+A table shows the runs of the plan of its name; with ``--all``, every run that there is. Mean and standard deviation
+over seeds; differences from CTROptimizer at its defaults are paired by seed, with their 95 % interval (t). Peers are
+shown at the rates that they were run at.
 """
 
 from __future__ import annotations
@@ -190,17 +191,30 @@ def failures(records: Iterable[Record]) -> list[str]:
     return [f"- {method}: {error}" for method, error in sorted(seen)]
 
 
+def _tables(records: Iterable[Record]) -> list[str]:
+    """A heading and a table for each setting."""
+    out = []
+    for key, rows in sorted(group(records).items(), key=lambda item: str(item[0])):
+        base, task, rank, steps, batch, split = key
+        out += ["", f"### {task}, {base}, rank {rank}, {steps} steps of {batch}, {split} split", "", *table(rows)]
+    return out
+
+
+def report_all(records: Iterable[Record]) -> str:
+    """Every run, tuning left out."""
+    done = [{"curve": [], **r, "spec": complete(r["spec"])} for r in records if "loss" in r]
+    return "\n".join([*_tables(r for r in done if r["spec"]["seed"] < TUNING_SEED), ""])
+
+
 def report(records: list[Record]) -> str:
-    """All tables that there are records for."""
+    """The tables of every plan that there are records for."""
     lines = plans.Lines(records)
     out: list[str] = ["# Quality: every table", "", "Written by `python -m benchmarks.quality.report`. Losses in nats."]
     for name, title in TITLES.items():
         chosen = select(records, plans.PLANS[name](lines))
         if chosen:
             out += ["", f"## {title} (`{name}`)"]
-        for key, rows in sorted(group(chosen).items(), key=lambda item: str(item[0])):
-            base, task, rank, steps, batch, split = key
-            out += ["", f"### {task}, {base}, rank {rank}, {steps} steps of {batch}, {split} split", "", *table(rows)]
+        out += _tables(chosen)
     losses = robustness(records)
     if losses:
         note = f"E2E, base30m, rank 8, 150 steps of 32, validation loss, seed {TUNING_SEED}."
@@ -216,7 +230,9 @@ def report(records: list[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="+", help="results files")
-    print(report(plans.read(parser.parse_args().lines)), end="")
+    parser.add_argument("--all", action="store_true", help="every setting found, whether or not a plan has it")
+    args = parser.parse_args()
+    print((report_all if args.all else report)(plans.read(args.lines)), end="")
 
 
 if __name__ == "__main__":
