@@ -161,16 +161,15 @@ def _work(queue: Any, out: str, data: str, models: str, deadline: float) -> None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     versions = {"torch": torch.__version__, "python": platform.python_version(), "device": device.type}
-    pace = 0.0  # seconds of the slowest run yet, over its estimated cost
+    pace = 0.0  # seconds of the slowest run yet, loading left out, over its estimated cost
     while (spec := queue.get()) is not None:
-        began = time.time()
-        if began + pace * cost(spec) > deadline:
+        if time.time() + pace * cost(spec) > deadline:
             continue
         try:
             result = train(spec, data, models, device)
         except Exception as error:  # one failed run must not lose the others
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
-        pace = max(pace, (time.time() - began) / cost(spec))
+        pace = max(pace, result.get("total_seconds", 0.0) / cost(spec))
         append(out, {"spec": spec, **result, "versions": versions})
 
 
