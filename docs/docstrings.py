@@ -20,9 +20,10 @@ class Roles(Extension):
         text = re.sub(r":math:`([^`]*)`", lambda m: convert(m[1]), text)
         text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
         text = re.sub(r"^ *\.\. math::\n((?:\n|[ ]+.*\n)+?)(?=^\S|\Z|\n^\S)", _display, text, flags=re.M)
-        obj.docstring.value = text.replace("::\n\n    ", ":\n\n    ")
+        # a line that begins with a formula would become a paragraph of its own
+        obj.docstring.value = re.sub(r'\n *(<math[^>]*display="inline")', r" \1", text).replace("::\n\n", ":\n\n")
 
 
 def _display(found: re.Match[str]) -> str:
-    lines = [line.strip() for line in found[1].splitlines() if line.strip()]
-    return "\n" + "\n\n".join(convert(line.rstrip("\\").strip(), display="block") for line in [" ".join(lines)]) + "\n"
+    lines = [line.strip().removesuffix(r"\quad") for line in found[1].splitlines() if line.strip()]
+    return "\n" + "\n\n".join(convert(line, display="block") for line in lines) + "\n"

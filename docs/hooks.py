@@ -9,7 +9,10 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("benchmarks/**/*.md", "benchmarks/**/*.png", "benchmarks/**/*.svg", "examples/**/*.py", "examples/**/*.yaml")
+SHOWN = (
+    "benchmarks/**/*.md", "benchmarks/**/*.png", "benchmarks/**/*.svg",
+    "examples/**/*.py", "examples/**/*.yaml", "examples/*/*.md",
+)  # fmt: skip
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 
 
