@@ -126,6 +126,14 @@ def test_an_adapter_without_safetensors(tmp_path: Path, capsys: Any, monkeypatch
     assert "ctr_optim[hf]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:50])
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"{tmp_path}: damaged" in capsys.readouterr().err
+
+
 def test_an_adapter_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter(tmp_path)
     assert main(["export-uniform", str(tmp_path), str(tmp_path)]) == 1

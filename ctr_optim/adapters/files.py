@@ -97,14 +97,18 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: no ``adapter_config.json`` or ``adapter_model.safetensors`` there.
-        ValueError: it is not LoRA.
+        ValueError: it is not LoRA, or a file is damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for name in (CONFIG, WEIGHTS):
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory}: no {name} in it; expected what PEFT's save_pretrained wrote")
-    config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{directory}: its peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    return SavedAdapter(config, load_file(Path(directory) / WEIGHTS))
+    try:
+        config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{directory}: its peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        return SavedAdapter(config, load_file(Path(directory) / WEIGHTS))
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{directory}: damaged, or not written to the end ({error}); save the adapter again") from None
