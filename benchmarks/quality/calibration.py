@@ -3,8 +3,9 @@
     python -m benchmarks.quality.calibration --data DIR --models DIR --out calibration.jsonl [--steps 150]
 
 Trains with CTROptimizer at its defaults. At every third step the model's outputs are compared before and after the
-step, on the whole training batch and on a fresh one, and set against the step's predicted KL, calibrated and not. Also
-counts violations of the bound (predicted KL above it by more than a ten-thousandth) over every step.
+step, on the whole training batch and on a fresh one, and set against the step's predicted KL, calibrated and not; and
+the fresh batch's KL from the base model is set against ``kl_from_base``. Also counts violations of the bound (predicted
+KL above it by more than a ten-thousandth) over every step.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
     stream = list(tasks.batches(examples, batch, steps + 1, 0, device))
     optimizer = CTROptimizer(model.parameters(), max_kl=args.max_kl)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    ratios: dict[str, list[float]] = {"same batch": [], "fresh batch": [], "same batch, uncalibrated": []}
+    ratios: dict[str, list[float]] = {
+        what: [] for what in ("same batch", "fresh batch", "same batch, uncalibrated", "from base")
+    }
     violations, losses = 0, []
     for step in range(steps):
         loss = model(**stream[step]).loss
@@ -74,11 +77,16 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
             ratios["same batch"].append(metrics["trust/predicted_kl"] / same)
             ratios["fresh batch"].append(metrics["trust/predicted_kl"] / fresh)
             ratios["same batch, uncalibrated"].append(metrics["trust/predicted_kl"] / metrics["trust/coupling"] / same)
+        if measure:
+            here = target_logits(model, stream[step + 1])
+            with model.disable_adapter():
+                distance = kl(here, target_logits(model, stream[step + 1]))
+            ratios["from base"].append(metrics["kl_from_base"] / distance)
         optimizer.zero_grad()
         schedule.step()
     return {
         "base": base, "task": task, "steps": steps, "batch": batch, "max_kl": args.max_kl, "violations": violations,
-        "same": [round(r, 3) for r in ratios["same batch"]],
+        "same": [round(r, 3) for r in ratios["same batch"]], "from_base": [round(r, 3) for r in ratios["from base"]],
         "ratios": {name: quantiles(values) for name, values in ratios.items()}, "final_loss": sum(losses[-10:]) / 10,
         "versions": {"torch": torch.__version__, "device": device.type},
     }  # fmt: skip
