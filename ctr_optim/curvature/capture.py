@@ -240,8 +240,8 @@ class Taps:
             self.enabled = enabled
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Remove every hook; there is nothing to arm from then on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.stages = [None] * len(self.stages)
+        self.enabled, self.stages = False, []
