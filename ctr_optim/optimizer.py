@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, sketch_
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
+from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack
 from ctr_optim.ranks.controller import RankController
@@ -156,7 +158,9 @@ class CTROptimizer(Optimizer):
             home = next((r for r in roots if _contains(r, self.pairs)), None)
             if home is not None:
                 self._probe = Probe(home, [pair.layer for pair in self.pairs])
-        self._handles: list[Any] = []
+        begins = partial(_forward_begins, weakref.ref(self))
+        hooked = roots if self._taps.stages else []
+        self._handles: list[Any] = [root.register_forward_pre_hook(Hook(begins, id(root))) for root in hooked]
         self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
         self._ranks: RankController | None = None
@@ -424,6 +428,13 @@ class CTROptimizer(Optimizer):
         self._restack()
         self._arm()
 
+    def _forget_dropped(self) -> None:
+        """Drop what the taps staged for gradients that are gone: where no layer has one, nothing was accumulated."""
+        # FSDP keeps what it accumulates elsewhere
+        if self._taps.enabled and not self._fsdp and all(p.A.grad is None and p.B.grad is None for p in self.pairs):
+            for block in self._blocks:
+                block.forget()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
         super().zero_grad(set_to_none)
@@ -453,6 +464,17 @@ class CTROptimizer(Optimizer):
 def _due(step: int, interval: int) -> bool:
     """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
+
+
+def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
+    """A GradScaler skips ``step()`` on an overflow, and ``model.zero_grad()`` tells the optimizer nothing: look.
+
+    Hooked to the whole model: checkpointing runs parts of it again during backward.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if (found := optimizer()) is not None:
+        found._forget_dropped()
 
 
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:
