@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         ValueError: it is truncated or corrupted, or holds more than tensors and plain values.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch writes checksums and does not look at them
+            with zipfile.ZipFile(path) as file:
+                if (damaged := file.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         return torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

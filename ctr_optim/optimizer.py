@@ -391,6 +391,8 @@ class CTROptimizer(Optimizer):
         """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
         self._finalizer()
         self._probe = self._trust.probe = None
+        drop_sketches(self.state, self.pairs)
+        self._restack()
 
     def _count_skipped(self) -> None:
         """Move the count of skipped steps from the device to the state; waits for the device."""
