@@ -169,8 +169,7 @@ def test_a_whitener_that_fails_falls_back_to_the_diagonal(monkeypatch: pytest.Mo
 
 
 def test_a_sketch_that_is_not_finite_leaves_the_diagonal() -> None:
-    factor = LowRank(*(torch.zeros(shape, dtype=torch.float64) for shape in LowRank.shapes(6)))
-    factor.add_rows_(torch.randn(9, 6, dtype=torch.float64))
+    factor = LowRank(*LowRank.sums(torch.randn(9, 6, dtype=torch.float64)))
     factor.tensors[0][2, 1] = math.nan
     assert torch.equal(factor.to_dense(), factor.tensors[1].diag())
 
