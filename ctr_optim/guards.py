@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,8 +50,14 @@ def check_sharding(parameters: Iterable[nn.Parameter], curvature: str) -> None:
 
 
 def check_models(roots: Iterable[nn.Module]) -> None:
-    """Refuse nn.DataParallel over several devices: its replicas are new modules in every forward."""
+    """Refuse nn.DataParallel over several devices, whose replicas are new modules in every forward, and FSDP1."""
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for root in roots:
+        if any(isinstance(module, fsdp1) for module in root.modules()):
+            raise ValueError(
+                "CTROptimizer: FullyShardedDataParallel (FSDP1) flattens the parameters, so that no layer holds its "
+                "weights; use FSDP2 (torch.distributed.fsdp.fully_shard; with Accelerate, fsdp_version: 2)"
+            )
         if isinstance(root, nn.DataParallel) and len(root.device_ids) > 1:
             raise ValueError(
                 "CTROptimizer: nn.DataParallel runs replicas that hide the layers; use DistributedDataParallel (launch "
@@ -89,6 +96,25 @@ def check_single_process() -> None:
         )
 
 
+def check_outside_backward() -> None:
+    """Refuse steps from within a backward: the layers whose turn has not come lack their gradients and statistics."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "CTROptimizer: step() was called from within a backward (optimizer-in-backward, one optimizer for each "
+            "parameter); the trust region needs the whole step. Build one optimizer for all parameters and call step() "
+            "after backward (torchtune: optimizer_in_bwd: False); LoRA's gradients are too small to save memory on"
+        )
+
+
+def check_ranks_belong_to_us(groups: Iterable[dict[str, Any]]) -> None:
+    """Refuse moving ranks within Lookahead, known by the counter that it leaves in the groups."""
+    if any("counter" in group for group in groups):
+        raise ValueError(
+            "rank_scheduler: Lookahead wraps this optimizer and keeps slow copies of the weights that it began with, "
+            "which do not follow when ranks move; leave out one of the two"
+        )
+
+
 def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> None:
     """Warn where layers have gradients though no forward of theirs was seen (``tokens``: infinite). Waits once."""
     if bool(torch.isinf(tokens) & finite) and any(bool(p.B.grad.any()) for p in pairs if p.B.grad is not None):
@@ -103,5 +129,6 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
 
 REPLACED = (
     "CTROptimizer: the parameters with gradients are not those that it was built with; something replaced them in its "
-    "groups, as DeepSpeed ZeRO does. Train with DistributedDataParallel, or build the optimizer last."
+    "groups, as DeepSpeed ZeRO does. Train with DistributedDataParallel, or build the optimizer last: "
+    "after fully_shard, or after accelerator.prepare(model) where that shards it (FSDP2)."
 )

@@ -41,9 +41,12 @@ def test_an_example_with_ranks_that_move(name: str, needs: str, tmp_path: Path) 
     }
 
 
-def test_distributed(tmp_path: Path) -> None:
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_distributed(name: str, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="the adapter is PEFT's")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    out = run(*launcher, str(EXAMPLES / "ddp.py"), "--out", str(tmp_path), "--steps", "3")
+    out = run(*LAUNCHER, str(EXAMPLES / f"{name}.py"), "--out", str(tmp_path), "--steps", "3")
     assert out.count("KL from base") == 3
     assert len(read_events(tmp_path)) == 4 and read_adapter(tmp_path).layers

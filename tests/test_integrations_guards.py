@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from support import backward, batch, net, optimizer, tiny_llama, train, trainable
+from processes import needs_gloo, spawn
+from support import backward, batch, net, optimizer, same, snapshot, tiny_llama, train, trainable
 from torch import nn
 
 from ctr_optim import CTROptimizer, RankScheduler
@@ -43,6 +45,46 @@ def test_parameters_replaced_after_construction() -> None:
         p.grad = None
     with pytest.raises(RuntimeError, match="something replaced them"):
         opt.step()
+
+
+def test_flat_copies_as_of_deepspeed_zero_1() -> None:
+    model = net()
+    opt = optimizer(model)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in trainable(model)]))
+    opt.param_groups[0]["params"] = [flat]
+    backward(model, batch())
+    flat.grad = torch.cat([p.grad.flatten() for p in trainable(model)])
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO does.*build the optimizer last"):
+        opt.step()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["one-each", "shared"])
+def test_an_optimizer_in_backward(own: bool) -> None:
+    model = net()
+    before = snapshot(model)
+    shared = None if own else CTROptimizer(trainable(model), model=model)
+    for p in trainable(model):
+        opt = shared or CTROptimizer([p], model=model)
+        p.register_post_accumulate_grad_hook(lambda _, opt=opt: opt.step())
+    with pytest.raises(RuntimeError, match=r"within a backward.*after backward"):
+        backward(model, batch())
+    assert same(before, snapshot(model))
+
+
+@needs_gloo
+def test_fsdp_1(tmp_path: Path) -> None:
+    (refused,) = set(spawn(_fsdp_1, tmp_path))
+    assert "FSDP1" in refused and "fully_shard" in refused
+
+
+def _fsdp_1(rank: int, folder: Path) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError) as caught:
+        CTROptimizer(trainable(model), model=model)
+    return str(caught.value)
 
 
 def test_gradients_without_a_forward_that_was_seen() -> None:

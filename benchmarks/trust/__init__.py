@@ -1,1 +1,0 @@
-"""What holds over a long run."""
