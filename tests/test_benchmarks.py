@@ -268,6 +268,24 @@ def test_a_report_pairs_runs_by_seed() -> None:
     assert "| adamw 0.008 | 1.3500 | 0.1000 | 3 | +0.2500 ± 0.0000 |" in text
 
 
+def test_targets_are_read_off_the_runs() -> None:
+    pytest.importorskip("scipy", reason="the intervals' quantiles come from scipy")
+    lines = plans.Lines([])
+    records = []
+    for spec in map(plans.complete, plans.make("final", lines)):
+        if spec["steps"]:
+            loss = {"ctr": 0.9, "adamw": 1.0}.get(spec["method"], 0.95) + 0.01 * spec["seed"]
+            records.append({"spec": spec, "loss": loss, "curve": [[30, loss + 0.2], [60, loss]]})
+    (row,) = [line for line in report.targets(records, lines) if line.startswith("| e2e, base30m")]
+    _, _, _, from_best, from_adamw, steps, _ = (cell.strip() for cell in row.split("|"))
+    assert from_best == "-5.2 ± 0.0 %"  # 0.05 of 0.97
+    assert from_adamw == "-9.8 ± 0.0 %"  # 0.1 of 1.02
+    assert steps == "15 % of 300"  # half-way between 30 and 60
+    records += [{"spec": {**plans.E2E, "lr": lr, "seed": plans.TUNING_SEED}, "loss": loss}
+                for lr, loss in ((5e-3, 1.01), (2e-2, 1.0), (8e-2, 1.0))]  # fmt: skip
+    assert "16-fold range of learning rates its worst loss is 1.00 % above" in report.targets(records, lines)[-1]
+
+
 def test_old_lines_are_run_again_with_what_they_held_out() -> None:
     old = {"method": "ctr", "task": "boolq", "evaluate": 1500, "seed": 3}
     (spec,) = plans.again([{"spec": old, "loss": 1.0}])

@@ -151,9 +151,10 @@ def robustness(records: list[Record]) -> dict[str, dict[float, float]]:
     losses: dict[str, dict[float, float]] = defaultdict(dict)
     wanted = {plans.key_of(s) for s in plans.robustness(plans.Lines([]))}
     for record in records:
-        if plans.key_of(record["spec"]) in wanted:
+        spec = complete(record["spec"])
+        if plans.key_of(spec) in wanted:
             loss = record.get("loss", math.inf)
-            losses[record["spec"]["method"]][record["spec"]["lr"]] = loss if math.isfinite(loss) else math.inf
+            losses[spec["method"]][spec["lr"]] = loss if math.isfinite(loss) else math.inf
     return losses
 
 
@@ -185,6 +186,44 @@ def timing_table(records: list[Record]) -> list[str]:
     return lines
 
 
+def _against(rows: Rows, name: str) -> str:
+    """How far a row's loss is from CTROptimizer's, in per cent of its own, with the paired interval."""
+    ours, theirs = rows["CTROptimizer"], rows[name]
+    pairs = [ours[s]["loss"] - theirs[s]["loss"] for s in theirs if s in ours]
+    base = statistics.mean(r["loss"] for r in theirs.values()) / 100
+    if len(pairs) < 2:
+        return f"{pairs[0] / base:+.1f} %" if pairs else "no common seed"
+    mean, half = interval(pairs)
+    return f"{mean / base:+.1f} ± {half / base:.1f} %"
+
+
+def targets(records: list[Record], lines: plans.Lines) -> list[str]:
+    """CTROptimizer at its defaults against AdamW and against the best peer, task by task."""
+    head = ["task", "best peer", "CTROptimizer's loss from it", "from AdamW's", "steps to AdamW's loss"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    chosen = select(records, [*plans.final(lines), *plans.task_table(lines)])
+    for key, rows in sorted(group(chosen).items(), key=lambda item: str(item[0])):
+        others = {name: runs for name, runs in rows.items() if name not in ("CTROptimizer", "base")}
+        adamw = next((name for name in others if name.startswith("adamw")), None)
+        if "CTROptimizer" not in rows or not others:
+            continue
+        best = min(others, key=lambda name: _sort(others[name]))
+        steps = [
+            found / key[3]
+            for seed, run in rows["CTROptimizer"].items()
+            if adamw and seed in rows[adamw] and (found := steps_to(run["curve"], rows[adamw][seed]["loss"]))
+        ]
+        share = f"{100 * statistics.mean(steps):.0f} % of {key[3]}" if steps else ""
+        versus = _against(rows, adamw) if adamw else ""
+        out.append(f"| {key[1]}, {key[0]} | {best} | {_against(rows, best)} | {versus} | {share} |")
+    ours = robustness(records).get("ctr", {})
+    if len(ours) > 1:
+        spread = 100 * (max(ours.values()) / min(ours.values()) - 1)
+        fold = max(ours) / min(ours)
+        out += ["", f"Over a {fold:.0f}-fold range of learning rates its worst loss is {spread:.2f} % above its best."]
+    return out
+
+
 def failures(records: Iterable[Record]) -> list[str]:
     """What failed, once for each method and error."""
     seen = {(r["spec"]["method"], r["error"]) for r in records if "error" in r}
@@ -210,6 +249,8 @@ def report(records: list[Record]) -> str:
     """The tables of every plan that there are records for."""
     lines = plans.Lines(records)
     out: list[str] = ["# Quality: every table", "", "Written by `python -m benchmarks.quality.report`. Losses in nats."]
+    summary = targets(records, lines)
+    out += ["", "## In short", "", *summary] if len(summary) > 2 else []
     for name, title in TITLES.items():
         chosen = select(records, plans.PLANS[name](lines))
         if chosen:
