@@ -45,8 +45,8 @@ def robustness(records: list[dict[str, Any]], out: Path) -> None:
         return
     figure, axes = _axes("learning rate, over the middle of the method's range", "validation loss (nats per token)")
     for index, (method, by_rate) in enumerate(sorted(losses.items())):
-        middle = 2e-2 if method == "ctr" else plans.PEERS[method][0]
-        rates = sorted(by_rate)
+        wide = plans.wide_grid(method)
+        rates, middle = [r for r in wide if r in by_rate], wide[3]
         axes.plot([r / middle for r in rates], [by_rate[r] for r in rates], ".-", **_style(method, index))
     best = min(v for by_rate in losses.values() for v in by_rate.values())
     axes.set(ylim=(0.98 * best, 1.5 * best))

@@ -106,7 +106,7 @@ def main() -> None:
         for method in args.methods.split(","):
             choices: list[float | None] = list(rates.get(method, []))
             if not choices:
-                choices = [None if method == "ctr" else plans.PACKAGE_RATES.get(method, plans.PACKAGE_RATE)]
+                choices = [None if method == "ctr" else plans.package_rate(method)]
             spec = {**shared, "task": task, "method": method, "evaluate": args.held, "seed": plans.TUNING_SEED}
             losses = {r: run({**spec, "lr": r}).get("loss", math.inf) for r in choices} if len(choices) > 1 else {}
             rate = min(losses, key=losses.__getitem__) if losses else choices[0]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.quality import plans
-from benchmarks.quality.plans import PACKAGE_RATE, PACKAGE_RATES, TUNING_SEED, Spec, complete
+from benchmarks.quality.plans import TUNING_SEED, Spec, complete
 
 Record = dict[str, Any]
 Rows = dict[str, dict[int, Record]]  # label, seed
@@ -166,9 +166,10 @@ def robustness_table(losses: dict[str, dict[float, float]]) -> list[str]:
     ]
     for method, by_rate in sorted(losses.items(), key=lambda row: min(row[1].values())):
         best = min(by_rate, key=by_rate.__getitem__)
-        default = 2e-2 if method == "ctr" else PACKAGE_RATES.get(method, PACKAGE_RATE)
+        default = plans.package_rate(method)
         known = by_rate.get(default)
-        cells = [f"{v:.3f}" if v < 10 else "-" for _, v in sorted(by_rate.items())]
+        wide = [by_rate.get(rate) for rate in plans.wide_grid(method)]
+        cells = ["" if v is None else f"{v:.3f}" if v < 10 else "-" for v in wide]
         own = "" if known is None else f"{known:.3f} ({default:g})"
         lines.append(f"| {method} | {best:.3g} | {by_rate[best]:.4f} | {own} | {', '.join(cells)} |")
     return lines
