@@ -1,11 +1,22 @@
 """Curvature-aware, trust-region guided training of LoRA adapters, as a torch optimizer."""
 
 from ctr_optim.adapters.export import export_uniform
+from ctr_optim.checkpoint import load_checkpoint, save_checkpoint
 from ctr_optim.lora import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.ranks.initialize import initialize
 from ctr_optim.ranks.matching import match_ranks
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 
-__all__ = ["CTROptimizer", "LoRAPair", "RankEvent", "RankScheduler", "export_uniform", "initialize", "match_ranks"]
+__all__ = [
+    "CTROptimizer",
+    "LoRAPair",
+    "RankEvent",
+    "RankScheduler",
+    "export_uniform",
+    "initialize",
+    "load_checkpoint",
+    "match_ranks",
+    "save_checkpoint",
+]
 __version__ = "0.1.0"

@@ -1,55 +1,218 @@
-"""Checkpoints that belong to the model, loaded exactly."""
+"""Checkpoints: written whole or not at all, checked field by field before anything is loaded, loaded exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.lora import LoRAPair
+from ctr_optim.precondition import initial_state
+from ctr_optim.settings import Settings, check_group
+
+State = dict[nn.Parameter, dict[str, Tensor]]
+Groups = list[dict[str, Any]]
 
 
-def check_checkpoint(
-    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], structure: str
-) -> dict[nn.Parameter, dict[str, Any]]:
-    """The saved entry of each parameter.
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: Any) -> None:
+    """``torch.save`` that cannot leave half a file: ``path`` holds the old checkpoint or the new one, come what may.
+
+    The file is written under another name beside it (``.<name>.<pid>.tmp``, which a killed process leaves behind),
+    flushed to the disk, and renamed.
+
+    Args:
+        path: the file; its directory must exist.
+        checkpoint: what :func:`load_checkpoint` can read: tensors, numbers, strings, and lists and dicts of them.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is durable once its directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+    """``torch.load`` that runs no code of the file's (``weights_only=True``) and says what is wrong with it.
 
     Raises:
-        ValueError: if groups, shapes or the structure of the factors differ; to be called before anything is loaded.
+        FileNotFoundError: no file there.
+        ValueError: it is truncated or corrupted, or holds more than tensors and plain values.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
+    try:
+        if zipfile.is_zipfile(path):  # torch writes checksums and does not look at them
+            with zipfile.ZipFile(path) as file:
+                if (damaged := file.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(
+            f"{os.fspath(path)}: cannot be loaded; expected a checkpoint of tensors and plain values, whole and "
+            f"unchanged since it was saved ({reason[0]})"
+        ) from error
+
+
+# -- the optimizer's state --------------------------------------------------------------------------------------------
+
+
+def checked(
+    state_dict: Any, groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], settings: Settings
+) -> tuple[State, Groups]:
+    """State and groups to load, as copies that share nothing with ``state_dict``; changes nothing itself.
+
+    Args:
+        state_dict: what ``CTROptimizer.state_dict()`` returned once.
+        groups: the optimizer's own groups.
+        pairs: its LoRA layers.
+        settings: its options.
+
+    Raises:
+        ValueError: if it is another optimizer's or another model's, or if something is missing, of another type or
+            shape than it must be, or not a number.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), kind)):
             raise ValueError(f"checkpoint: no {key!r} in it; expected what CTROptimizer.state_dict() returns")
-    saved_groups = state_dict["param_groups"]
-    sizes, ours = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
-    if sizes != ours:
-        raise ValueError(f"checkpoint: got parameter groups of {sizes} parameters, expected {ours}")
-    if "ctr" not in saved_groups[0]:
-        raise ValueError("checkpoint: another optimizer wrote it; expected what CTROptimizer.state_dict() returns")
-    saved = {}
-    for mine, theirs in zip(groups, saved_groups, strict=True):
+    new_groups = _checked_groups(state_dict["param_groups"], groups)
+    expected, pair_of = _expected_state(groups, pairs, settings), {pair.B: pair for pair in pairs}
+    state: State = {}
+    for mine, theirs in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(mine["params"], theirs["params"], strict=True):
             entry = state_dict["state"].get(key)
-            if entry is None:
+            if not entry:
                 continue
-            for name in ("exp_avg", "exp_avg_sq"):
-                got = tuple(entry[name].shape) if name in entry else None
-                if got != tuple(p.shape):
-                    raise ValueError(
-                        f"checkpoint: {name} of parameter {key} has shape {got}, the parameter {tuple(p.shape)}; load "
-                        "the model's weights first (ranks may have changed), and check that it is the same model"
-                    )
-            if "factor_updates" in entry and any(f"input_{f}" not in entry for f in STRUCTURES[structure].fields):
-                raise ValueError(
-                    f"checkpoint: its factors are not {structure!r}; build the optimizer with the factor_structure "
-                    "that wrote it"
-                )
-            saved[p] = entry
-    return saved
+            if p in pair_of and "factor_updates" in expected[p]:
+                expected[p] |= _sketches_like(entry, pair_of[p])
+            state[p] = _checked_entry(key, entry, expected[p], p, settings)
+    halved = any(
+        {pair.A, pair.B} <= expected.keys() and (pair.A in state) != (pair.B in state) for pair in pair_of.values()
+    )
+    if halved or (pairs and not state and new_groups[0]["ctr"]["steps"]):
+        raise ValueError("checkpoint: the state of parameters that have been trained is missing in it")
+    return state, new_groups
 
 
-def exact_copy(entry: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A state entry on ``device``, every tensor in its own dtype."""
-    return {k: v.detach().to(device, copy=True) if isinstance(v, Tensor) else v for k, v in entry.items()}
+def _checked_groups(theirs: list[Any], ours: Sequence[dict[str, Any]]) -> Groups:
+    for group in theirs:
+        params = group.get("params") if isinstance(group, Mapping) else None
+        if not (isinstance(params, list) and all(isinstance(key, (int, str)) for key in params)):
+            raise ValueError("checkpoint: a parameter group without its list of parameters")
+    sizes, expected = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
+    if sizes != expected:
+        raise ValueError(f"checkpoint: got parameter groups of {sizes} parameters, expected {expected}")
+    if not isinstance(theirs[0].get("ctr"), Mapping):
+        raise ValueError("checkpoint: another optimizer wrote it; expected what CTROptimizer.state_dict() returns")
+    keys = [key for group in theirs for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError("checkpoint: a parameter that is in it twice")
+    groups = []
+    for mine, group in zip(ours, theirs, strict=True):
+        missing = {"lr", "betas", "eps", "weight_decay", "maximize", "foreach"} - group.keys()
+        if missing:
+            raise ValueError(f"checkpoint: a parameter group without {', '.join(sorted(missing))}")
+        try:
+            check_group(dict(group))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"checkpoint: {error}") from None
+        for name in ("peak_lr", "initial_lr"):
+            if name in group:
+                _check_number(name, group[name])
+        kept = {"param_names": mine["param_names"]} if "param_names" in mine else {}
+        groups.append({**kept, **copy.deepcopy({**group, "params": None}), "params": mine["params"]})
+    shared, ours_shared = groups[0]["ctr"], ours[0]["ctr"]
+    missing = ours_shared.keys() - shared.keys() - {"budget"}
+    if missing:
+        raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
+    for name, value in shared.items():
+        counts = isinstance(ours_shared.get(name), int)
+        if not (value is None and not counts):
+            _check_number(name, value, whole=counts)
+    return groups
+
+
+def _check_number(name: str, value: Any, whole: bool = False) -> None:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not whole else value
+    kind = "a whole number" if whole else "a finite number"
+    right = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
+    if not (right and math.isfinite(number) and number >= 0):
+        raise ValueError(f"checkpoint: {name} is {value!r}, expected {kind} of at least 0")
+
+
+def _expected_state(
+    groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], settings: Settings
+) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What the state of every parameter looks like."""
+    kfac = settings.curvature == "kfac"
+    rank_dims = {p: dim for pair in pairs if kfac for p, dim in ((pair.A, -2), (pair.B, -1))}
+    expected = {p: initial_state(p, rank_dims.get(p)) for group in groups for p in group["params"]}
+    for pair in pairs if kfac else ():
+        if pair.B in expected:
+            expected[pair.B].update(factor_state(pair, STRUCTURES[settings.factor_structure]))
+    if settings.curvature == "hutchinson":
+        for entry in expected.values():
+            entry["hessian_diagonal"] = torch.zeros_like(entry["exp_avg"])
+    return expected
+
+
+def _sketches_like(entry: Any, pair: LoRAPair) -> dict[str, Tensor]:
+    """What sketches of the saved ones' number of columns look like; nothing where none are saved."""
+    saved = entry.get("sketch_range") if isinstance(entry, Mapping) else None
+    columns = saved.shape[-1] if isinstance(saved, Tensor) and saved.dim() else 0
+    return sketch_state(pair, columns - OVERSAMPLED) if columns else {}
+
+
+def _checked_entry(
+    key: Any, entry: Any, expected: dict[str, Tensor], p: nn.Parameter, settings: Settings
+) -> dict[str, Tensor]:
+    """One parameter's state on its device, each tensor in the dtype that it must have."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"checkpoint: the state of parameter {key} is a {type(entry).__name__}, expected a dict")
+    if entry.keys() != expected.keys():
+        lacking = sorted(map(str, expected.keys() - entry.keys()))
+        beyond = sorted(map(str, entry.keys() - expected.keys()))
+        raise ValueError(
+            f"checkpoint: the state of parameter {key} lacks {lacking or 'nothing'} and has {beyond or 'nothing'} too "
+            f"much for curvature={settings.curvature!r}, factor_structure={settings.factor_structure!r}; build the "
+            "optimizer with the options that wrote it, for the same model"
+        )
+    checked = {}
+    for name, value in entry.items():
+        tensor = torch.tensor(float(value)) if name == "step" and isinstance(value, (int, float)) else value
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided):
+            raise ValueError(f"checkpoint: {name} of parameter {key} is not a dense tensor of real numbers")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"checkpoint: {name} of parameter {key} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(expected[name].shape)} for a parameter of shape {tuple(p.shape)}; load the model's weights "
+                "first (ranks may have changed), and check that it is the same model"
+            )
+        if bool(tensor.isnan().any()) or (name in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
+            raise ValueError(f"checkpoint: {name} of parameter {key} holds values that it cannot have; it is damaged")
+        checked[name] = tensor.detach().to(p.device, expected[name].dtype, copy=True)
+    return checked

@@ -61,7 +61,7 @@ class TrustRegion:
             self._calibrate(deltas, blocks, q, shared)
         predicted = 0.5 * self.coupling(shared) * q
         scale = torch.ones_like(predicted) if self.bound is None else scale_within(predicted, self.bound)
-        self.predicted, self.scale = predicted * scale.square(), scale
+        self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
         for delta in deltas.values():
             delta *= scale.to(delta.dtype)
 

@@ -45,6 +45,14 @@ def warn_skipped() -> None:
     )
 
 
+def warn_failed(what: str, instead: str) -> None:
+    """Tell the user about a matrix decomposition that did not converge; Python shows it once."""
+    warnings.warn(
+        f"CTROptimizer could not decompose {what}: {instead}. metrics()['failed_decompositions'] counts such failures.",
+        stacklevel=5,
+    )
+
+
 def grad_scale() -> float | Tensor:
     """The loss scale of the GradScaler that called the running ``step()``, or 1.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +16,14 @@ from torch.optim import Optimizer
 from ctr_optim import distributed, guards
 from ctr_optim.adapters import find_pairs, find_roots
 from ctr_optim.calibration import Probe
-from ctr_optim.checkpoint import check_checkpoint, exact_copy
+from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, sketch_state, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.gradients import all_finite, grad_scale, warn_skipped
+from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
+from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack
 from ctr_optim.ranks.controller import RankController
@@ -111,6 +114,7 @@ class CTROptimizer(Optimizer):
             "skipped": 0,
             "sketched": 0,
             "hessians": 0,
+            "failed": 0,
             **initial_shared(self._settings),
         }
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
@@ -154,7 +158,9 @@ class CTROptimizer(Optimizer):
             home = next((r for r in roots if _contains(r, self.pairs)), None)
             if home is not None:
                 self._probe = Probe(home, [pair.layer for pair in self.pairs])
-        self._handles: list[Any] = []
+        begins = partial(_forward_begins, weakref.ref(self))
+        hooked = roots if self._taps.stages else []
+        self._handles: list[Any] = [root.register_forward_pre_hook(Hook(begins, id(root))) for root in hooked]
         self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
         self._ranks: RankController | None = None
@@ -186,10 +192,11 @@ class CTROptimizer(Optimizer):
     def _arm(self) -> None:
         """Decide what the coming forward and backward have to record."""
         step, s = self._shared["steps"], self._settings
-        sketch = self._ranks is not None and self._ranks.scheduler.sketches(step)
+        taps = bool(self._taps.stages)  # none without layers, none once closed
+        sketch = taps and self._ranks is not None and self._ranks.scheduler.sketches(step)
         if sketch and self._ranks is not None:
             self.open_sketch(self._ranks.scheduler.sketch_rank)
-        self._taps.enabled = bool(self._taps.stages) and (sketch or _due(step, s.factor_interval))
+        self._taps.enabled = taps and (sketch or _due(step, s.factor_interval))
         if self._taps.enabled:
             self._stack()
             for block in self._blocks:
@@ -279,8 +286,10 @@ class CTROptimizer(Optimizer):
         if self._taps.enabled:
             self._commit(finite)
         if _due(self._shared["steps"], self._settings.basis_interval):
-            for block in self._blocks:
-                block.refresh_bases()
+            failed = sum(block.refresh_bases() for block in self._blocks)
+            if failed:
+                self._shared["failed"] += failed
+                warn_failed("an eigenbasis", "the layers keep the one that they have")
         found = {stack: stack.direction(finite) for stack in stacks}
         deltas = {stack: delta for stack, delta in found.items() if delta is not None}
         if not deltas:
@@ -310,6 +319,8 @@ class CTROptimizer(Optimizer):
             return
         guards.check_ranks_belong_to_us(self.param_groups)
         if self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
+            return
+        if not self._taps.stages:  # closed: nothing new is known of the layers
             return
         guards.check_single_process()
         self._stack()
@@ -350,7 +361,8 @@ class CTROptimizer(Optimizer):
 
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
         step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token) and ``kl_from_base/layer``,
-        ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``.
+        ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``, ``failed_decompositions``
+        (layers kept their bases, or their ranks, where one failed).
         """
         self._stack()
         shared, trust = self._shared, self._trust
@@ -370,6 +382,7 @@ class CTROptimizer(Optimizer):
             "ranks": {pair.name: pair.rank for pair in self.pairs},
             "utility": dict(self._ranks.utility) if self._ranks is not None else {},
             "skipped_steps": shared["skipped"],
+            "failed_decompositions": shared["failed"],
         }
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
@@ -379,10 +392,11 @@ class CTROptimizer(Optimizer):
         self._ranks.listeners.append(listener)
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer then takes steps with the factors that it has."""
+        """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
         self._finalizer()
-        self._taps.enabled = False
         self._probe = self._trust.probe = None
+        drop_sketches(self.state, self.pairs)
+        self._restack()
 
     def _count_skipped(self) -> None:
         """Move the count of skipped steps from the device to the state; waits for the device."""
@@ -400,14 +414,17 @@ class CTROptimizer(Optimizer):
         """Load a checkpoint, exactly: unlike torch's, nothing is cast to the parameters' dtype.
 
         Raises:
-            ValueError: if it belongs to other parameters; nothing is loaded then.
+            ValueError: if it belongs to other parameters, or is damaged; nothing is loaded then.
         """
-        saved = check_checkpoint(state_dict, self.param_groups, self._settings.factor_structure)
-        super().load_state_dict(state_dict)
-        for p, entry in saved.items():
-            self.state[p] = exact_copy(entry, p.device)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._restack()
         self._arm()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _rank_loaded(self, pair: LoRAPair) -> None:
         """The model loaded a pair of another rank: its state here is void until ours is loaded, too."""
@@ -416,6 +433,13 @@ class CTROptimizer(Optimizer):
         drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
         self._restack()
         self._arm()
+
+    def _forget_dropped(self) -> None:
+        """Drop what the taps staged for gradients that are gone: where no layer has one, nothing was accumulated."""
+        # FSDP keeps what it accumulates elsewhere
+        if self._taps.enabled and not self._fsdp and all(p.A.grad is None and p.B.grad is None for p in self.pairs):
+            for block in self._blocks:
+                block.forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
@@ -446,6 +470,17 @@ class CTROptimizer(Optimizer):
 def _due(step: int, interval: int) -> bool:
     """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
+
+
+def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
+    """A GradScaler skips ``step()`` on an overflow, and ``model.zero_grad()`` tells the optimizer nothing: look.
+
+    Hooked to the whole model: checkpointing runs parts of it again during backward.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if (found := optimizer()) is not None:
+        found._forget_dropped()
 
 
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:

@@ -50,6 +50,8 @@ class Settings:
 
 def check_group(group: dict[str, Any]) -> None:
     """Check the options of one parameter group; raises ValueError or TypeError that names the option."""
+    if getattr(group["lr"], "numel", lambda: 1)() != 1:
+        raise ValueError(f"lr: got a tensor of shape {tuple(group['lr'].shape)}; Tensor lr must be 1-element")
     _number("lr", _item(group["lr"]), least=0.0)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -53,11 +53,12 @@ def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: 
 def scale_within(predicted_kl: Tensor, bound: float | Tensor) -> Tensor:
     """``()`` the factor in [0, 1] that brings a step's predicted KL (quadratic in its length) within ``bound``.
 
-    Exactly 1 where the bound holds already, so that an inactive constraint changes no bit of the step.
+    Exactly 1 where the bound holds already, so that an inactive constraint changes no bit of the step; 0 where nothing
+    can be predicted (NaN).
     """
     inside = predicted_kl <= bound
     shrink = (bound / predicted_kl.clamp_min(torch.finfo(predicted_kl.dtype).tiny)).sqrt()
-    return torch.where(inside, 1.0, shrink.clamp_max(1.0))
+    return torch.where(inside, 1.0, shrink.clamp_max(1.0).nan_to_num(0.0))
 
 
 def adapted_bound(bound: float, initial: float, actual: float, predicted: float) -> float:

@@ -220,7 +220,7 @@ def test_factors_of_another_structure_are_refused() -> None:
     opt = optimizer(model, factor_structure="dense")
     train(model, opt, 2)
     other = optimizer(model, factor_structure="lowrank")
-    with pytest.raises(ValueError, match="checkpoint: its factors are not 'lowrank'"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*factor_structure='lowrank'"):
         other.load_state_dict(opt.state_dict())
     assert not other.state_dict()["state"] or all(f["C"].abs().max() == 0 for f in factors_of(other).values())
 

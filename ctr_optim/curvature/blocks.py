@@ -16,6 +16,8 @@ from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack, initial_state
 from ctr_optim.trust_region import quadratic
 
+OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
+
 
 def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
     """A pair's factors before anything was seen; they live in the optimizer's state of B."""
@@ -111,6 +113,8 @@ class Block:
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
         """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.
 
+        A pair whose averages are not finite (a fault: nothing that comes in here is) begins them anew.
+
         ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
         """
         rows, h, d, *wide = self.staged
@@ -118,25 +122,33 @@ class Block:
         seen = (rows > 0) & finite
         for t in self.staged:
             seen = seen & torch.isfinite(t).flatten(1).all(1) if t.dim() > 1 else seen
+        targets = [self.H, self.D, *self.C.tensors, *self.S.tensors]
+        sound = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in targets]).all(0)
         updates = self.b.tensors["factor_updates"]
-        updates += seen
+        updates.mul_(sound).add_(seen)
         weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
         grad_square = scale.grad**2 / scale.tokens
         per_row = 1 / rows.clamp_min(1)
-        targets = [self.H, self.D, *self.C.tensors, *self.S.tensors]
         factors = [per_row, grad_square, *[per_row] * n, *[grad_square] * n]
         for sketch, new in zip(self.sketch, wide[2 * n :], strict=True):
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
         for old, new, factor in zip(targets, (h, d, *wide[: 2 * n]), factors, strict=True):
             wide_view = (-1,) + (1,) * (old.dim() - 1)
             factor = factor.view(wide_view) if factor.dim() else factor
+            old.masked_fill_(~sound.view(wide_view), 0)
             old.lerp_(torch.where(seen.view(wide_view), new * factor, 0), weight.view(wide_view))
 
-    def refresh_bases(self) -> None:
-        """New eigenbases of D (for A) and H (for B)."""
+    def refresh_bases(self) -> int:
+        """New eigenbases of D (for A) and H (for B); returns how many decompositions failed and left the old ones."""
+        failed = 0
         for stack, factor in ((self.a, self.D), (self.b, self.H)):
             if stack is not None:
-                stack.set_basis(eigenbasis(factor, stack.tensors["basis"]))
+                basis = eigenbasis(factor, stack.tensors["basis"])
+                if basis is stack.tensors["basis"]:
+                    failed += 1
+                else:
+                    stack.set_basis(basis)
+        return failed
 
     def quadratic(self, deltas: Mapping[Stack, Tensor]) -> Tensor:
         """``()`` the K-FAC quadratic form of these layers' part of a step."""
@@ -189,7 +201,7 @@ def stack_all(
 def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
     """Empty sketches of the whitened gradient for ``rank`` candidate directions, oversampled; in the state of B."""
     d_out, d_in = pair.B.shape[0], pair.A.shape[1]
-    columns = min(rank + 8, d_in, d_out)
+    columns = min(rank + OVERSAMPLED, d_in, d_out)
     dtype = torch.promote_types(pair.B.dtype, torch.float32)
     return {
         "sketch_range": torch.zeros(d_out, columns, dtype=dtype, device=pair.B.device),

@@ -223,7 +223,7 @@ class Taps:
         assert stage is not None
         h = args[0].detach().reshape(-1, args[0].shape[-1])
         x = x.detach().reshape(-1, x.shape[-1])
-        stride = 1 if self.max_tokens is None else -(-x.shape[0] // self.max_tokens)
+        stride = 1 if self.max_tokens is None else max(1, -(-x.shape[0] // self.max_tokens))
         weight: Tensor = module.weight  # type: ignore[assignment]
         # in h's dtype: under autocast the layer keeps a copy of x in half precision, and so do we; a part of the tokens
         # is copied out, for a view would keep the whole alive
@@ -240,8 +240,8 @@ class Taps:
             self.enabled = enabled
 
     def close(self) -> None:
-        """Remove every hook."""
+        """Remove every hook; there is nothing to arm from then on."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.stages = [None] * len(self.stages)
+        self.enabled, self.stages = False, []

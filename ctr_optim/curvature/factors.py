@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 
 class Factor(ABC):
@@ -113,7 +114,11 @@ class Dense(Factor):
 
     def whitener(self, damping: float) -> Tensor:
         (matrix,) = self.tensors
-        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        try:
+            eigenvalues, vectors = torch.linalg.eigh(matrix)
+        except LinAlgError:  # the diagonal alone whitens, if not as well
+            eigenvalues = matrix.diagonal(dim1=-2, dim2=-1)
+            vectors = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         eigenvalues = eigenvalues.clamp_min(0)
         roots = _safe_rsqrt(eigenvalues + damping * eigenvalues.mean(-1, keepdim=True))
         root: Tensor = (vectors * roots.unsqueeze(-2)) @ vectors.mT
@@ -160,6 +165,7 @@ class LowRank(Factor):
         # nothing seen yet, or no factorisation: the diagonal alone
         usable = (failed[..., None, None] == 0) & (norm > torch.finfo(sketch.dtype).tiny)
         root = torch.where(usable, root, torch.eye(root.shape[-1], dtype=root.dtype, device=root.device))
+        shifted = torch.where(usable, shifted, 0)
         half = torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT
         u, singular, _ = torch.linalg.svd(half, full_matrices=False)
         values = torch.where(usable.squeeze(-1), (singular.square() - shift.squeeze(-1)).clamp_min(0), 0)
@@ -207,12 +213,13 @@ def _test_matrix(width: int, like: Tensor) -> Tensor:
 def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
     """Orthonormal eigenvectors of symmetric ``(..., r, r)`` matrices, in columns.
 
-    Where the decomposition fails or is not finite, that layer keeps its previous basis.
+    A layer whose matrix is not finite keeps its previous basis. Where the decomposition fails, ``previous`` itself is
+    returned, the same object: every layer keeps what it has.
     """
     finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     try:
         vectors = torch.linalg.eigh(torch.where(finite, matrix, eye))[1]
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return previous.clone()
+    except LinAlgError:
+        return previous
     return torch.where(finite & torch.isfinite(vectors).all(-1).all(-1)[..., None, None], vectors, previous)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ctr_optim.curvature.blocks import Block, drop_sketches
+from ctr_optim.gradients import warn_failed
 from ctr_optim.lora import LoRAPair
 from ctr_optim.ranks.reallocation import reallocate, survey
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
@@ -39,10 +41,16 @@ class RankController:
 
         The budget that the model starts with is kept in ``shared``: what one event leaves unspent, the next may use.
         """
-        surveys = [s for block in blocks for s in survey(block, max(1, shared["sketched"]), self.damping)]
+        try:
+            surveys = [s for block in blocks for s in survey(block, max(1, shared["sketched"]), self.damping)]
+        except LinAlgError:
+            shared["failed"] += 1
+            warn_failed("the factors at a rank event", "all ranks stay as they are")
+            return []
+        finally:
+            drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
-        drop_sketches(state, [s.pair for s in surveys])
         scheduler = self.scheduler
         if scheduler.budget is None:
             parameters = sum(s.pair.rank * s.pair.cost for s in surveys)

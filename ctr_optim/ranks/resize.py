@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ctr_optim.curvature.factors import eigenbasis
 from ctr_optim.precondition import rotate
 from ctr_optim.ranks.utility import Existing
 
@@ -50,7 +51,7 @@ def shrink(a: Tensor, b: Tensor, state_a: State | None, state_b: State, on: Proj
 
 def _transport(state: State, move: Tensor, factor: Tensor, rank_dim: int) -> None:
     """Moments under ``g <- move g`` (along the rank dimension), into the eigenbasis of the new factor."""
-    basis = torch.linalg.eigh(0.5 * (factor + factor.mT))[1]
+    basis = eigenbasis(0.5 * (factor + factor.mT), torch.eye(len(factor), dtype=factor.dtype, device=factor.device))
     turn = (basis.mT @ move @ state["basis"].double()).mT  # rotate() takes the transpose
     for name, by in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
         state[name] = rotate(state[name].double(), by, rank_dim).to(state[name].dtype).contiguous()

@@ -1,0 +1,500 @@
+"""What torch's own test suite asks of an optimizer, asked of ours through torch's harness.
+
+The harness (``torch.testing._internal.common_optimizers``) ships with torch; the tests that use it do not, and what
+they check is said here in our words. Not asked, and why:
+
+- ``fused``, ``capturable``, ``differentiable``, ``amsgrad``: CTROptimizer has no such options.
+- sparse gradients and complex parameters: refused with a TypeError, which is tested.
+- CUDA graphs, state on several devices, peak memory of foreach: they need a GPU.
+- ``step`` under ``torch.compile``: the model is compiled, not the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import backward, batch, lora_layers, net, optimizer, same, snapshot, train, trainable
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ctr_optim import CTROptimizer
+
+pytest.importorskip("expecttest", reason="torch's test harness imports expecttest")
+harness = pytest.importorskip("torch.testing._internal.common_optimizers", reason="torch without its test harness")
+
+pytestmark = pytest.mark.filterwarnings("ignore:CTROptimizer found no LoRA layers")
+
+
+def inputs(device: Any, dtype: Any = None) -> list[Any]:
+    """Every kind of option, as the harness wants them."""
+    options: dict[str, dict[str, Any]] = {
+        "default": {},
+        "another lr": dict(lr=0.01),
+        "tensor lr": dict(lr=torch.tensor(0.01)),
+        "weight decay": dict(weight_decay=0.1),
+        "maximize": dict(weight_decay=0.1, maximize=True),
+        "betas": dict(betas=[0.5, 0.9], eps=1e-6),
+        "no trust region": dict(max_kl=None),
+        "constant bound": dict(kl_schedule="constant", calibration_interval=None),
+        "no curvature": dict(curvature="none"),
+    }
+    return [harness.OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in options.items()]
+
+
+def error_inputs(device: Any, dtype: Any) -> list[Any]:
+    """What every optimizer must refuse, and what Adam's family must; in our words where torch has its own."""
+    ours = {
+        "betas": (dict(betas=(1.0, 0.0)), r"betas\[0\]: got 1.0, expected a finite number"),
+        "weight decay": (dict(weight_decay=-1), "weight_decay: got -1, expected"),
+        "lr": (dict(lr=-1e-2), "lr: got -0.01, expected"),
+        "eps": (dict(eps=-1e-8), "eps: got -1e-08, expected"),
+    }
+    return harness.get_error_inputs_for_all_optims(device, dtype) + [
+        harness.ErrorOptimizerInput(
+            harness.OptimizerInput(params=None, kwargs=kwargs, desc=desc), error_type=ValueError, error_regex=message
+        )
+        for desc, (kwargs, message) in ours.items()
+    ]
+
+
+INFO = harness.OptimizerInfo(
+    CTROptimizer,
+    optim_inputs_func=inputs,
+    optim_error_inputs_func=error_inputs,
+    scheduler_inputs=(
+        [lambda opt: torch.optim.lr_scheduler.StepLR(opt, gamma=0.99, step_size=10)],
+        [lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt, threshold=0)],
+        [
+            lambda opt: torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.4, total_iters=4),
+            lambda opt: torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.99),
+        ],
+    ),
+    supported_impls=("foreach",),
+    supports_sparse=False,
+    supports_complex=False,
+)
+CONFIGURATIONS = [
+    pytest.param({**given.kwargs, "foreach": foreach}, id=f"{given.desc}, foreach={foreach}")
+    for given in INFO.optim_inputs_func("cpu")
+    for foreach in (None, False, True)
+]
+every_configuration = pytest.mark.parametrize("kwargs", CONFIGURATIONS)
+
+
+def regression(noncontiguous: bool = False) -> tuple[list[Parameter], Any]:
+    """A weight, a bias, and a closure for their loss on one input."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (10, 5, 2) if noncontiguous else (10, 5)
+    weight, bias = torch.randn(*shape, generator=generator), torch.randn(*shape[::2], generator=generator)
+    if noncontiguous:
+        weight, bias = weight[..., 0], bias[..., 0]
+    else:
+        bias = torch.randn(10, generator=generator)
+    params = [Parameter(weight), Parameter(bias)]
+    x = torch.randn(5, generator=generator)
+
+    def loss() -> Tensor:
+        for p in params:
+            p.grad = None
+        value = (params[0].mv(x) + params[1]).square().sum()
+        value.backward()
+        return value
+
+    return params, loss
+
+
+def build(params: Any, kwargs: dict[str, Any]) -> CTROptimizer:
+    return CTROptimizer(params, **copy.deepcopy(kwargs))
+
+
+def trained(kwargs: dict[str, Any], steps: int = 4, **options: Any) -> tuple[list[Parameter], Any, CTROptimizer]:
+    params, loss = regression(**options)
+    opt = build(params, kwargs)
+    for _ in range(steps):
+        loss()
+        opt.step()
+    return params, loss, opt
+
+
+def test_the_harness_knows_us() -> None:
+    assert INFO.name == "CTROptimizer"
+    flags = {"foreach", "fused", "differentiable"}
+    assert not any(flags & set(given.kwargs) for given in INFO.optim_inputs_func("cpu"))
+    assert harness._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, INFO)
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param(e, id=e.optimizer_error_input.desc) for e in error_inputs("cpu", torch.float32)]
+)
+def test_error_inputs(given: Any) -> None:
+    wrong = given.optimizer_error_input
+    params = wrong.params if wrong.params is not None else [Parameter(torch.randn(2, 3))]
+    if issubclass(given.error_type, Warning):
+        with pytest.warns(given.error_type, match=given.error_regex):
+            CTROptimizer(params, **wrong.kwargs)
+    else:
+        with pytest.raises(given.error_type, match=given.error_regex):
+            CTROptimizer(params, **wrong.kwargs)
+
+
+@every_configuration
+@pytest.mark.parametrize("noncontiguous", [False, True])
+@pytest.mark.parametrize("schedulers", INFO.scheduler_inputs, ids=("step", "plateau", "linear and exponential"))
+def test_goes_in_the_right_direction(kwargs: dict[str, Any], noncontiguous: bool, schedulers: Any) -> None:
+    params, loss = regression(noncontiguous)
+    opt = build(params, kwargs)
+    schedules = [make(opt) for make in schedulers]
+    first = float(loss())
+    for _ in range(20):
+        value = opt.step(loss)
+        for schedule in schedules:
+            plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            schedule.step(*([value] if plateau else []))
+    last = float(loss())
+    assert last > first if kwargs.get("maximize") else last < first
+    assert opt.param_groups[0]["lr"] != kwargs.get("lr", 2e-2) or len(schedules) == 1
+
+
+@every_configuration
+def test_parameter_groups(kwargs: dict[str, Any]) -> None:
+    params, loss = regression()
+    lr = float(kwargs.get("lr", 2e-2))
+    still = [p.detach().clone() for p in params]
+    opt = build([{"params": [params[0]], "lr": lr / 10}, {"params": [params[1]], "lr": 0.0}], kwargs)
+    assert [float(g["lr"]) for g in opt.param_groups] == [lr / 10, 0.0]
+    first = float(loss())
+    for _ in range(20):
+        opt.step(loss)
+    assert (float(loss()) > first) == bool(kwargs.get("maximize"))
+    assert torch.equal(params[1], still[1]) and not torch.equal(params[0], still[0])
+
+
+def test_weight_decay_of_a_group() -> None:
+    weights = [Parameter(torch.full((3, 3), 2.0)) for _ in range(2)]
+    opt = CTROptimizer([{"params": [weights[0]]}, {"params": [weights[1]], "weight_decay": 0.5}], lr=0.1, max_kl=None)
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    opt.step()
+    assert torch.equal(weights[0], torch.full((3, 3), 2.0))
+    torch.testing.assert_close(weights[1], torch.full((3, 3), 2.0 * (1 - 0.1 * 0.5)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_tensor_lr(shape: tuple[int, ...]) -> None:
+    """The same as a float, also when it is changed in place, and never changed by us."""
+    (params, loss), (others, other_loss) = regression(), regression()
+    lr = torch.full(shape, 0.01)
+    opt, reference = CTROptimizer(params, lr=lr), CTROptimizer(others, lr=0.01)
+    for step in range(6):
+        if step == 3:
+            lr.fill_(0.005)
+            reference.param_groups[0]["lr"] = 0.005
+        loss(), other_loss()
+        opt.step(), reference.step()
+        assert opt.param_groups[0]["lr"] is lr
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tensor_lr_on_lora_layers() -> None:
+    model, reference = net(), net()
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    opt, other = optimizer(model, lr=lr), optimizer(reference, lr=0.05)
+    train(model, opt, 4), train(reference, other, 4)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", [given.kwargs for given in inputs("cpu")], ids=[g.desc for g in inputs("cpu")])
+def test_foreach_is_the_loop(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    tracker = harness.TensorTracker()
+    for foreach in (False, True):
+        model = net(dtype=dtype)
+        opt = optimizer(model, **{**copy.deepcopy(kwargs), "foreach": foreach})
+        for step in range(3):
+            train(model, opt, 1, step)
+            for p in trainable(model):
+                if not foreach:
+                    tracker.add(p)
+                else:
+                    expected = tracker.tensors.pop(0)
+                    torch.testing.assert_close(p.detach(), expected)
+                    with torch.no_grad():
+                        p.copy_(expected)
+    assert tracker.all_popped()
+
+
+def test_mixed_dtypes_are_the_loop() -> None:
+    def parameters() -> list[Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        shapes = ((2, 3), (3,), (), (2, 3))
+        values = (torch.randn(s, generator=generator).to(d) for d, s in itertools.product(dtypes, shapes))
+        params = [Parameter(v) for v in values]
+        for i, p in enumerate(params):
+            p.grad = None if i % 5 == 4 else torch.randn(p.shape, generator=generator).to(p.dtype)
+        return params
+
+    one, other = parameters(), parameters()
+    for params, foreach in ((one, False), (other, True)):
+        opt = CTROptimizer(params, foreach=foreach)
+        for _ in range(3):
+            opt.step()
+    for p, q in zip(one, other, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@every_configuration
+def test_without_gradients_nothing_happens(kwargs: dict[str, Any]) -> None:
+    params, _ = regression()
+    before = [p.detach().clone() for p in params]
+    opt = build(params, kwargs)
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert not any(opt.state.values())
+
+
+@every_configuration
+def test_zero_gradients_move_nothing_but_by_decay(kwargs: dict[str, Any]) -> None:
+    params, _ = regression()
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    build(params, kwargs).step()
+    shrink = 1 - float(kwargs.get("lr", 2e-2)) * kwargs.get("weight_decay", 0.0)
+    for p, q in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), q * shrink)
+
+
+@every_configuration
+def test_gradients_are_never_changed(kwargs: dict[str, Any]) -> None:
+    model = net()
+    opt = optimizer(model, **copy.deepcopy(kwargs))
+    for step in range(3):
+        opt.zero_grad()
+        backward(model, batch(step))
+        grads = [(p.grad, p.grad.clone()) for p in trainable(model)]
+        opt.step()
+        assert all(p.grad is g and torch.equal(g, old) for p, (g, old) in zip(trainable(model), grads, strict=True))
+
+
+def test_zero_grad() -> None:
+    params, loss, opt = trained({}, 1)
+    loss()
+    opt.zero_grad(set_to_none=False)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in params)
+    opt.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@every_configuration
+def test_it_can_be_printed(kwargs: dict[str, Any]) -> None:
+    shown = repr(trained(kwargs, 1)[2])
+    assert shown.startswith("CTROptimizer (") and "lr: " in shown and "weight_decay: " in shown
+
+
+@every_configuration
+def test_state_is_not_empty_after_a_step(kwargs: dict[str, Any]) -> None:
+    params, _, opt = trained(kwargs, 1)
+    assert all({"step", "exp_avg", "exp_avg_sq"} <= opt.state[p].keys() for p in params)
+
+
+# -- copies and checkpoints -------------------------------------------------------------------------------------------
+
+
+@every_configuration
+def test_a_loaded_state_goes_on_alike(kwargs: dict[str, Any]) -> None:
+    params, loss, opt = trained(kwargs)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    others, other_loss = regression()
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    fresh = build(others, {"foreach": kwargs["foreach"], "curvature": kwargs.get("curvature", "kfac")})
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    keys = ("lr", "betas", "eps", "weight_decay", "maximize")
+    assert all(fresh.param_groups[0][key] == opt.param_groups[0][key] for key in keys)
+    for _ in range(4):
+        loss(), other_loss()
+        opt.step(), fresh.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_a_state_dict_of_floats_for_steps_loads() -> None:
+    """Old checkpoints and other tools hold the step as a plain number."""
+    params, loss, opt = trained({})
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = float(entry["step"])
+    opt.load_state_dict(state)
+    assert all(torch.is_tensor(opt.state[p]["step"]) and float(opt.state[p]["step"]) == 4 for p in params)
+    loss(), opt.step()
+    assert all(float(opt.state[p]["step"]) == 5 for p in params)
+
+
+@pytest.mark.parametrize("saved, loading", itertools.product([False, True], repeat=2))
+def test_names_of_parameters_may_come_and_go(saved: bool, loading: bool) -> None:
+    def given(params: list[Parameter], named: bool) -> Any:
+        return list(zip(("weight", "bias"), params, strict=True)) if named else params
+
+    params, loss = regression()
+    opt = CTROptimizer(given(params, saved))
+    loss(), opt.step()
+    others, _ = regression()
+    fresh = CTROptimizer(given(others, loading))
+    fresh.load_state_dict(opt.state_dict())
+    has = "param_names" in fresh.param_groups[0]
+    assert has == (saved or loading)
+    assert not has or fresh.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert torch.equal(fresh.state[others[0]]["exp_avg"], opt.state[params[0]]["exp_avg"])
+
+
+def test_a_state_dict_holds_only_what_can_be_loaded_safely() -> None:
+    model = net()
+    opt = optimizer(model, rank_scheduler={"interval": 4})
+    train(model, opt, 3)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
+@every_configuration
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_go_on_alike(kwargs: dict[str, Any], way: str) -> None:
+    params, loss, opt = trained(kwargs)
+    loss()
+    grads = [p.grad.clone() for p in params]
+    both = copy.deepcopy((params, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((params, opt)))
+    others, other = both
+    for p, q, g in zip(params, others, grads, strict=True):
+        p.grad, q.grad = g, g.clone()
+    opt.step(), other.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_a_copy_alone_can_be_pickled() -> None:
+    _, _, opt = trained({})
+    other = pickle.loads(pickle.dumps(copy.deepcopy(opt)))
+    assert str(other.state_dict()) == str(opt.state_dict())
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    handles: list[Any] = []
+    calls: list[str] = []
+    handles.append(register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")))
+    handles.append(register_optimizer_step_post_hook(lambda *_: calls.append("global post")))
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def test_step_hooks_run_in_torchs_order(heard: list[str]) -> None:
+    _, loss, opt = trained({}, 0)
+    opt.register_step_pre_hook(lambda *_: heard.append("pre"))
+    post = opt.register_step_post_hook(lambda *_: heard.append("post"))
+    opt.step(lambda: heard.append("closure") or loss())
+    assert heard == ["global pre", "pre", "closure", "post", "global post"]
+    post.remove()
+    opt.step(loss)
+    assert heard[5:] == ["global pre", "pre", "global post"]
+
+
+def test_a_step_pre_hook_may_replace_the_arguments() -> None:
+    _, loss, opt = trained({}, 0)
+    calls: list[int] = []
+    opt.register_step_pre_hook(
+        lambda o, args, kwargs: (
+            (
+                o,
+                lambda: calls.append(1) or loss(),
+            ),
+            {},
+        )
+    )
+    assert opt.step() is not None and calls == [1]
+
+
+def test_state_dict_hooks() -> None:
+    _, _, opt = trained({})
+    seen: list[str] = []
+    opt.register_state_dict_pre_hook(lambda o: seen.append("pre"))
+    opt.register_state_dict_post_hook(lambda o, s: {**s, "mine": 1})
+    opt.register_state_dict_post_hook(lambda o, s: seen.append("first"), prepend=True)
+    saved = opt.state_dict()
+    assert saved["mine"] == 1 and seen == ["pre", "first"]
+
+
+def test_load_state_dict_hooks_see_and_change_what_is_loaded() -> None:
+    _, _, opt = trained({})
+    saved = copy.deepcopy(opt.state_dict())
+    fresh = CTROptimizer(regression()[0])
+    fresh.register_load_state_dict_pre_hook(lambda o, s: s["param_groups"][0].__setitem__("lr", 0.5))
+
+    def forgetful(o: CTROptimizer, s: dict[str, Any]) -> dict[str, Any]:
+        assert s["param_groups"][0]["lr"] == 0.5
+        entries = {k: {**entry, "exp_avg": torch.zeros_like(entry["exp_avg"])} for k, entry in s["state"].items()}
+        return {**s, "state": entries}
+
+    fresh.register_load_state_dict_pre_hook(forgetful)
+    after: list[float] = []
+    fresh.register_load_state_dict_post_hook(lambda o: after.append(o.param_groups[0]["lr"]))
+    fresh.load_state_dict(saved)
+    assert after == [0.5]
+    mine = [fresh.state[p] for p in fresh.param_groups[0]["params"]]
+    assert all(not entry["exp_avg"].any() and entry["exp_avg_sq"].any() for entry in mine)
+
+
+# -- what is refused, and what is left behind -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["supports_sparse", "supports_complex"])
+def test_what_we_say_that_we_refuse_is_refused(flag: str) -> None:
+    assert not getattr(INFO, flag)
+    p = Parameter(torch.randn(4, 4, dtype=torch.complex64 if flag == "supports_complex" else torch.float32))
+    p.grad = p.detach().clone() if flag == "supports_complex" else torch.eye(4).to_sparse()
+    before = p.detach().clone()
+    with pytest.raises(TypeError, match="gradient of shape"):
+        CTROptimizer([p]).step()
+    assert torch.equal(p, before)
+
+
+def test_an_optimizer_that_is_gone_is_gone() -> None:
+    model = net()
+    opt = optimizer(model, calibration_interval=2, rank_scheduler={"interval": 4})
+    train(model, opt, 3)
+    ghost = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert ghost() is None
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
+    assert not any(getattr(m, kind) for m in model.modules() for kind in kinds)
+    assert lora_layers(model) and same(snapshot(model), snapshot(model))
+
+
+def test_lookahead_style_wrappers_find_an_optimizer_like_any_other() -> None:
+    """Groups, state and defaults are torch's own: what swaps parameters in and out finds them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = CTROptimizer(nn.Linear(2, 2).parameters(), lr=0.1)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert {"lr", "betas", "eps", "weight_decay", "maximize", "foreach"} <= opt.defaults.keys()
+    assert all(opt.param_groups[0][key] == value for key, value in opt.defaults.items())
