@@ -76,11 +76,13 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """What a logger can plot: the metrics of the run as a whole, and the mean rank."""
+    """What a logger can plot: the metrics of the run as a whole, and the mean, smallest and largest rank."""
     shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
     ranks = metrics["ranks"].values()
     found = {f"ctr/{name}": float(metrics[name]) for name in shown if metrics[name] is not None}
-    return {**found, "ctr/mean_rank": sum(ranks) / len(ranks)} if ranks else found
+    if ranks:
+        found |= {"ctr/mean_rank": sum(ranks) / len(ranks), "ctr/min_rank": min(ranks), "ctr/max_rank": max(ranks)}
+    return found
 
 
 def _append(path: Path | None, event: str, step: int, **values: Any) -> None:

@@ -360,9 +360,9 @@ class CTROptimizer(Optimizer):
         """What the last step did, as plain floats; waits for the device.
 
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
-        step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token) and ``kl_from_base/layer``,
-        ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``, ``failed_decompositions``
-        (layers kept their bases, or their ranks, where one failed).
+        step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token; an estimate, right in
+        proportion between layers) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
+        event), ``skipped_steps``, ``failed_decompositions`` (layers kept their bases, or their ranks, where one failed).
         """
         self._stack()
         shared, trust = self._shared, self._trust

@@ -156,8 +156,10 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     for key in ("kl_from_base", "trust/scale", "trust/predicted_kl", "trust/coupling"):
         found = {point.step: point.value for point in written.Scalars(f"train/ctr/{key}")}
         assert found == pytest.approx({log["step"]: log[key] for log in logs}, rel=1e-6)
-    ranks = [point.value for point in written.Scalars("train/ctr/mean_rank")]
-    assert ranks == pytest.approx([sum(log["ranks"].values()) / len(log["ranks"]) for log in logs])
+    for key, of in (("mean", lambda ranks: sum(ranks) / len(ranks)), ("min", min), ("max", max)):
+        found = [point.value for point in written.Scalars(f"train/ctr/{key}_rank")]
+        assert found == pytest.approx([of(log["ranks"].values()) for log in logs])
+    assert min(found) == 4 < max(found)
 
 
 def test_the_event_log(tmp_path: Path) -> None:
