@@ -362,7 +362,7 @@ class CTROptimizer(Optimizer):
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
         step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token; an estimate, right in
         proportion between layers) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
-        event), ``skipped_steps``, ``failed_decompositions`` (layers kept their bases, or their ranks, where one failed).
+        event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
         self._stack()
         shared, trust = self._shared, self._trust
