@@ -310,3 +310,20 @@ def test_initialize_says_what_is_wrong() -> None:
         initialize(fresh_llama(), batches, budget=1, min_rank=2, loss_fn=llama_loss_fn)
     with pytest.warns(UserWarning, match="no LoRA layers"), pytest.raises(ValueError, match="none at all"):
         initialize(nn.Linear(3, 3), batches, loss_fn=llama_loss_fn)
+
+
+def test_ranks_move_where_only_b_is_trained() -> None:
+    """A is frozen and not ours: it is resized with B, and has no state of ours."""
+    model = net()
+    for layer in lora_layers(model).values():
+        layer.lora_A.requires_grad_(False)
+    opt = optimizer(model, rank_scheduler={**RANKS, "absent": "sketch"})
+    heard: list[RankEvent] = []
+    opt.on_rank_event(heard.append)
+    train(model, opt, 5)
+    assert heard and all(pair.A.shape[0] == pair.B.shape[1] for pair in opt.pairs)
+    state = opt.state_dict()
+    assert len(state["state"]) == 2
+    opt.load_state_dict(through_disk(state))
+    train(model, opt, 4, start=5)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -176,7 +176,7 @@ def stack_all(
         key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
         for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
-            if not state[p] and id(p) in group_of:
+            if id(p) in group_of and not state[p]:
                 state[p].update(initial_state(p, rank_dim))
         for name, tensor in factor_state(pair, structure).items():
             state[pair.B].setdefault(name, tensor)

@@ -16,7 +16,6 @@ tensors directly. All tensors carry any number of leading batch dimensions (one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,10 +33,6 @@ class Factor(ABC):
     def __getitem__(self, index: int) -> Factor:
         """The factor of one layer, sharing memory."""
         return type(self)(*(t[index] for t in self.tensors))
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Field names with their tensors."""
-        return zip(self.fields, self.tensors, strict=True)
 
     @staticmethod
     @abstractmethod
