@@ -56,7 +56,8 @@ class CTROptimizer(Optimizer):
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
             loss, needs ``step(closure)``, which is called twice.
-        calibration_interval: steps between measurements of kappa; None: kappa is 1, the plain metric.
+        calibration_interval: steps between measurements of kappa, growing fourfold later on; None: kappa is 1, the
+            plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
         curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
@@ -90,10 +91,10 @@ class CTROptimizer(Optimizer):
         curvature: str = "kfac",
         factor_structure: str = "diagonal",
         factor_decay: float = 0.95,
-        factor_interval: int = 5,
+        factor_interval: int = 10,
         basis_interval: int = 10,
         damping: float = 0.1,
-        max_tokens: int | None = 512,
+        max_tokens: int | None = 256,
         rank_scheduler: RankScheduler | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         resize: str = "auto",
@@ -203,7 +204,7 @@ class CTROptimizer(Optimizer):
                 for index, stage in zip(block.indices, block.stages(s.damping), strict=True):
                     self._taps.stages[index] = stage
         if self._probe is not None:
-            self._probe.enabled = s.calibration_interval is not None and _due(step, s.calibration_interval)
+            self._probe.enabled = s.calibration_interval is not None and _due(step, _gap(step, s.calibration_interval))
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -481,6 +482,11 @@ def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
         return
     if (found := optimizer()) is not None:
         found._forget_dropped()
+
+
+def _gap(step: int, interval: int) -> int:
+    """Steps between measurements of the coupling: it drifts ever more slowly, so that the gap may grow fourfold."""
+    return interval * (1 if step < 20 * interval else 2 if step < 40 * interval else 4)
 
 
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:
