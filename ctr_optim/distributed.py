@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -37,6 +39,21 @@ def add_up(tensors: Sequence[Tensor]) -> int:
             for t, part in zip(some, torch.split(flat, [t.numel() for t in some]), strict=True):
                 t.copy_(part.view_as(t))
     return world
+
+
+def of_first(value: T) -> T:
+    """The first process's ``value``, a plain Python object."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def copy_first_(tensors: Sequence[Tensor]) -> None:
+    """Overwrite each tensor with the first process's: rounding must not tell processes apart."""
+    for t in tensors if world_size() > 1 else ():
+        dist.broadcast(t, 0)
 
 
 def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> float:
@@ -85,6 +102,16 @@ def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors))
     shape = (len(tensors), *tensors[0].shape)
     return _from_parts(torch.stack([local(t) for t in tensors]), tensors[0], shape, 1).full_tensor()  # type: ignore
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as a whole; in parts, every process takes part."""
+    return stack_whole([tensor])[0] if is_sharded(tensor) else tensor
+
+
+def write_(target: Tensor, value: Tensor) -> None:
+    """Overwrite ``target`` with ``value``, whole and the same on every process; no message."""
+    local(target).copy_(parts(value.unsqueeze(0), target)[0])
 
 
 def parts(stacked: Tensor, like: Tensor) -> list[Tensor]:

@@ -34,7 +34,7 @@ class EventLog:
         self.path = event_file(path)
         self.optimizer = optimizer
         self._append = partial(_append, self.path if distributed.is_first() else None)
-        self._append("start", optimizer.steps, ranks={pair.name: pair.rank for pair in optimizer.pairs})
+        self._append("start", optimizer.steps, ranks=optimizer.ranks)
         if optimizer.rank_scheduler is not None:
             optimizer.on_rank_event(partial(_rank_moved, self._append))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim import distributed
+from ctr_optim.adapters.discovery import find_roots
 from ctr_optim.lora import LoRAPair
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -65,9 +66,10 @@ def check_models(roots: Iterable[nn.Module]) -> None:
             )
 
 
-def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module]) -> None:
+def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], resize: str) -> None:
     """Refuse moving ranks where processes would fall apart, and where the saved adapter would load wrongly."""
-    check_single_process()
+    if resize == "physical":
+        check_single_process()
     configs = [
         config
         for root in roots
@@ -87,12 +89,12 @@ def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module]) 
 
 
 def check_single_process() -> None:
-    """Refuse moving ranks in several processes: DistributedDataParallel's buckets hold the shapes they began with."""
+    """Refuse new shapes in several processes: DistributedDataParallel's buckets hold those that they began with."""
     if distributed.world_size() > 1:
         raise ValueError(
-            f"rank_scheduler: got resizing in a group of {distributed.world_size()} processes, expected a single "
-            "process; DistributedDataParallel keeps the shapes that it began with. Move the ranks before it wraps the "
-            "model (ctr_optim.initialize), or train in one process"
+            f"resize: got 'physical' in a group of {distributed.world_size()} processes, expected a single process; "
+            "DistributedDataParallel keeps the shapes that it began with. Use resize='masked' (or 'auto'), or move the "
+            "ranks before it wraps the model (ctr_optim.initialize)"
         )
 
 
@@ -113,6 +115,25 @@ def check_ranks_belong_to_us(groups: Iterable[dict[str, Any]]) -> None:
             "rank_scheduler: Lookahead wraps this optimizer and keeps slow copies of the weights that it began with, "
             "which do not follow when ranks move; leave out one of the two"
         )
+
+
+def shapes_must_stay(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the layers that own these cannot change their shapes: in several processes, or in a compiled model."""
+    if distributed.world_size() > 1:
+        return True
+    compiled = torch._dynamo.eval_frame.OptimizedModule
+    modules = (module for root in find_roots(parameters) for module in root.modules())
+    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in modules)
+
+
+def warn_if_full() -> None:
+    """Warn that masked ranks have nowhere to go."""
+    warnings.warn(
+        "rank_scheduler: the model's shapes stay as they are here (several processes, a compiled model, or "
+        "resize='masked'), and the budget fills all of them, so that no layer can grow. Give the adapters a larger r, "
+        "say twice the mean rank wanted, and RankScheduler(budget=...) the mean rank",
+        stacklevel=5,
+    )
 
 
 def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> None:

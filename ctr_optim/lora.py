@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ctr_optim.distributed import whole, write_
 
 
 class Library(Protocol):
@@ -51,7 +54,7 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
-        """Rows of A: the directions that the layer holds."""
+        """Rows of A: the directions that the layer has room for (:func:`ranks_in_use` counts those that it uses)."""
         return self.A.shape[0]
 
     @property
@@ -69,8 +72,31 @@ class LoRAPair:
         """The factor ``s``; it stays what it was when the rank changes."""
         return self.library.scaling(self)
 
+    def weights(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The first ``rank`` directions: A ``(rank, d_in)`` and B ``(d_out, rank)``, detached."""
+        return whole(self.A.detach())[:rank], whole(self.B.detach())[:, :rank]
+
     @torch.no_grad()
-    def resize(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def fill(self, a: Tensor, b: Tensor) -> None:
+        """Overwrite the weights, in place and in their shapes: what ``a (k, d_in)`` and ``b (d_out, k)`` lack is zero.
+
+        Directions whose row of A and column of B are zero have no gradient: they stay zero, exactly.
+
+        Raises:
+            ValueError: if there is no room for k directions.
+        """
+        rank, (room, d_in), d_out = a.shape[0], self.A.shape, self.B.shape[0]
+        if a.shape != (rank, d_in) or b.shape != (d_out, rank) or rank > room:
+            raise ValueError(
+                f"{self.name}: cannot take A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, {d_in}) and "
+                f"({d_out}, r) with r <= {room}, the rank that was allocated"
+            )
+        for parameter, new in ((self.A, sized(a, (0,), room)), (self.B, sized(b, (1,), room))):
+            parameter.grad = None
+            write_(parameter, new)
+
+    @torch.no_grad()
+    def resize(self, a: Tensor, b: Tensor) -> None:
         """Give the layer new weights of another rank, in place.
 
         The Parameters stay the same objects, so that every list, hook and optimizer that holds them stays right;
@@ -95,3 +121,27 @@ class LoRAPair:
             weight = new.detach().to(device=parameter.device, dtype=parameter.dtype).clone().contiguous()
             parameter.set_(weight)  # type: ignore[call-overload]
         self.library.rank_changed(self, scaling)
+
+
+@torch.no_grad()
+def ranks_in_use(pairs: Sequence[LoRAPair]) -> list[int]:
+    """For each layer, its directions up to the last one that is not zero in both A and B; waits for the device once.
+
+    The weights themselves say which directions are in use, so that nothing else has to be saved and restored.
+    """
+    counts = []
+    for pair in pairs:
+        a, b = pair.weights(pair.rank)
+        used = (a != 0).any(1) | (b != 0).any(0)
+        counts.append((used * torch.arange(1, pair.rank + 1, device=used.device)).amax())
+    return torch.stack([c.to(counts[0].device) for c in counts]).tolist() if counts else []
+
+
+def sized(x: Tensor, dims: Sequence[int], size: int) -> Tensor:
+    """``x`` cut, or filled up with zeros, to ``size`` along ``dims``."""
+    for dim in dims:
+        x = x.narrow(dim, 0, min(size, x.shape[dim]))
+        shape = list(x.shape)
+        shape[dim] = size - shape[dim]
+        x = torch.cat([x, x.new_zeros(shape)], dim) if shape[dim] else x
+    return x

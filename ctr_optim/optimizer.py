@@ -66,7 +66,9 @@ class CTROptimizer(Optimizer):
         max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
         rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
         model: the model, where it should not be searched for.
-        resize: ``"auto"`` or ``"physical"``: layers get weights of another shape (in one process only).
+        resize: ``"physical"``: a layer whose rank moves gets weights of another shape. ``"masked"``: layers keep the
+            shapes that they were allocated with, and directions that they do not use are zero. ``"auto"``: physical in
+            one eager process, masked in several and in compiled models.
         loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
         maximize, foreach: as in torch; ``foreach=False`` works layer by layer.
 
@@ -151,7 +153,7 @@ class CTROptimizer(Optimizer):
                 raise ValueError(
                     "rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize"
                 )
-            guards.check_ranks_can_move(self.pairs, roots)
+            guards.check_ranks_can_move(self.pairs, roots, self._settings.resize)
         self._looked = False
         self._taps = Taps(self.pairs if kfac else [], self._settings.max_tokens)
         self._probe: Probe | None = None
@@ -167,9 +169,17 @@ class CTROptimizer(Optimizer):
         self._ranks: RankController | None = None
         if self._scheduler is not None:
             self._ranks = RankController(self._scheduler, self._settings.damping, self.pairs)
-            loading = weakref.WeakMethod(self._rank_loaded)
+            ours_weakly, resize = weakref.ref(self), self._settings.resize
+
+            def masked() -> bool:
+                return resize == "masked" or (resize == "auto" and distributed.world_size() > 1)
+
+            def loaded(pair: LoRAPair, resized: bool) -> None:
+                if (opt := ours_weakly()) is not None:
+                    opt._rank_loaded(pair, resized)
+
             for pair in self.pairs:
-                self._handles += resize_on_load(pair, lambda p: (f := loading()) and f(p))
+                self._handles += resize_on_load(pair, masked, loaded)
         self._stacks: list[Stack] | None = None
         self._blocks: list[Block] = []
         self._skipped: Tensor | None = None
@@ -323,10 +333,19 @@ class CTROptimizer(Optimizer):
             return
         if not self._taps.stages:  # closed: nothing new is known of the layers
             return
-        guards.check_single_process()
+        masked = self._masked()
+        if not masked:
+            guards.check_single_process()
         self._stack()
-        self._ranks.event(self._blocks, self.state, self._shared)
+        distributed.reshard(self._fsdp)
+        self._ranks.event(self._blocks, self.state, self._shared, masked)
         self._restack()
+
+    def _masked(self) -> bool:
+        """Whether layers keep their shapes when ranks move."""
+        if self._settings.resize != "auto":
+            return self._settings.resize == "masked"
+        return guards.shapes_must_stay([pair.B for pair in self.pairs])
 
     # -- what users read and save -------------------------------------------------------------------------------
 
@@ -340,6 +359,14 @@ class CTROptimizer(Optimizer):
     def steps(self) -> int:
         """Steps taken."""
         return int(self._shared["steps"])
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Directions in use, by layer; may wait for the device (and processes) after a checkpoint was loaded."""
+        if self._ranks is not None:
+            distributed.reshard(self._fsdp)
+            return dict(self._ranks.ranks)
+        return {pair.name: pair.rank for pair in self.pairs}
 
     @property
     def rank_scheduler(self) -> RankScheduler | None:
@@ -380,7 +407,7 @@ class CTROptimizer(Optimizer):
             "trust/source": trust.source(shared),
             "kl_from_base": sum(by_layer.values()),
             "kl_from_base/layer": by_layer,
-            "ranks": {pair.name: pair.rank for pair in self.pairs},
+            "ranks": self.ranks,
             "utility": dict(self._ranks.utility) if self._ranks is not None else {},
             "skipped_steps": shared["skipped"],
             "failed_decompositions": shared["failed"],
@@ -427,8 +454,12 @@ class CTROptimizer(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _rank_loaded(self, pair: LoRAPair) -> None:
-        """The model loaded a pair of another rank: its state here is void until ours is loaded, too."""
+    def _rank_loaded(self, pair: LoRAPair, resized: bool) -> None:
+        """The model loads a pair's weights; of another shape, they leave its state here void until ours is loaded."""
+        if self._ranks is not None:
+            self._ranks.forget_ranks()
+        if not resized:
+            return
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
         drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once

@@ -44,7 +44,7 @@ class Settings:
         _number("damping", self.damping, above=0.0)
         if self.max_tokens is not None:
             _count("max_tokens", self.max_tokens, hint="or None for every token")
-        _choice("resize", self.resize, ("auto", "physical"))
+        _choice("resize", self.resize, ("auto", "physical", "masked"))
         _choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
 
 

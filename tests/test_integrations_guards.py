@@ -137,12 +137,6 @@ def test_moving_ranks_of_adapters_that_change_the_base(start: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_masked_ranks_are_not_promised() -> None:
-    model = net()
-    with pytest.raises(ValueError, match="resize"):
-        CTROptimizer(trainable(model), model=model, resize="masked")
-
-
 def test_another_scheduler_needs_one_to_begin_with() -> None:
     opt = optimizer(net())
     with pytest.raises(ValueError, match="built without one"):

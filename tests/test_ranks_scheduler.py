@@ -128,9 +128,10 @@ def test_impossible_and_inconsistent_requests() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"budget": 0.5}, {"budget": float("nan")}, {"interval": 0}, {"interval": 2.0}, {"start": -0.1}, {"until": 1.1},
-        {"start": 0.7}, {"total_steps": 0}, {"min_rank": 0}, {"min_rank": 4, "max_rank": 3}, {"max_rank": 2.5},
-        {"hysteresis": -1}, {"absent": "guess"}, {"window": 0}, {"sketch_rank": True}, {"max_change": 0},
+        {"budget": 0.5}, {"budget": 0, "min_rank": 0}, {"budget": float("nan")}, {"interval": 0}, {"interval": 2.0},
+        {"start": -0.1}, {"until": 1.1}, {"start": 0.7}, {"total_steps": 0}, {"min_rank": -1},
+        {"min_rank": 4, "max_rank": 3}, {"max_rank": 2.5}, {"hysteresis": -1}, {"absent": "guess"}, {"window": 0},
+        {"sketch_rank": True}, {"max_change": 0},
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ctr_optim import guards
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.gradients import warn_failed
-from ctr_optim.lora import LoRAPair
+from ctr_optim.lora import LoRAPair, ranks_in_use
 from ctr_optim.ranks.reallocation import reallocate, survey
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 
@@ -33,16 +34,35 @@ class RankController:
         self.scheduler, self.damping = scheduler, damping
         self.listeners: list[Callable[[RankEvent], None]] = []
         self.utility: dict[str, float] = {}
+        self._pairs = list(pairs)
+        self._in_use: dict[str, int] | None = None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Directions in use, by layer; counted in the weights at first, and after they were loaded."""
+        if self._in_use is None:
+            self._in_use = dict(zip((p.name for p in self._pairs), ranks_in_use(self._pairs), strict=True))
+        return self._in_use
+
+    def forget_ranks(self) -> None:
+        """The weights were loaded: count anew."""
+        self._in_use = None
 
     def event(
-        self, blocks: Sequence[Block], state: MutableMapping[Any, dict[str, Tensor]], shared: dict[str, Any]
+        self,
+        blocks: Sequence[Block],
+        state: MutableMapping[Any, dict[str, Tensor]],
+        shared: dict[str, Any],
+        masked: bool,
     ) -> list[RankEvent]:
         """Survey, share out, resize. The sketches are gone from the state then: the caller restacks in any case.
 
         The budget that the model starts with is kept in ``shared``: what one event leaves unspent, the next may use.
         """
+        ranks = self.ranks
         try:
-            surveys = [s for block in blocks for s in survey(block, max(1, shared["sketched"]), self.damping)]
+            count = max(1, shared["sketched"])
+            surveys = [s for block in blocks for s in survey(block, count, self.damping, ranks=ranks)]
         except LinAlgError:
             shared["failed"] += 1
             warn_failed("the factors at a rank event", "all ranks stay as they are")
@@ -53,11 +73,19 @@ class RankController:
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
         scheduler = self.scheduler
         if scheduler.budget is None:
-            parameters = sum(s.pair.rank * s.pair.cost for s in surveys)
+            parameters = sum(s.rank * s.pair.cost for s in surveys)
             mean = shared.setdefault("budget", parameters / sum(s.pair.cost for s in surveys))
             scheduler = replace(scheduler, budget=mean)
-        events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"])
+        if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
+            guards.warn_if_full()
+        events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"], masked=masked)
+        for event in events:
+            ranks[event.name] = event.new_rank
         for event in events:
             for listener in self.listeners:
                 listener(event)
         return events
+
+    def _allocated(self) -> int:
+        """Parameters that there is room for."""
+        return sum(pair.rank * pair.cost for pair in self._pairs)

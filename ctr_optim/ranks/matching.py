@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctr_optim.adapters import find_pairs
 from ctr_optim.hooks import Hook
-from ctr_optim.lora import LoRAPair
+from ctr_optim.lora import LoRAPair, sized
 
 _PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -64,17 +64,27 @@ def make_room(pair: LoRAPair, rank: int) -> None:
     pair.resize(new_a, new_b)
 
 
-def resize_on_load(pair: LoRAPair, resized: Callable[[LoRAPair], None]) -> list[Any]:
-    """Hooks that give ``pair`` the rank of the weights that it is about to load, and then call ``resized(pair)``."""
+def resize_on_load(pair: LoRAPair, masked: Callable[[], bool], loaded: Callable[[LoRAPair, bool], None]) -> list[Any]:
+    """Hooks that let ``pair`` load weights of any rank.
 
-    def fit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    Args:
+        masked: whether layers keep their shapes: fewer directions are then filled up with zeros, and more do not load.
+            Elsewhere the layer takes the rank of the weights.
+        loaded: called with the pair and whether its shapes changed.
+    """
+
+    def fit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
         incoming = state_dict.get(prefix + "weight")
         if incoming is None:
             return
-        rank = incoming.shape[0 if module is pair.down else 1]
-        if rank != pair.rank:
+        dim = 0 if module is pair.down else 1
+        rank = incoming.shape[dim]
+        changes = rank != pair.rank and not masked()
+        if changes:
             make_room(pair, rank)
-            resized(pair)
+        elif rank < pair.rank:
+            state_dict[prefix + "weight"] = sized(incoming, (dim,), pair.rank)
+        loaded(pair, changes)
 
     halves: tuple[Any, ...] = (pair.down, pair.up)
     return [m.register_load_state_dict_pre_hook(Hook(fit, id(m))) for m in halves]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ctr_optim.curvature.factors import eigenbasis
+from ctr_optim.lora import sized
 from ctr_optim.precondition import rotate
 from ctr_optim.ranks.utility import Existing
 
@@ -58,9 +59,24 @@ def _transport(state: State, move: Tensor, factor: Tensor, rank_dim: int) -> Non
     state["basis"] = basis.to(state["basis"].dtype).contiguous()
 
 
-def typical_second_moment(state: State, rank_dim: int) -> Tensor:
-    """The mean over directions of a side's second moments."""
-    return state["exp_avg_sq"].mean(rank_dim, keepdim=True)
+def cut(state: State, rank_dim: int, rank: int) -> State:
+    """The part of a state that belongs to the first ``rank`` directions.
+
+    Args:
+        rank_dim: of the moments: 0 for A ``(r, d_in)``, 1 for B ``(d_out, r)``.
+    """
+    dims = {"exp_avg": (rank_dim,), "exp_avg_sq": (rank_dim,), **dict.fromkeys(_SQUARE, (0, 1))}
+    return {name: sized(state[name], dims[name], rank) for name in dims if name in state}
+
+
+def pad(state: State, rank_dim: int, room: int) -> State:
+    """The inverse of :func:`cut`: directions not in use have no moments and no factors, and are their own basis."""
+    rank, padded = state["basis"].shape[0], cut(state, rank_dim, room)
+    padded["basis"].diagonal()[rank:] = 1
+    return {name: t.contiguous() for name, t in padded.items()}
+
+
+_SQUARE = ("basis", "rank_input", "rank_output")
 
 
 def grow(

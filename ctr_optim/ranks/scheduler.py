@@ -45,7 +45,9 @@ class RankScheduler:
         interval: steps between events.
         start, until: first and last event, as fractions of ``total_steps``.
         total_steps: length of the training; None: events never stop.
-        min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean.
+        min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean. With ``min_rank=0`` a layer may be
+            dropped (its weights are zero; :func:`ctr_optim.export_compact` leaves it out) and come back. Where ranks
+            are masked (see ``resize``), no layer gets more than it was allocated with.
         hysteresis: a direction that exists counts for ``1 + hysteresis`` times its utility, so that ranks do not
             swing to and fro on noise.
         absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
@@ -78,9 +80,12 @@ class RankScheduler:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            least = int(name != "min_rank")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 hint = ", or None" if name in optional else ""
-                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1{hint}")
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}{hint}")
+        if self.budget == 0:
+            raise ValueError("budget: got 0, expected a mean rank above 0")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
         if self.absent not in ("spectrum", "sketch"):

@@ -35,6 +35,8 @@ def existing_directions(H: Tensor, D: Tensor) -> Existing:
     All in float64, whatever comes in: H may be near singular, and what is dropped must be what is worth nothing.
     """
     H, D = H.double(), D.double()
+    if not H.numel():
+        return Existing(H.new_zeros(0), H, D)
     values, vectors = torch.linalg.eigh(0.5 * (H + H.mT))
     floor = 1e-10 * values.amax().clamp_min(torch.finfo(H.dtype).tiny)
     roots = values.clamp_min(floor).sqrt()
@@ -72,5 +74,5 @@ def absent_directions(q: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> tu
 def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the span, zero columns where the rank is short."""
     svd: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(columns, full_matrices=False)
-    u, singular, _ = svd
-    return u * (singular > 1e-6 * singular.amax().clamp_min(torch.finfo(u.dtype).tiny))
+    u, singular, _ = svd  # descending
+    return u * (singular > 1e-6 * singular[:1].clamp_min(torch.finfo(u.dtype).tiny))
