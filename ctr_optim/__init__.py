@@ -1,6 +1,6 @@
 """Curvature-aware, trust-region guided training of LoRA adapters, as a torch optimizer."""
 
-from ctr_optim.adapters.export import export_uniform
+from ctr_optim.adapters.export import export_compact, export_uniform
 from ctr_optim.checkpoint import load_checkpoint, save_checkpoint
 from ctr_optim.lora import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
@@ -13,6 +13,7 @@ __all__ = [
     "LoRAPair",
     "RankEvent",
     "RankScheduler",
+    "export_compact",
     "export_uniform",
     "initialize",
     "load_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,29 @@ def test_masked_is_physical_to_rounding(min_rank: int) -> None:
         assert masked.metrics()[key] == pytest.approx(physical.metrics()[key], rel=1e-6), key
     data = llama_batch(77)["input_ids"]
     assert relative_error(other(input_ids=data).logits, one(input_ids=data).logits) < 1e-8
+
+
+def test_a_layer_that_was_dropped_comes_back() -> None:
+    """Most layers are emptied by a small budget; with a larger one, directions from the sketch fill them again."""
+    model = tiny_llama(torch.float64, r=ROOM)
+    opt = build(model, min_rank=0, max_change=None, budget=0.2)
+    go(model, opt, range(4))
+    dropped = {name for name, rank in opt.metrics()["ranks"].items() if rank == 0}
+    assert dropped and all(float(p.B.detach().abs().sum()) == 0 for p in opt.pairs if p.name in dropped)
+    opt.rank_scheduler = replace(opt.rank_scheduler, budget=4)
+    data = llama_batch(50)["input_ids"]
+    go(model, opt, range(4, 5))
+    before = model(input_ids=data).logits
+    opt.param_groups[0]["lr"] = 0.0
+    go(model, opt, range(5, 6))
+    assert relative_error(model(input_ids=data).logits.detach(), before.detach()) < 1e-6  # growth changes nothing
+    opt.param_groups[0]["lr"] = 0.05
+    ranks = opt.metrics()["ranks"]
+    assert any(ranks[name] > 0 for name in dropped)
+    go(model, opt, range(6, 8))
+    back = [pair for pair in opt.pairs if pair.name in dropped and ranks[pair.name]]
+    assert all(float(pair.B.detach().abs().sum()) > 0 for pair in back)
+    assert all(0 < pair.A.detach().norm() < 10 * ROOM**0.5 for pair in back)
 
 
 def test_directions_not_in_use_are_zero_exactly() -> None:

@@ -11,7 +11,7 @@ from support import llama_batch, llama_loss, net, relative_error, tiny_llama, tr
 from test_discovery import TorchtuneLinear
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, export_uniform
+from ctr_optim import CTROptimizer, export_compact, export_uniform
 from ctr_optim.adapters import find_pairs
 
 peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
@@ -85,11 +85,68 @@ def test_an_export_with_one_rank_is_the_same_function(variant: str, tmp_path: Pa
     assert model.peft_config["default"].rank_pattern  # the model's own bookkeeping is not touched
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("resize", ["masked", "physical"])
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized")
+def test_a_compact_export_leaves_out_what_is_not_in_use(variant: str, resize: str, tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32, **VARIANTS[variant])
+    ranks = dict(RANKS, min_rank=0, budget=0.6, max_change=None)
+    opt = CTROptimizer(trainable(model), lr=0.01, factor_interval=1, rank_scheduler=ranks, resize=resize)
+    shapes = {pair.name: pair.rank for pair in opt.pairs}
+    for step in range(3):
+        opt.zero_grad()
+        llama_loss(model, llama_batch(step)).backward()
+        opt.step()
+    in_use = opt.metrics()["ranks"]
+    assert 0 in in_use.values() and max(in_use.values()) > 0
+    room = shapes if resize == "masked" else {name: max(1, rank) for name, rank in in_use.items()}
+    assert {pair.name: pair.rank for pair in opt.pairs} == room
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    written = export_compact(model, tmp_path / "compact")
+    assert {name: rank for name, rank in written.items() if name in in_use} == {
+        name: rank or int(variant == "dora") for name, rank in in_use.items()
+    }
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    fresh = reloaded(tmp_path / "compact")
+    assert {p.name: p.rank for p in find_pairs(fresh)} == {n: r for n, r in written.items() if r and n in in_use}
+    assert relative_error(outputs(fresh), outputs(model)) < 1e-6
+    if variant == "patterns" and resize == "masked":
+        return  # PEFT itself does not reload patterns of the user's that overlap
+    model.save_pretrained(tmp_path / "plain")  # what anybody saves is the same function, only larger
+    assert relative_error(outputs(reloaded(tmp_path / "plain")), outputs(model)) < 1e-6
+
+
+def test_a_compact_export_adds_to_what_was_excluded(tmp_path: Path) -> None:
+    for before in (["lm_head", "k_proj"], r"lm_head|.*k_proj"):
+        model = tiny_llama(torch.float32, exclude_modules=before)
+        with torch.no_grad():
+            for pair in find_pairs(model):
+                if "v_proj" in pair.name:
+                    pair.A.zero_(), pair.B.zero_()
+        written = export_compact(model, tmp_path)
+        assert [name for name, rank in written.items() if not rank] == [
+            f"model.layers.{i}.self_attn.v_proj" for i in range(2)
+        ]
+        fresh = reloaded(tmp_path)
+        assert {pair.name for pair in find_pairs(fresh)} == {name for name, rank in written.items() if rank}
+        assert relative_error(outputs(fresh), outputs(model)) < 1e-6
+
+
+def test_an_adapter_of_zeros_is_not_exported(tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32)
+    for pair in find_pairs(model):
+        torch.nn.init.zeros_(pair.A), torch.nn.init.zeros_(pair.B)
+    with pytest.raises(ValueError, match="nothing to save"):
+        export_compact(model, tmp_path)
+
+
 def test_exporting_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="expected a PeftModel"):
         export_uniform(net(), tmp_path)
     with pytest.raises(TypeError, match="'other'"):
         export_uniform(tiny_llama(), tmp_path, adapter="other")
+    with pytest.raises(TypeError, match="export_compact: got Net"):
+        export_compact(net(), tmp_path)
 
 
 def test_another_adapter_on_the_same_layers_is_left_alone(tmp_path: Path) -> None:
