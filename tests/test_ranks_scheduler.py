@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import net, optimizer
+from support import net, optimizer, train
 
 from ctr_optim import RankScheduler
 
@@ -131,12 +132,38 @@ def test_impossible_and_inconsistent_requests() -> None:
         {"budget": 0.5}, {"budget": 0, "min_rank": 0}, {"budget": float("nan")}, {"interval": 0}, {"interval": 2.0},
         {"start": -0.1}, {"until": 1.1}, {"start": 0.7}, {"total_steps": 0}, {"min_rank": -1},
         {"min_rank": 4, "max_rank": 3}, {"max_rank": 2.5}, {"hysteresis": -1}, {"absent": "guess"}, {"window": 0},
-        {"sketch_rank": True}, {"max_change": 0},
+        {"sketch_rank": True}, {"max_change": 0}, {"gradual": True},
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         RankScheduler(**options)
+
+
+def test_a_gradual_budget_is_reached_in_equal_parts_at_the_last_event() -> None:
+    scheduler = RankScheduler(budget=4, gradual=True, interval=10, start=0.1, until=0.58, total_steps=100)
+    due = [step for step in range(100) if scheduler.next_event(step) == step]
+    assert due == [10, 20, 30, 40, 50]
+    assert [scheduler.budget_at(step, 8.0) for step in due] == pytest.approx([7.2, 6.4, 5.6, 4.8, 4.0])
+    assert scheduler.budget_at(60, 8.0) == 4.0
+    assert replace(scheduler, gradual=False).budget_at(10, 8.0) == 4.0
+    assert RankScheduler().budget_at(10, 8.0) == 8.0
+    assert replace(scheduler, total_steps=None).budget_at(10, 8.0) == 4.0  # nobody knows how long it will be
+
+
+def test_training_ends_at_a_gradual_budget() -> None:
+    model = net(rank=6)
+    ranks = dict(
+        budget=3, gradual=True, interval=2, window=1, until=0.6, total_steps=10, hysteresis=0.0, max_change=None
+    )
+    opt = optimizer(model, rank_scheduler=ranks, lr=0.01)
+    seen = [sum(p.rank * p.cost for p in opt.pairs)]
+    for step in range(8):
+        train(model, opt, 1, start=step)
+        seen.append(sum(p.rank * p.cost for p in opt.pairs))
+    size = sum(p.cost for p in opt.pairs)
+    assert seen[0] == 6 * size and [seen[n] <= mean * size for n, mean in ((2, 5), (4, 4), (6, 3))] == [True] * 3
+    assert seen[2] > 4 * size and seen[8] == seen[6] > 2 * size
 
 
 def test_an_optimizer_refuses_an_impossible_budget_when_it_is_built() -> None:

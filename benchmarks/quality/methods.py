@@ -80,6 +80,27 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     return Run(model, CTROptimizer(params, **options))
 
 
+def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
+    """Ours with a rank scheduler, the state forgotten at every rank event: what carrying it over is worth."""
+    run = _ctr(base, spec, batches)
+    steps: list[int] = []
+    run.optimizer.on_rank_event(lambda event: steps.append(event.step))
+
+    def after_step(step: int) -> None:
+        if steps and steps[-1] == run.optimizer.steps:
+            forget_state(run.optimizer)
+
+    run.after_step = after_step
+    return run
+
+
+def forget_state(optimizer: CTROptimizer) -> None:
+    """Moments and factors to nothing, bases to the identity: as of an optimizer built anew."""
+    optimizer.state.clear()
+    optimizer._restack()
+    optimizer._arm()
+
+
 def _lora_plus(base: Any, spec: dict, batches: Batches) -> Run:
     from peft.optimizers import create_loraplus_optimizer
 
@@ -193,6 +214,7 @@ def _qlora(base: Any, spec: dict, batches: Batches) -> Run:
 Build = Callable[[Any, dict, Batches], Run]
 METHODS: dict[str, Build] = {
     "ctr": _ctr,
+    "ctr_no_transport": _ctr_no_transport,
     "adamw": _adapter,
     "rslora": partial(_adapter, use_rslora=True),
     "dora": partial(_adapter, use_dora=True),

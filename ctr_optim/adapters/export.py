@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctr_optim.adapters.files import CONFIG, PREFIX, WEIGHTS, read_adapter
+from ctr_optim.adapters.files import CONFIG, WEIGHTS, prefix_free, read_adapter
 from ctr_optim.distributed import is_first, whole
 
 
@@ -39,7 +39,7 @@ def export_compact(model: Any, directory: str | os.PathLike[str], adapter: str =
     """
     weights, scalings, config = _adapter_of(model, adapter, "export_compact")
     kept, ranks = compact(weights, keep_empty=bool(config.use_dora))
-    name = {layer: layer.removeprefix(PREFIX) for layer in ranks}
+    name = {layer: prefix_free(layer) for layer in ranks}
     if not any(ranks.values()):
         raise ValueError("export_compact: every direction of the adapter is zero; there is nothing to save")
     root = {layer: math.sqrt(rank) if config.use_rslora else rank for layer, rank in ranks.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

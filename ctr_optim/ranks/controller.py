@@ -71,11 +71,10 @@ class RankController:
             drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
-        scheduler = self.scheduler
-        if scheduler.budget is None:
-            parameters = sum(s.rank * s.pair.cost for s in surveys)
-            mean = shared.setdefault("budget", parameters / sum(s.pair.cost for s in surveys))
-            scheduler = replace(scheduler, budget=mean)
+        parameters = sum(s.rank * s.pair.cost for s in surveys)
+        start = shared.setdefault("budget", parameters / sum(s.pair.cost for s in surveys))
+        budget = self.scheduler.budget_at(shared["steps"], start)
+        scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
         if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
             guards.warn_if_full()
         events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"], masked=masked)

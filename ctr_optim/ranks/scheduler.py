@@ -42,6 +42,9 @@ class RankScheduler:
 
     Args:
         budget: mean rank over layers (each layer counts with its own cost), or None for what the model starts with.
+        gradual: the budget is reached in equal parts from the model's own ranks, at the last event (needs
+            ``total_steps``); else at the first event. Allocate twice the budget, and the final adapter is chosen from
+            twice the directions.
         interval: steps between events.
         start, until: first and last event, as fractions of ``total_steps``.
         total_steps: length of the training; None: events never stop.
@@ -58,6 +61,7 @@ class RankScheduler:
     """
 
     budget: float | None = None
+    gradual: bool = False
     interval: int = 100
     start: float = 0.0
     until: float = 0.6
@@ -84,6 +88,10 @@ class RankScheduler:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 hint = ", or None" if name in optional else ""
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}{hint}")
+        if self.gradual and self.budget is None:
+            raise ValueError(
+                "gradual: got True without a budget to reach; set RankScheduler(budget=...), the mean rank"
+            )
         if self.budget == 0:
             raise ValueError("budget: got 0, expected a mean rank above 0")
         if self.max_rank is not None and self.max_rank < self.min_rank:
@@ -113,6 +121,21 @@ class RankScheduler:
             last = round(self.until * self.total_steps, 6)
         due = max(1, math.ceil(max(step, first) / self.interval)) * self.interval
         return due if due <= last else None
+
+    def budget_at(self, step: int, start: float) -> float:
+        """The budget as a mean rank, at the event after ``step`` steps.
+
+        Args:
+            start: the mean rank that the model started with.
+        """
+        if self.budget is None:
+            return start
+        if not self.gradual or self.total_steps is None:
+            return self.budget
+        first = self.next_event(0) or step
+        last = round(self.until * self.total_steps, 6) // self.interval * self.interval
+        done = (step - first + self.interval) / max(self.interval, last - first + self.interval)
+        return start + (self.budget - start) * min(1.0, done)
 
     def sketches(self, step: int) -> bool:
         """Whether the step that is about to be taken (``step`` taken so far) is in the window before an event."""
