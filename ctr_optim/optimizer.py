@@ -447,6 +447,7 @@ class CTROptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        distributed.reshard(self._fsdp)
         state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._restack()
