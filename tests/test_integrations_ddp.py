@@ -19,6 +19,10 @@ from ctr_optim.events import EventLog, read_events
 pytestmark = needs_gloo
 
 STEPS, SHARE = 6, 5  # of five rows, a process calibrates on one
+MOVING: dict[str, Any] = dict(
+    resize="masked",
+    rank_scheduler=dict(budget=2, interval=2, window=2, sketch_rank=2, hysteresis=0.0, absent="sketch"),
+)
 OPTIONS: dict[str, Any] = dict(lr=0.05, max_kl=1e-3, factor_interval=2, basis_interval=2, calibration_interval=2)
 
 
@@ -68,8 +72,10 @@ def _train(
         (dict(), False, {}),
         (dict(static_graph=True), True, dict(max_kl=None)),
         (dict(), True, dict(loss_reduction="sum")),
+        (dict(find_unused_parameters=True), True, MOVING),
+        (dict(static_graph=True), False, MOVING),
     ],
-    ids=["unused", "plain", "static", "sum"],
+    ids=["unused", "plain", "static", "sum", "unused-ranks-move", "static-ranks-move"],
 )
 def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, options: dict[str, Any]) -> None:
     (first, numbers), (second, others) = spawn(_train, tmp_path, ddp, bare, options)
@@ -79,7 +85,10 @@ def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, 
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
     for name in ("trust/predicted_kl", "trust/scale", "trust/coupling", "kl_from_base"):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-5), name
-    assert len(read_events(tmp_path)) == 1 + STEPS  # the first process alone writes
+    assert list(numbers["ranks"].values()) == list(expected["ranks"].values())
+    logged = [e for e in read_events(tmp_path) if e["event"] == "log"]
+    assert len(logged) == STEPS  # the first process alone writes
+    assert len({str(e["ranks"]) for e in logged}) > 1 or options is not MOVING
 
 
 def _accumulate(rank: int, folder: Path) -> dict[str, torch.Tensor]:

@@ -11,9 +11,10 @@ from processes import needs_gloo, spawn
 from support import llama_batch, llama_loss, same, tiny_llama, trainable
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, distributed
+from ctr_optim import CTROptimizer, distributed, export_compact
+from ctr_optim.adapters.files import read_adapter
 
-pytest.importorskip("peft", reason="the adapter is PEFT's")
+PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
 pytestmark = needs_gloo
 
 STEPS, ROWS = 5, 4  # of four rows, a process calibrates on one
@@ -94,7 +95,46 @@ def test_two_processes_are_one(tmp_path: Path, mesh: tuple[int, ...], lora: dict
     assert_one(*spawn(_train, tmp_path, mesh, lora), alone(**lora))
 
 
-def _resume(rank: int, folder: Path) -> Any:
+MOVING: dict[str, Any] = dict(
+    rank_scheduler=dict(budget=4, interval=2, window=2, sketch_rank=2, hysteresis=0.0, max_change=3, max_rank=6)
+)
+
+
+def _move(rank: int, folder: Path) -> Any:
+    model = shard(model_of(r=6))
+    opt = CTROptimizer(model.parameters(), **OPTIONS, **MOVING)
+    heard: list[Any] = []
+    opt.on_rank_event(heard.append)
+    train(model, opt, lambda step: rows_of(step, rank), range(STEPS))
+    export_compact(model, folder / "adapter")
+    return whole(model), opt.metrics(), [(e.step, e.name, e.old_rank, e.new_rank, e.kept, e.reason) for e in heard]
+
+
+def test_ranks_move_alike(tmp_path: Path) -> None:
+    """Within the shapes that there are: the same events everywhere, and the weights of one process."""
+    (weights, numbers, events), (others, other_numbers, other_events) = spawn(_move, tmp_path)
+    model = model_of(r=6)
+    opt = CTROptimizer(trainable(model), **OPTIONS, **MOVING, resize="masked", model=model)
+    heard: list[Any] = []
+    opt.on_rank_event(heard.append)
+    train(model, opt, joined, range(STEPS))
+    assert_one((weights, numbers), (others, other_numbers), (whole(model), opt.metrics()))
+    assert events and events == other_events
+    assert events == [(e.step, e.name, e.old_rank, e.new_rank, e.kept, e.reason) for e in heard]
+    assert numbers["ranks"] == other_numbers["ranks"] == opt.metrics()["ranks"]
+    assert len(set(numbers["ranks"].values())) > 1
+    for pair in opt.pairs:
+        b = next(w for name, w in weights.items() if f"{pair.name}.lora_B" in name)
+        assert int((b != 0).any(0).sum()) == numbers["ranks"][pair.name]
+
+    saved = {layer.name: layer.rank for layer in read_adapter(tmp_path / "adapter").layers}
+    assert saved == {name: rank for name, rank in numbers["ranks"].items() if rank > 0}
+    again = PeftModel.from_pretrained(tiny_llama(peft=False), str(tmp_path / "adapter"), autocast_adapter_dtype=False)
+    data = {k: v for k, v in llama_batch(99).items() if k != "labels"}
+    torch.testing.assert_close(again(**data).logits, model.eval()(**data).logits, rtol=1e-5, atol=1e-7)
+
+
+def _resume(rank: int, folder: Path, lora: dict[str, Any], options: dict[str, Any]) -> Any:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -102,8 +142,8 @@ def _resume(rank: int, folder: Path) -> Any:
         return rows_of(step, rank)
 
     def fresh() -> tuple[nn.Module, CTROptimizer]:
-        model = shard(model_of())
-        return model, CTROptimizer(model.parameters(), **OPTIONS)
+        model = shard(model_of(**lora))
+        return model, CTROptimizer(model.parameters(), **OPTIONS, **options)
 
     model, opt = fresh()
     opt.param_groups[0]["lr"] = 0.1  # the peak, which nothing but the checkpoint remembers
@@ -123,16 +163,26 @@ def _resume(rank: int, folder: Path) -> Any:
     return [(whole(model), opt.metrics()), (whole(again), resumed.metrics())]
 
 
-def test_a_sharded_checkpoint_resumes_exactly_and_loads_in_one_process(tmp_path: Path) -> None:
+EVENT = {**MOVING["rank_scheduler"], "interval": 3, "window": 1}  # at step 3, where the checkpoint is written
+
+
+@pytest.mark.parametrize(
+    "lora, options", [({}, {}), (dict(r=6), dict(rank_scheduler=EVENT))], ids=["ranks-stay", "after-an-event"]
+)
+def test_a_sharded_checkpoint_resumes_exactly_and_loads_in_one_process(
+    tmp_path: Path, lora: dict[str, Any], options: dict[str, Any]
+) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    for (weights, numbers), (others, other_numbers) in spawn(_resume, tmp_path):
+    for (weights, numbers), (others, other_numbers) in spawn(_resume, tmp_path, lora, options):
         assert same(weights, others)
+        for told in (numbers, other_numbers):
+            told.pop("utility")  # of the last event, which the second run has not lived through
         assert numbers == other_numbers
 
-    model = model_of()
-    opt = CTROptimizer(model.parameters(), **OPTIONS)
+    model = model_of(**lora)
+    opt = CTROptimizer(model.parameters(), **OPTIONS, **options, resize="masked")
     loaded, state = get_state_dict(model, opt)
     dcp.load({"model": loaded, "optim": state}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     set_state_dict(model, opt, model_state_dict=loaded, optim_state_dict=state)
