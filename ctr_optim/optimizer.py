@@ -448,6 +448,7 @@ class CTROptimizer(Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         distributed.reshard(self._fsdp)
+        distributed.reshard(self._fsdp)  # the layers hold the parameters of our groups again
         state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._restack()

@@ -190,7 +190,7 @@ def orthonormality(opt: CTROptimizer) -> float:
 def live(besides: int) -> dict[str, int]:
     """Objects (besides those that we collect), tensors and their bytes, resident memory."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # others may have no storage
     storage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
     statm = Path("/proc/self/statm")
     page = resource.getpagesize()
