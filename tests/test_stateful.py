@@ -75,10 +75,10 @@ def hooks(model: nn.Module) -> int:
 def continuous(resize: Callable[..., None]) -> Callable[..., None]:
     """A rank event's change of one layer: growth is no change of the function; a cut takes the least energy away."""
 
-    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any]) -> None:
+    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
         old, rank, factors = (s.pair.B @ s.pair.A).detach(), s.pair.rank, state(s.pair.B)
         energies = torch.linalg.eigvals(factors["rank_output"].double() @ factors["rank_input"].double()).real
-        resize(s, kept, added, state)
+        resize(s, kept, added, state, *rest, **more)
         assert s.pair.rank == kept + added
         if kept == rank:
             assert relative_error((s.pair.B @ s.pair.A).detach(), old) <= 1e-5

@@ -216,13 +216,13 @@ def watching(resize: Callable[..., None], worst: Worst) -> Callable[..., None]:
     Fisher metric ``tr(D H)``, what is left of it is the sum of the largest eigenvalues of ``D H``.
     """
 
-    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any]) -> None:
+    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
         pair, factors = s.pair, state(s.pair.B)
         old = (pair.B @ pair.A).detach().double()
         energies = torch.linalg.eigvals(factors["rank_output"].double() @ factors["rank_input"].double()).real
         best = energies.sort(descending=True).values[:kept].sum()
         before = pair.rank
-        resize(s, kept, added, state)
+        resize(s, kept, added, state, *rest, **more)
         factors = state(pair.B)
         left = (factors["rank_output"].double() * factors["rank_input"].double().mT).sum()
         error = (left - best).abs() / energies.sum().clamp_min(1e-300)
