@@ -34,24 +34,34 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
 def _style(method: str, index: int) -> dict[str, Any]:
     """Ours black and bold, the rest thin and in colours."""
     strong = {"color": "black", "linewidth": 2.2, "zorder": 5}
-    plain = {"color": plt.colormaps["tab20"](index % 20), "linewidth": 1.0}
+    plain = {"color": plt.colormaps["tab10"](index % 10), "linewidth": 1.2, "zorder": 4}
     return {"label": NAMES.get(method, method), **(strong if method == "ctr" else plain)}
 
 
 def robustness(records: list[dict[str, Any]], out: Path) -> None:
-    """Every method's loss over a factor of 64 around the middle of its grid."""
+    """Every method's loss over a factor of 64 around the middle of its grid: AdamW and the best peers by name."""
     losses = report.robustness(records)
     if not losses:
         return
+    lowest = {method: min(by_rate.values()) for method, by_rate in losses.items()}
+    best = min(lowest.values())
+    named = ["ctr", *sorted(lowest.keys() & set(plans.Lines(records).best_three()), key=lowest.__getitem__)]
     figure, axes = _axes("learning rate, over the middle of the method's range", "validation loss (nats per token)")
-    for index, (method, by_rate) in enumerate(sorted(losses.items())):
+    for method, by_rate in losses.items():
         wide = plans.wide_grid(method)
-        rates, middle = [r for r in wide if r in by_rate], wide[3]
-        axes.plot([r / middle for r in rates], [by_rate[r] for r in rates], ".-", **_style(method, index))
-    best = min(v for by_rate in losses.values() for v in by_rate.values())
-    axes.set(ylim=(0.98 * best, 1.5 * best))
+        rates = [r for r in wide if r in by_rate]
+        style = {"color": "0.82", "linewidth": 0.9, "zorder": 1}
+        if method in named:
+            style = _style(method, named.index(method) - 1)
+        axes.plot([r / wide[3] for r in rates], [by_rate[r] for r in rates], ".-", **style)
+    axes.plot([], [], color="0.82", label=f"{len(losses) - len(named)} other peers")
+    axes.set(ylim=(0.98 * best, 1.4 * best))
     axes.set_xscale("log", base=2)
-    axes.legend(frameon=False, fontsize=7, ncols=3)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+    handles = {handle.get_label(): handle for handle in axes.lines if not handle.get_label().startswith("_")}
+    order = [*(NAMES.get(m, m) for m in named if m in losses), f"{len(losses) - len(named)} other peers"]
+    axes.legend([handles[name] for name in order], order, frameon=True, framealpha=0.9, edgecolor="none", fontsize=9,
+                loc="upper right")  # fmt: skip
     figure.savefig(out / "robustness.png", dpi=130)
 
 
@@ -61,16 +71,23 @@ def pareto(records: list[dict[str, Any]], out: Path) -> None:
     points: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in report.select(records, plans.pareto(lines)):
         spec = record["spec"]
-        method = spec["method"] + (" (ranks move)" if "rank_scheduler" in spec["options"] else "")
+        method = "CTROptimizer, ranks move" if "rank_scheduler" in spec["options"] else spec["method"]
         points[method][spec["rank"]].append(record)
     if not points:
         return
     figure, axes = _axes("trainable parameters", "test loss (nats per token)")
+    ticks = {}
     for index, (method, by_rank) in enumerate(sorted(points.items())):
         runs = [by_rank[rank] for rank in sorted(by_rank)]
         x = [statistics.mean(r["parameters"] for r in some) for some in runs]
         y = [statistics.mean(r["loss"] for r in some) for some in runs]
-        axes.plot(x, y, "o-", **_style(method, index))
+        moving = {"marker": "x", "linestyle": "none", "color": "tab:green", "zorder": 6} if "move" in method else {}
+        axes.plot(x, y, **{"marker": "o", **_style(method, index), **moving})
+        if method == "ctr":
+            ticks = {count: f"{count / 1e6:.2f}M\nrank {rank}" for count, rank in zip(x, sorted(by_rank), strict=True)}
+    if ticks:
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
     axes.legend(frameon=False)
     figure.savefig(out / "pareto.png", dpi=130)
 
