@@ -34,23 +34,29 @@ def adam_(
     live: Tensor,
     betas: tuple[float, float],
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Update the moments in place and return Adam's direction ``m^ / (sqrt(v^) + eps)`` (Kingma & Ba, 2015).
 
     Args:
-        grad, exp_avg, exp_avg_sq: ``(L, *shape)``.
+        grad, exp_avg, exp_avg_sq: ``(L, *shape)``; ``grad`` is used up.
         step: ``(L,)`` number of updates so far, advanced here.
         live: ``(L,)`` of 0 and 1. Where 0, nothing changes: no gradient this time, or one that is not finite.
+
+    Returns:
+        ``m / (sqrt(v) + eps c)`` of the gradient's shape, and ``(L, 1, ...)`` factors that it is still to be multiplied
+        by: both bias corrections, and 0 where not live. The caller has a place where that costs nothing.
     """
     step += live
     wide = (-1,) + (1,) * (grad.dim() - 1)
     on = live.view(wide).to(grad.dtype)
     exp_avg.lerp_(grad, (1 - betas[0]) * on)
-    exp_avg_sq.mul_(betas[1] ** on).addcmul_(grad, grad * ((1 - betas[1]) * on))
+    grad *= ((1 - betas[1]) ** 0.5) * on
+    exp_avg_sq.mul_(betas[1] ** on).addcmul_(grad, grad)
     count = step.double().clamp_min(1).view(wide)
-    correction1 = (1 - betas[0] ** count).to(grad.dtype)
-    correction2 = (1 - betas[1] ** count).sqrt_().to(grad.dtype)
-    return (exp_avg / correction1).div_((exp_avg_sq.sqrt() / correction2).add_(eps))
+    correction1 = 1 - betas[0] ** count
+    correction2 = (1 - betas[1] ** count).sqrt_()
+    denominator = torch.sqrt(exp_avg_sq, out=grad).add_((eps * correction2).to(grad.dtype))
+    return torch.div(exp_avg, denominator, out=denominator), (correction2 / correction1).to(grad.dtype) * on
 
 
 def change_basis_(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, rank_dim: int) -> None:
@@ -117,13 +123,15 @@ class Stack:
         t, group = self.tensors, self.group
         if self.rank_dim is not None:
             grad = rotate(grad, t["basis"], self.rank_dim)
-        delta: Tensor = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
-        if self.rank_dim is not None:
-            delta = unrotate(delta, t["basis"], self.rank_dim)
-        delta = delta * -group["lr"]
+        delta, factor = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
+        factor = factor * -group["lr"]
+        if self.rank_dim is None:
+            delta *= factor
+        else:
+            delta = unrotate(delta, t["basis"] * factor, self.rank_dim)
         if group["weight_decay"] != 0:
-            delta -= group["lr"] * group["weight_decay"] * self.values()
-        return delta * live.view((-1,) + (1,) * (delta.dim() - 1)).to(delta.dtype)
+            delta -= self.values() * (group["lr"] * group["weight_decay"] * live.view(factor.shape).to(delta.dtype))
+        return delta
 
     def set_basis(self, basis: Tensor) -> None:
         """Move to a new eigenbasis, moments and all."""

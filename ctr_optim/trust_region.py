@@ -33,14 +33,15 @@ def quadratic(
     zero = H.new_zeros(H.shape[:-2])
     square_a = square_b = zero
     if delta_a is not None:
-        a_in = C.matmul(delta_a.mT)  # (L, d_in, r)
-        square_a = ((D @ delta_a) * a_in.mT).sum((-2, -1)).clamp_min(0)
+        a_in = C.matmul(delta_a.mT).mT  # (L, r, d_in)
+        square_a = (D @ delta_a).mul_(a_in).sum((-2, -1)).clamp_min(0)
     if delta_b is not None:
         b_out = S.matmul(delta_b)  # (L, d_out, r)
-        square_b = ((delta_b @ H) * b_out).sum((-2, -1)).clamp_min(0)
+        square_b = (delta_b @ H).mul_(b_out).sum((-2, -1)).clamp_min(0)
     if delta_a is None or delta_b is None:
         return square_a + square_b
-    cross = ((b_out.mT @ b) * (a @ a_in)).sum((-2, -1))
+    # <dB^T S B, A C dA^T>: not by a product of A with C dA^T, which would be all sum and no matrix
+    cross = ((b_out.mT @ b).mT @ a).mul_(a_in).sum((-2, -1))
     limit = (square_a * square_b).sqrt()
     return square_a + square_b + 2 * cross.clamp(-limit, limit)
 

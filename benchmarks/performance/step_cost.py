@@ -175,7 +175,7 @@ class Resumable:
 def kind_of(optimizer: CTROptimizer) -> str:
     """What the coming step does beyond a plain one, at the default intervals, behind the first period."""
     step = optimizer.param_groups[0]["ctr"]["steps"]
-    due = [name for name, interval in (("factors", 5), ("basis", 10), ("calibration", 20)) if step % interval == 0]
+    due = [name for name, interval in (("factors", 10), ("basis", 10), ("calibration", 20)) if step % interval == 0]
     return "+".join(due) or "plain"
 
 
