@@ -118,7 +118,7 @@ class LoRAPair:
         scaling = self.scaling
         for parameter, new in ((self.A, a), (self.B, b)):
             parameter.grad = None
-            weight = new.detach().to(device=parameter.device, dtype=parameter.dtype).clone().contiguous()
+            weight = new.detach().to(parameter, copy=True, memory_format=torch.contiguous_format)
             parameter.set_(weight)  # type: ignore[call-overload]
         self.library.rank_changed(self, scaling)
 

@@ -81,8 +81,8 @@ def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, 
     (first, numbers), (second, others) = spawn(_train, tmp_path, ddp, bare, options)
     assert same(first, second) and numbers == others
     weights, expected = alone(**options)
-    for name, value in weights.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
+    for name, value in weights.items():  # rows out of a sketch are as well conditioned as its gradient
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6 if options is MOVING else 1e-8)
     for name in ("trust/predicted_kl", "trust/scale", "trust/coupling", "kl_from_base"):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-5), name
     assert list(numbers["ranks"].values()) == list(expected["ranks"].values())

@@ -41,7 +41,7 @@ def resized(opt: CTROptimizer, kept: int, added: int) -> None:
     for s in list(surveys(opt)):
         for name in ("sketch_range", "sketch_corange"):
             opt.state[s.pair.B].pop(name)
-        resize(s, kept, added, opt.state.get)
+        resize([s], kept, added, opt.state.get)
     opt._restack()
     opt._arm()
 

@@ -73,19 +73,20 @@ def hooks(model: nn.Module) -> int:
 
 
 def continuous(resize: Callable[..., None]) -> Callable[..., None]:
-    """A rank event's change of one layer: growth is no change of the function; a cut takes the least energy away."""
+    """A rank event's change of layers: growth is no change of the function; a cut takes the least energy away."""
 
-    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
-        old, rank, factors = (s.pair.B @ s.pair.A).detach(), s.pair.rank, state(s.pair.B)
-        energies = torch.linalg.eigvals(factors["rank_output"].double() @ factors["rank_input"].double()).real
-        resize(s, kept, added, state, *rest, **more)
-        assert s.pair.rank == kept + added
-        if kept == rank:
-            assert relative_error((s.pair.B @ s.pair.A).detach(), old) <= 1e-5
-        factors = state(s.pair.B)
-        left = (factors["rank_output"].double() * factors["rank_input"].double().mT).sum()
-        best = energies.sort(descending=True).values[:kept].sum()
-        assert abs(left - best) <= 1e-5 * energies.sum().clamp_min(1e-30)
+    def energy(factors: dict[str, Tensor]) -> Tensor:
+        return factors["rank_output"].double() @ factors["rank_input"].double()
+
+    def watched(some: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
+        before = [((s.pair.B @ s.pair.A).detach(), s.pair.rank, energy(state(s.pair.B))) for s in some]
+        resize(some, kept, added, state, *rest, **more)
+        for s, (old, rank, had) in zip(some, before, strict=True):
+            assert s.pair.rank == kept + added
+            if kept == rank:
+                assert relative_error((s.pair.B @ s.pair.A).detach(), old) <= 1e-5
+            best = torch.linalg.eigvals(had).real.sort(descending=True).values[:kept].sum()
+            assert abs(energy(state(s.pair.B)).trace() - best) <= 1e-5 * had.trace().clamp_min(1e-30)
 
     return watched
 

@@ -216,20 +216,21 @@ def watching(resize: Callable[..., None], worst: Worst) -> Callable[..., None]:
     Fisher metric ``tr(D H)``, what is left of it is the sum of the largest eigenvalues of ``D H``.
     """
 
-    def watched(s: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
-        pair, factors = s.pair, state(s.pair.B)
-        old = (pair.B @ pair.A).detach().double()
-        energies = torch.linalg.eigvals(factors["rank_output"].double() @ factors["rank_input"].double()).real
-        best = energies.sort(descending=True).values[:kept].sum()
-        before = pair.rank
-        resize(s, kept, added, state, *rest, **more)
-        factors = state(pair.B)
-        left = (factors["rank_output"].double() * factors["rank_input"].double().mT).sum()
-        error = (left - best).abs() / energies.sum().clamp_min(1e-300)
-        worst.note("energy of the kept directions, relative error", error)
-        if kept == before:
-            change = ((pair.B @ pair.A).detach().double() - old).norm()
-            worst.note("change of the function by growth", change / old.norm().clamp_min(1e-300))
+    def watched(some: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
+        before = [(s.pair.rank, (s.pair.B @ s.pair.A).detach().double(), energies(state(s.pair.B))) for s in some]
+        resize(some, kept, added, state, *rest, **more)
+        for s, (rank, old, energy) in zip(some, before, strict=True):
+            best = energy.sort(descending=True).values[:kept].sum()
+            factors = state(s.pair.B)
+            left = (factors["rank_output"].double() * factors["rank_input"].double().mT).sum()
+            error = (left - best).abs() / energy.sum().clamp_min(1e-300)
+            worst.note("energy of the kept directions, relative error", error)
+            if kept == rank:
+                change = ((s.pair.B @ s.pair.A).detach().double() - old).norm()
+                worst.note("change of the function by growth", change / old.norm().clamp_min(1e-300))
+
+    def energies(factors: Any) -> Tensor:
+        return torch.linalg.eigvals(factors["rank_output"].double() @ factors["rank_input"].double()).real
 
     return watched
 

@@ -30,8 +30,8 @@ class Factor(ABC):
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
 
-    def __getitem__(self, index: int) -> Factor:
-        """The factor of one layer, sharing memory."""
+    def __getitem__(self, index: int | Tensor) -> Factor:
+        """The factor of one layer, sharing memory; or of some."""
         return type(self)(*(t[index] for t in self.tensors))
 
     @staticmethod

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import of_layers
-from ctr_optim.distributed import copy_first_, of_first
-from ctr_optim.lora import LoRAPair, sized
-from ctr_optim.ranks.resize import State, cut, grow, pad, projection, shrink
+from ctr_optim.distributed import copy_first_, of_first, stack_whole
+from ctr_optim.lora import LoRAPair
+from ctr_optim.ranks.resize import Core, State, carry, grow, padded, projection, shrink, unchanged
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
-from ctr_optim.ranks.utility import Existing, absent_directions, existing_directions, reconstruct
+from ctr_optim.ranks.utility import Existing, absent_directions, existing_directions, host
+
+T = TypeVar("T")
+C = TypeVar("C", Core, Existing)
 
 
 def extrapolate(utility: Sequence[float], count: int) -> list[float]:
@@ -29,21 +33,25 @@ def extrapolate(utility: Sequence[float], count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one layer could do with rank.
+    """What one layer could do with rank. All but ``rows`` and ``typical`` is in float64 on the host.
 
     Attributes:
+        block: what the layer is stacked with.
         pair: the layer.
         rank: the directions that it uses.
-        existing: these directions.
+        core: their factors and bases.
+        existing: their utilities.
         absent: ``(k,)`` utilities of directions that it lacks.
         rows: ``(k, d_in)`` rows of A for them, of the mean norm of A's own rows.
         cross, inner: ``A C rows^T (r, k)`` and ``rows C rows^T (k, k)``.
-        typical: mean over directions of the second moments of A ``(1, d_in)`` and B ``(d_out, 1)``; None for one that
+        typical: mean over directions of the second moments of A ``(1, d_in)`` and B ``(1, d_out)``; None for one that
             is not trained.
     """
 
+    block: Block
     pair: LoRAPair
     rank: int
+    core: Core
     existing: Existing
     absent: Tensor
     rows: Tensor
@@ -84,15 +92,16 @@ def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
     """The surveys, layers without a direction with the mean second moment of all others' for the first they get."""
     if all(s.rank for s in surveys):
         return list(surveys)
+    home = surveys[0].rows
     means = []
     for side in (0, 1):
-        known = [float(t.mean()) for s in surveys if s.rank and (t := s.typical[side]) is not None]
-        means.append(sum(known) / max(1, len(known)))
+        known = [t.mean().to(home) for s in surveys if s.rank and (t := s.typical[side]) is not None]
+        means.append(torch.stack(known).mean() if known else home.new_zeros(()))
     return [
         s
         if s.rank
         else replace(
-            s, typical=[t if t is None else torch.full_like(t, m) for t, m in zip(s.typical, means, strict=True)]
+            s, typical=[t if t is None else m.to(t).expand_as(t) for t, m in zip(s.typical, means, strict=True)]
         )
         for s in surveys
     ]
@@ -107,35 +116,78 @@ def survey(
         fresh: A's rows mean nothing yet, and what they reach counts as absent, too.
         ranks: directions in use, by layer; None: all that there is room for.
     """
-    omega_psi = block.test_matrices() if block.sketch else None
-    whiten_in, whiten_out = block.whiteners(damping)
+    whiteners, weights = block.whiteners(damping), block.weights()
     in_use = [pair.rank if ranks is None else ranks[pair.name] for pair in block.pairs]
-    surveys = []
-    for i, (pair, rank) in enumerate(zip(block.pairs, in_use, strict=True)):
-        a, b = (w.to(block.H.dtype) for w in pair.weights(rank))
-        w_in, w_out = of_layers(whiten_in, i), of_layers(whiten_out, i)
-        C, S = block.C[i], block.S[i]
-        existing = existing_directions(block.H[i, :rank, :rank], block.D[i, :rank, :rank])
-        if omega_psi is None:
-            utility, rows = a.new_zeros(0), a.new_zeros(0, a.shape[1])
-        else:
-            q, x = reconstruct(block.sketch[0][i] / count, block.sketch[1][i] / count, omega_psi[1])
-            # A's rows in whitened coordinates are A W^-1 = A C W^T (undamped, only their span matters)
-            span_in = block.structure.whiten(w_in, C.matmul(a.mT))
-            span_out = block.structure.whiten(w_out, S.matmul(b))
-            span_in = span_in.new_zeros(span_in.shape) if fresh else span_in
-            utility, directions = absent_directions(q, x, span_in, span_out)
-            rows = block.structure.whiten(w_in, directions.mT, transpose=True).mT
-            norm = torch.linalg.vector_norm(a, dim=-1).mean() if rank else 3**-0.5  # rows as fresh adapters have them
-            rows = rows * (norm / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(1e-30))
-        c_rows = C.matmul(rows.mT)
-        # directions not in use have none: sums over the room are sums over those in use
-        typical = [
-            None if side is None else side.tensors["exp_avg_sq"][i].sum(dim, keepdim=True) / max(1, rank)
-            for side, dim in ((block.a, 0), (block.b, 1))
-        ]
-        surveys.append(Survey(pair, rank, existing, utility, rows, a @ c_rows, rows @ c_rows, typical))
-    return surveys
+    surveys: dict[int, Survey] = {}
+    for rank in sorted(set(in_use)):
+        alike = [i for i, r in enumerate(in_use) if r == rank]
+        for some in _portions(alike):
+            surveys |= zip(some, _survey_alike(block, some, rank, weights, whiteners, count, fresh), strict=True)
+    return [surveys[i] for i in range(len(in_use))]
+
+
+def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """At most 64 at once: enough for a launch to cost nothing, few enough for copies in float64 to find room."""
+    return (items[i : i + 64] for i in range(0, len(items), 64))
+
+
+def _survey_alike(
+    block: Block,
+    layers: Sequence[int],
+    rank: int,
+    weights: tuple[Tensor, Tensor],
+    whiteners: tuple[Any, Any],
+    count: float,
+    fresh: bool,
+) -> list[Survey]:
+    """Those of a block's layers that use ``rank`` directions."""
+    at = torch.tensor(list(layers), device=block.H.device)
+    a, b = weights[0][at, :rank], weights[1][at, :, :rank]
+    H, D, C, S = host(block.H[at, :rank, :rank]), host(block.D[at, :rank, :rank]), block.C[at], block.S[at]
+    existing = existing_directions(H, D)
+    if block.sketch:
+        omega, psi = block.test_matrices()
+        w_in, w_out = (of_layers(whitener, at) for whitener in whiteners)
+        # A's rows in whitened coordinates are A W^-1 = A C W^T (undamped, only their span matters)
+        span_in = block.structure.whiten(w_in, C.matmul(a.mT))
+        span_out = block.structure.whiten(w_out, S.matmul(b))
+        span_in = torch.zeros_like(span_in) if fresh else span_in
+        range_, corange = (sketch[at] / count for sketch in block.sketch)
+        utility, directions = absent_directions(range_, corange, psi, span_in, span_out)
+        rows = block.structure.whiten(w_in, directions, transpose=True)
+        length = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+        # what a sketch knows nothing of is as good as any: random, as fresh adapters are
+        rows, length = torch.where(length > 0, rows, omega), torch.where(length > 0, length, omega.norm(dim=-2))
+        # as long as the layer's own rows, or as fresh adapters have them
+        norm = torch.linalg.vector_norm(a, dim=-1).mean(-1) if rank else a.new_full((len(layers),), 3**-0.5)
+        rows = (rows * (norm.view(-1, 1, 1) / length.clamp_min(1e-30))).mT
+    else:
+        utility, rows = H.new_zeros(len(layers), 0), a.new_zeros(len(layers), 0, a.shape[-1])
+    c_rows = C.matmul(rows.mT)
+    cross, inner = host(a @ c_rows), host(rows @ c_rows)
+    # directions not in use have no moments: sums over the room are sums over those in use
+    sides = [
+        (None if side is None else side.tensors["exp_avg_sq"][at].sum(dim) / max(1, rank))
+        for side, dim in ((block.a, -2), (block.b, -1))
+    ]
+    eye = torch.eye(rank, dtype=H.dtype).expand(len(layers), -1, -1)
+    bases = (eye if side is None else host(side.tensors["basis"][at, :rank, :rank]) for side in (block.a, block.b))
+    core = Core(H, D, *bases)
+    return [
+        Survey(
+            block,
+            block.pairs[layer],
+            rank,
+            _of(core, i),
+            _of(existing, i),
+            utility[i],
+            rows[i],
+            cross[i],
+            inner[i],
+            [None if side is None else side[i : i + 1] for side in sides],
+        )
+        for i, layer in enumerate(layers)
+    ]
 
 
 def reallocate(
@@ -167,44 +219,100 @@ def reallocate(
         {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()},
         {} if fresh or scheduler.max_change is None else {n: r - scheduler.max_change for n, r in ranks.items()},
     )
-    events = []
+    events, changes = [], dict[Any, list[Survey]]()
     for name, s in by_name.items():
         chosen = candidates[name][: new[name]]
         kept = sum(exists for _, exists in chosen)
         if kept == ranks[name] == new[name]:
             continue
-        resize(s, kept, new[name] - kept, state, masked)
+        changes.setdefault((id(s.block), s.rank, kept, new[name] - kept), []).append(s)
         reason = "turn" if new[name] == ranks[name] else "grow" if new[name] > ranks[name] else "shrink"
         worth = 1e6 * chosen[-1][0] / s.pair.cost if chosen else 0.0
         events.append(RankEvent(step, name, ranks[name], new[name], kept, worth, reason))
+    for (_, _, kept, added), alike in changes.items():
+        for some in _portions(alike):
+            resize(some, kept, added, state, masked)
     return events
 
 
-def resize(s: Survey, kept: int, added: int, state: Callable[[Tensor], State | None], masked: bool = False) -> None:
-    """Keep the best ``kept`` directions of a layer and give it its ``added`` most useful absent ones.
+def resize(
+    some: Sequence[Survey], kept: int, added: int, state: Callable[[Tensor], State | None], masked: bool = False
+) -> None:
+    """Keep the best ``kept`` directions of layers and give each its ``added`` most useful absent ones.
 
-    The layer is cut to the directions that it uses, resized, and filled up with zeros to the room that it has: what was
+    A layer is cut to the directions that it uses, resized, and filled up with zeros to the room that it has: what was
     allocated if ``masked``, else the new rank (at least 1: libraries know no layers of rank 0).
+
+    Args:
+        some: layers of one block that use as many directions.
     """
-    pair = s.pair
-    room = pair.rank if masked else max(1, kept + added)
-    states = [(p, dim, found) for p, dim in ((pair.A, 0), (pair.B, 1)) if (found := state(p))]
-    parts = {dim: cut(found, dim, s.rank) for _, dim, found in states}
-    a, b = (w.to(s.rows.dtype) for w in pair.weights(s.rank))
-    cross = s.cross[:, :added]
-    if kept < s.rank:
-        on = projection(s.existing, kept)
-        a, b = shrink(a, b, parts.get(0), parts[1], on)
-        cross = on.keep.to(cross.dtype) @ cross
-    if added:
-        sides = [(parts.get(dim), dim, s.typical[dim]) for dim in (0, 1)]
-        a, b = grow(a, b, sides, parts[1], s.rows[:added], cross, s.inner[:added, :added])
-    padded = {dim: pad(part, dim, room) for dim, part in parts.items()}
-    a, b = sized(a, (0,), room).contiguous(), sized(b, (1,), room).contiguous()
-    copy_first_([a, b, *(t for part in padded.values() for t in part.values())])
-    for _, dim, found in states:
-        found.update(padded[dim])
-    if masked:
-        pair.fill(a, b)
+    pairs = [s.pair for s in some]
+    room = pairs[0].rank if masked else max(1, kept + added)
+    core, cross = _stacked([s.core for s in some]), torch.stack([s.cross[:, :added] for s in some])
+    if kept < some[0].rank:
+        on = projection(_stacked([s.existing for s in some]), kept)
+        (core, maps), cross = shrink(core, on), on.keep @ cross
     else:
-        pair.resize(a, b)
+        core, maps = unchanged(core)
+    core = padded(grow(core, cross, torch.stack([s.inner[:added, :added] for s in some])), room)
+    rows = torch.stack([s.rows[:added] for s in some])
+    columns = rows.new_zeros(len(some), added, pairs[0].B.shape[0])
+    a, new_a = _move(some, 0, rows, maps[0], room, state)
+    b, new_b = _move(some, 1, columns, maps[1], room, state)
+    small = [{"basis": core.basis_a}, {"basis": core.basis_b, "rank_input": core.H, "rank_output": core.D}]
+    for new, factors in zip((new_a, new_b), small, strict=True):
+        new |= {name: t.to(rows, non_blocking=True).contiguous() for name, t in factors.items() if new}
+    copy_first_([a, b, *new_a.values(), *new_b.values()])
+    for i, pair in enumerate(pairs):
+        for p, new in ((pair.A, new_a), (pair.B, new_b)):
+            if found := state(p):
+                found.update({name: t[i] for name, t in new.items()})
+        if masked:
+            pair.fill(a[i], b[i])
+        else:
+            pair.resize(a[i], b[i])
+
+
+def _move(
+    some: Sequence[Survey],
+    side: int,
+    new: Tensor,
+    maps: Tensor,
+    room: int,
+    state: Callable[[Tensor], State | None],
+) -> tuple[Tensor, State]:
+    """Weights of A (side 0) or B (side 1) after a resize, and their moments where they train; layers first.
+
+    Args:
+        new: ``(L, k, d)`` weights of new directions; their first moments are zero, their second are typical.
+    """
+
+    def turned(t: Tensor) -> Tensor:
+        return t.mT if side else t  # the rank's dimension before the wide one, and back
+
+    parameters = [s.pair.B if side else s.pair.A for s in some]
+    states = [found for p in parameters if (found := state(p))]
+    wide = [stack_whole([p.detach() for p in parameters])]
+    starts = [new]
+    if states:
+        wide += [torch.stack([found[name] for found in states]) for name in _MOMENTS]
+        typical = torch.stack([t for s in some if (t := s.typical[side]) is not None])
+        starts += [torch.zeros_like(new), typical.to(new).expand_as(new)]
+    old = torch.stack([turned(t)[:, : some[0].rank].double() for t in wide], 1)
+    moved = turned(carry(old, maps, torch.stack(starts, 1), room)).to(new.dtype).contiguous()
+    weights, *moments = moved.unbind(1)
+    return weights, dict(zip(_MOMENTS, moments, strict=False))
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _stacked(layers: Sequence[C]) -> C:
+    """The tensors of several layers, stacked."""
+    names = [field.name for field in fields(layers[0])]
+    return type(layers[0])(*(torch.stack([getattr(layer, name) for layer in layers]) for name in names))
+
+
+def _of(layers: C, index: int) -> C:
+    """Those of one layer."""
+    return type(layers)(*(getattr(layers, field.name)[index] for field in fields(layers)))

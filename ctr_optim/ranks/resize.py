@@ -4,111 +4,101 @@ A shrink keeps a subspace: ``A <- N A``, ``B <- B M`` with ``M N`` the Fisher-or
 directions. N has orthonormal rows, so that A keeps its scale. Gradients follow as ``g_A <- M^T g_A``,
 ``g_B <- g_B N^T``, and so do first moments, exactly; factors as ``H <- N H N^T``, ``D <- M^T D M``. Growth appends rows
 to A and zero columns to B: the function is unchanged, and the new columns' first gradient points where the loss falls.
+
+What is r x r is worked out on the host, in float64; what is wide then moves by one product a side (:func:`carry`), and
+nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ctr_optim.curvature.factors import eigenbasis
 from ctr_optim.lora import sized
-from ctr_optim.precondition import rotate
 from ctr_optim.ranks.utility import Existing
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Core:
+    """The ``(..., r, r)`` part of layers' states: H, D, and the bases that the moments of A and of B are in."""
+
+    H: Tensor
+    D: Tensor
+    basis_a: Tensor
+    basis_b: Tensor
 
 
 @dataclass(frozen=True)
 class Projection:
-    """N ``(e, r)`` with orthonormal rows, and M ``(r, e)``, with ``N M = I``."""
+    """N ``(..., e, r)`` with orthonormal rows, and M ``(..., r, e)``, with ``N M = I``."""
 
     keep: Tensor
     restore: Tensor
 
 
 def projection(existing: Existing, count: int) -> Projection:
-    """The projection on a layer's ``count`` best directions."""
-    rows = existing.keep[:count]
+    """The projection on each layer's ``count`` best directions."""
+    rows = existing.keep[..., :count, :]
     q, triangle = torch.linalg.qr(rows.mT)  # rows = triangle^T q^T
-    return Projection(q.mT, existing.restore[:, :count] @ triangle.mT)
+    return Projection(q.mT, existing.restore[..., :count] @ triangle.mT)
 
 
-State = dict[str, Tensor]
+def shrink(core: Core, on: Projection) -> tuple[Core, list[Tensor]]:
+    """What is left of a core, and ``(..., 3, e, r)`` maps of weights and of both moments, for A and for ``B^T``.
+
+    Moments go to the eigenbasis of the new factor; second moments as in a change of basis, ``v <- (R o R) v``.
+    """
+    n, m = on.keep, on.restore
+    h, d = n @ core.H @ n.mT, m.mT @ core.D @ m
+    h, d = 0.5 * (h + h.mT), 0.5 * (d + d.mT)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype).expand_as(h)
+    bases = eigenbasis(d, eye), eigenbasis(h, eye)
+    turns = bases[0].mT @ m.mT @ core.basis_a, bases[1].mT @ n @ core.basis_b
+    maps = [torch.stack([move, turn, turn.square()], -3) for move, turn in zip((n, m.mT), turns, strict=True)]
+    return Core(h, d, *bases), maps
 
 
-def shrink(a: Tensor, b: Tensor, state_a: State | None, state_b: State, on: Projection) -> tuple[Tensor, Tensor]:
-    """New ``A (e, d_in)`` and ``B (d_out, e)``, in float64; the states are changed in place, in their own dtype."""
-    n, m, dtype = on.keep, on.restore, state_b["rank_input"].dtype
-    h = n @ state_b["rank_input"].double() @ n.mT
-    d = m.mT @ state_b["rank_output"].double() @ m
-    if state_a is not None:
-        _transport(state_a, m.mT, d, -2)
-    _transport(state_b, n, h, -1)
-    state_b["rank_input"], state_b["rank_output"] = h.to(dtype), d.to(dtype)
-    return n @ a.double(), b.double() @ m
+def unchanged(core: Core) -> tuple[Core, list[Tensor]]:
+    """What :func:`shrink` returns where every direction stays as it is."""
+    *layers, rank, _ = core.H.shape
+    eye = torch.eye(rank, dtype=core.H.dtype).expand(*layers, 3, -1, -1)
+    return core, [eye, eye]
 
 
-def _transport(state: State, move: Tensor, factor: Tensor, rank_dim: int) -> None:
-    """Moments under ``g <- move g`` (along the rank dimension), into the eigenbasis of the new factor."""
-    basis = eigenbasis(0.5 * (factor + factor.mT), torch.eye(len(factor), dtype=factor.dtype, device=factor.device))
-    turn = (basis.mT @ move @ state["basis"].double()).mT  # rotate() takes the transpose
-    for name, by in (("exp_avg", turn), ("exp_avg_sq", turn.square())):
-        state[name] = rotate(state[name].double(), by, rank_dim).to(state[name].dtype).contiguous()
-    state["basis"] = basis.to(state["basis"].dtype).contiguous()
-
-
-def cut(state: State, rank_dim: int, rank: int) -> State:
-    """The part of a state that belongs to the first ``rank`` directions.
+def grow(core: Core, cross: Tensor, inner: Tensor) -> Core:
+    """A core with k new directions, of which B has nothing yet; they are their own basis.
 
     Args:
-        rank_dim: of the moments: 0 for A ``(r, d_in)``, 1 for B ``(d_out, r)``.
+        cross: ``A C rows^T (..., r, k)``; inner: ``rows C rows^T (..., k, k)``: what H becomes.
     """
-    dims = {"exp_avg": (rank_dim,), "exp_avg_sq": (rank_dim,), **dict.fromkeys(_SQUARE, (0, 1))}
-    return {name: sized(state[name], dims[name], rank) for name in dims if name in state}
+    H = torch.cat([torch.cat([core.H, cross], -1), torch.cat([cross.mT, inner], -1)], -2)
+    return padded(replace(core, H=H), H.shape[-1])
 
 
-def pad(state: State, rank_dim: int, room: int) -> State:
-    """The inverse of :func:`cut`: directions not in use have no moments and no factors, and are their own basis."""
-    rank, padded = state["basis"].shape[0], cut(state, rank_dim, room)
-    padded["basis"].diagonal()[rank:] = 1
-    return {name: t.contiguous() for name, t in padded.items()}
+def padded(core: Core, room: int) -> Core:
+    """A core with room for more directions: they have no factors, and are their own basis."""
+
+    def own(basis: Tensor) -> Tensor:
+        new = sized(basis, (-2, -1), room).clone()
+        new.diagonal(dim1=-2, dim2=-1)[..., basis.shape[-1] :] = 1
+        return new
+
+    factors = sized(core.H, (-2, -1), room), sized(core.D, (-2, -1), room)
+    return Core(*factors, own(core.basis_a), own(core.basis_b))
 
 
-_SQUARE = ("basis", "rank_input", "rank_output")
-
-
-def grow(
-    a: Tensor,
-    b: Tensor,
-    states: Sequence[tuple[State | None, int, Tensor | None]],
-    state_b: State,
-    rows: Tensor,
-    cross: Tensor,
-    inner: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Append ``rows (k, d_in)`` to A and zero columns to B; the states are changed in place.
+def carry(old: Tensor, maps: Tensor, new: Tensor, room: int) -> Tensor:
+    """Weights and moments of one side after a resize, ``(..., n, room, d)`` in float64.
 
     Args:
-        states: for A and for B, the state, its rank dimension, and the second moments that new directions start with.
-        cross: ``A C rows^T (r, k)``; inner: ``rows C rows^T (k, k)``: what H becomes.
-
-    Second moments that start at the mean of the layer's own make a first step neither wild (v = 0 late in training)
-    nor lost.
+        old: ``(..., n, r, d)``: the weights, and both moments where there are any.
+        maps: ``(..., 3, e, r)`` for the directions that are kept.
+        new: ``(..., n, k, d)``: what new directions start with.
     """
-    k = rows.shape[0]
-    h, d = state_b["rank_input"], state_b["rank_output"]
-    state_b["rank_input"] = torch.cat([torch.cat([h, cross], 1), torch.cat([cross.mT, inner], 1)])
-    state_b["rank_output"] = torch.block_diag(d, d.new_zeros(k, k))  # type: ignore[no-untyped-call]
-    for state, dim, typical in states:
-        if state is None or typical is None:
-            continue
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        shape = list(m.shape)
-        shape[dim] = k
-        state["exp_avg"] = torch.cat([m, m.new_zeros(shape)], dim)
-        state["exp_avg_sq"] = torch.cat([v, typical.expand(shape)], dim)
-        turn = (state["basis"], torch.eye(k, dtype=m.dtype, device=m.device))
-        state["basis"] = torch.block_diag(*turn)  # type: ignore[no-untyped-call]
-    return torch.cat([a, rows.to(a)]), torch.cat([b, b.new_zeros(b.shape[0], k)], 1)
+    kept = maps[..., : old.shape[-3], :, :].to(old.device, non_blocking=True) @ old.double()
+    return sized(torch.cat([kept, new.to(kept)], -2), (-2,), room)
