@@ -150,6 +150,7 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
 
 REPLACED = (
     "CTROptimizer: the parameters with gradients are not those that it was built with; something replaced them in its "
-    "groups, as DeepSpeed ZeRO does. Train with DistributedDataParallel, or build the optimizer last: "
-    "after fully_shard, or after accelerator.prepare(model) where that shards it (FSDP2)."
+    "groups, as DeepSpeed ZeRO does. Train with DistributedDataParallel, or build the optimizer last, after "
+    "fully_shard. Accelerate may shard the model (FSDP2) of an optimizer before its first step, not later: call "
+    "accelerator.prepare(model, optimizer) first."
 )

@@ -110,6 +110,7 @@ class CTROptimizer(Optimizer):
         )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
+        self._ranks: RankController | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
         self.param_groups[0]["ctr"] = {
@@ -136,6 +137,7 @@ class CTROptimizer(Optimizer):
         guards.check_parameters(parameters)
         guards.check_sharding(parameters, self._settings.curvature)
         guards.check_models(roots)
+        self._held, self._roots = parameters, [weakref.ref(root) for root in roots]
         self._fsdp = distributed.fsdp_modules(roots)
         ours = {id(p) for p in parameters}
         found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
@@ -166,9 +168,11 @@ class CTROptimizer(Optimizer):
         self._handles: list[Any] = [root.register_forward_pre_hook(Hook(begins, id(root))) for root in hooked]
         self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
-        self._ranks: RankController | None = None
+        listeners = self._ranks.listeners if self._ranks is not None else []
+        self._ranks = None
         if self._scheduler is not None:
             self._ranks = RankController(self._scheduler, self._settings.damping, self.pairs)
+            self._ranks.listeners = listeners
             ours_weakly, resize = weakref.ref(self), self._settings.resize
 
             def masked() -> bool:
@@ -187,6 +191,7 @@ class CTROptimizer(Optimizer):
 
     def _stack(self) -> list[Stack]:
         """The stacks of all parameters that train; built anew after anything replaced their state."""
+        self._follow()
         if self._stacks is None:
             distributed.reshard(self._fsdp)  # a forward may have left its gathered copies in the parameters' places
             pairs = self.pairs if self._settings.curvature == "kfac" else []
@@ -196,6 +201,36 @@ class CTROptimizer(Optimizer):
                 pairs, self.param_groups, self.state, STRUCTURES[self._settings.factor_structure]
             )
         return self._stacks
+
+    def _follow(self) -> None:
+        """Take the parameters that Accelerate puts into our groups when it shards the model that we were built with.
+
+        Modules, and with them hooks and layers, stay; so does what the layers saw until then. In other cases
+        ``step()`` says what is wrong.
+        """
+        if not self._replaced():
+            return
+        fsdp = distributed.fsdp_modules(root for ref in self._roots if (root := ref()) is not None)
+        distributed.reshard(fsdp)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        ours = {id(p) for p in parameters}
+        if self.steps or not all(id(pair.B) in ours for pair in self.pairs):
+            return
+        guards.check_sharding(parameters, self._settings.curvature)
+        for p in self._held:
+            self.state.pop(p, None)
+        self._held, self._fsdp, before = parameters, fsdp, self._blocks
+        self._restack()
+        self._stack()
+        for block in self._blocks:
+            block.adopt_sums(before)
+
+    def _replaced(self) -> bool:
+        """Whether the groups hold other parameters than those that we know."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return len(parameters) != len(self._held) or any(
+            a is not b for a, b in zip(parameters, self._held, strict=True)
+        )
 
     def _restack(self) -> None:
         self._stacks, self._blocks = None, []
@@ -210,11 +245,15 @@ class CTROptimizer(Optimizer):
         self._taps.enabled = taps and (sketch or _due(step, s.factor_interval))
         if self._taps.enabled:
             self._stack()
-            for block in self._blocks:
-                for index, stage in zip(block.indices, block.stages(s.damping), strict=True):
-                    self._taps.stages[index] = stage
+            self._stage()
         if self._probe is not None:
             self._probe.enabled = s.calibration_interval is not None and _due(step, _gap(step, s.calibration_interval))
+
+    def _stage(self) -> None:
+        """Give the taps somewhere to put their tokens."""
+        for block in self._blocks:
+            for index, stage in zip(block.indices, block.stages(self._settings.damping), strict=True):
+                self._taps.stages[index] = stage
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -294,6 +333,7 @@ class CTROptimizer(Optimizer):
     def _directions(self, finite: Tensor) -> dict[Stack, Tensor]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam."""
         stacks = self._stack()
+        self._follow_devices()
         if self._taps.enabled:
             self._commit(finite)
         if _due(self._shared["steps"], self._settings.basis_interval):
@@ -436,6 +476,7 @@ class CTROptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
         self._count_skipped()
+        self._follow()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -447,7 +488,7 @@ class CTROptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        distributed.reshard(self._fsdp)
+        self._follow()
         distributed.reshard(self._fsdp)  # the layers hold the parameters of our groups again
         state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
@@ -468,10 +509,19 @@ class CTROptimizer(Optimizer):
         self._restack()
         self._arm()
 
+    def _follow_devices(self) -> None:
+        """Move the state to where the model has been moved since."""
+        if any([block.follow_(self.state) for block in self._blocks]):
+            self._stage()
+        for stack in self._stacks or ():
+            if stack.rank_dim is None:
+                stack.to_(stack.params[0].device, self.state)
+
     def _forget_dropped(self) -> None:
         """Drop what the taps staged for gradients that are gone: where no layer has one, nothing was accumulated."""
         # FSDP keeps what it accumulates elsewhere
-        if self._taps.enabled and not self._fsdp and all(p.A.grad is None and p.B.grad is None for p in self.pairs):
+        sharded = self._fsdp or self._replaced()
+        if self._taps.enabled and not sharded and all(p.A.grad is None and p.B.grad is None for p in self.pairs):
             for block in self._blocks:
                 block.forget()
 
@@ -496,7 +546,7 @@ class CTROptimizer(Optimizer):
         super().__setstate__(state)
         if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
             return
-        self._model = None
+        self._model = self._ranks = None
         self._attached = False
         self._attach()
 
@@ -514,6 +564,7 @@ def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     if (found := optimizer()) is not None:
+        found._follow_devices()
         found._forget_dropped()
 
 

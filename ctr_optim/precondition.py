@@ -85,8 +85,18 @@ class Stack:
         self.tensors: dict[str, Tensor] = {}
         for key in state[self.params[0]]:
             self.tensors[key] = torch.stack([distributed.local(state[p][key]) for p in self.params])
-            for index, p in enumerate(self.params):
-                state[p][key] = distributed.as_parts(self.tensors[key][index], state[p][key])
+        self._share(state)
+
+    def _share(self, state: Any) -> None:
+        for key, stacked in self.tensors.items():
+            for p, part in zip(self.params, stacked, strict=True):
+                state[p][key] = distributed.as_parts(part, state[p][key])
+
+    def to_(self, device: torch.device, state: Any) -> None:
+        """Move the state to ``device``, unless it is there."""
+        if device != self.tensors["step"].device:
+            self.tensors = {key: stacked.to(device) for key, stacked in self.tensors.items()}
+            self._share(state)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -410,7 +411,7 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     run_and_save(path, 1)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((pickle.PicklingError, AttributeError)):  # Python 3.13 and older say it differently
         save_checkpoint(path, {"model": (lambda: None)})
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and resumed(path)[2] == 1
     with pytest.raises(FileNotFoundError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import needs_gloo, spawn
-from support import backward, batch, net, optimizer, same, snapshot, tiny_llama, train, trainable
+from support import backward, batch, loss_of, net, optimizer, same, snapshot, tiny_llama, train, trainable
 from torch import nn
 
 from ctr_optim import CTROptimizer, RankScheduler
@@ -141,3 +141,23 @@ def test_another_scheduler_needs_one_to_begin_with() -> None:
     opt = optimizer(net())
     with pytest.raises(ValueError, match="built without one"):
         opt.rank_scheduler = RankScheduler()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is nowhere to move the model to")
+def test_a_model_that_is_moved_after_construction() -> None:
+    results = []
+    for early in (True, False):
+        model = net(dtype=torch.float32)
+        if early:
+            model.cuda()
+        opt = CTROptimizer(trainable(model), lr=0.05, max_kl=1e-3, model=model)
+        model.cuda()
+        ids, labels = (t.cuda() for t in batch())
+        for _ in range(3):
+            loss_of(model(ids), labels).backward()
+            opt.step()
+            opt.zero_grad()
+        assert opt.metrics()["trust/source"] == "measured"
+        results.append(snapshot(model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name])

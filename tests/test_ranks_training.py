@@ -327,3 +327,14 @@ def test_ranks_move_where_only_b_is_trained() -> None:
     opt.load_state_dict(through_disk(state))
     train(model, opt, 4, start=5)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_listeners_outlive_a_new_group() -> None:
+    model = net()
+    *some, last = trainable(model)
+    opt = CTROptimizer(some, lr=0.05, model=model, rank_scheduler=RankScheduler(budget=2, **{**RANKS, "interval": 2}))
+    heard: list[RankEvent] = []
+    opt.on_rank_event(heard.append)
+    opt.add_param_group({"params": [last]})
+    train(model, opt, 4)
+    assert heard

@@ -55,7 +55,10 @@ class Block:
         self, pairs: Sequence[LoRAPair], indices: Sequence[int], a: Stack | None, b: Stack, structure: type[Factor]
     ) -> None:
         self.pairs, self.indices, self.a, self.b, self.structure = list(pairs), list(indices), a, b, structure
-        t = b.tensors
+        self._bind()
+
+    def _bind(self) -> None:
+        t, structure = self.b.tensors, self.structure
         self.H, self.D = t["rank_input"], t["rank_output"]
         self.C = structure(*(t[f"input_{f}"] for f in structure.fields))
         self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
@@ -77,6 +80,21 @@ class Block:
             self._sums.sketch.input_whitener, self._sums.sketch.output_whitener = self.whiteners(damping)
         self._sums.forget()
         return [Stage(self._sums, index) for index in range(len(self.pairs))]
+
+    def follow_(self, state: Any) -> bool:
+        """Move everything to the layers' device; whether they have been moved. What was staged elsewhere is dropped."""
+        device = self.pairs[0].B.device
+        if device == self.H.device:
+            return False
+        for stack in (self.a, self.b):
+            if stack is not None:
+                stack.to_(device, state)
+        self._bind()
+        return True
+
+    def adopt_sums(self, others: Iterable[Block]) -> None:
+        """Take over what the taps staged for these same pairs in one of ``others``."""
+        self._sums = next((o._sums for o in others if o.indices == self.indices), None)
 
     @property
     def staged(self) -> list[Tensor]:
@@ -176,8 +194,8 @@ def stack_all(
         key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
         for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
-            if id(p) in group_of and not state[p]:
-                state[p].update(initial_state(p, rank_dim))
+            if id(p) in group_of:  # a half that was trained alone until now has state, and no basis
+                state[p].update({**initial_state(p, rank_dim), **state[p]})
         for name, tensor in factor_state(pair, structure).items():
             state[pair.B].setdefault(name, tensor)
     stacks, blocks = [], []
