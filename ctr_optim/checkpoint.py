@@ -212,7 +212,7 @@ def _checked_entry(
                 f"{tuple(expected[name].shape)} for a parameter of shape {tuple(p.shape)}; load the model's weights "
                 "first (ranks may have changed), and check that it is the same model"
             )
-        if bool(tensor.isnan().any()) or (name in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
+        if not bool(tensor.isfinite().all()) or (name in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
             raise ValueError(f"checkpoint: {name} of parameter {key} holds values that it cannot have; it is damaged")
         checked[name] = tensor.detach().to(p.device, expected[name].dtype, copy=True)
     return checked

@@ -330,12 +330,23 @@ class CTROptimizer(Optimizer):
             block.commit(scale, self._settings.factor_decay, seen)
         self._shared["sketched"] += 1
 
+    def _hold(self) -> None:
+        """Where there is a bound, and the taps saw nothing in this step: layers never seen yet wait for them."""
+        for block in self._blocks if self._taps.enabled else ():
+            block.release()
+        bounded = self._settings.max_kl is not None and self._taps.stages
+        if bounded and not self._taps.enabled and self._blocks and self._blocks[0].b.gate is None:
+            some_seen = torch.stack([block.b.tensors["factor_updates"].amax() for block in self._blocks]).amax() > 0
+            for block in self._blocks:
+                block.hold(some_seen)
+
     def _directions(self, finite: Tensor) -> dict[Stack, Tensor]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam."""
         stacks = self._stack()
         self._follow_devices()
         if self._taps.enabled:
             self._commit(finite)
+        self._hold()
         if _due(self._shared["steps"], self._settings.basis_interval):
             failed = sum(block.refresh_bases() for block in self._blocks)
             if failed:
@@ -518,12 +529,13 @@ class CTROptimizer(Optimizer):
                 stack.to_(stack.params[0].device, self.state)
 
     def _forget_dropped(self) -> None:
-        """Drop what the taps staged for gradients that are gone: where no layer has one, nothing was accumulated."""
-        # FSDP keeps what it accumulates elsewhere
-        sharded = self._fsdp or self._replaced()
-        if self._taps.enabled and not sharded and all(p.A.grad is None and p.B.grad is None for p in self.pairs):
-            for block in self._blocks:
-                block.forget()
+        """Drop what the taps staged for gradients that are gone: all are None or zero, so nothing was accumulated."""
+        if not self._taps.enabled or self._fsdp or self._replaced():  # FSDP keeps what it accumulates elsewhere
+            return
+        grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
+        some = torch.stack([norm != 0 for norm in torch._foreach_norm(grads)]).any() if grads else None
+        for block in self._blocks:
+            block.forget(unless=some)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""

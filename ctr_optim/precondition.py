@@ -82,6 +82,7 @@ class Stack:
         for p in self.params:
             if not state[p]:
                 state[p].update(initial_state(p, rank_dim))
+        self.gate: Tensor | None = None  # (L,) whose turn it is; None: everybody's
         self.tensors: dict[str, Tensor] = {}
         for key in state[self.params[0]]:
             self.tensors[key] = torch.stack([distributed.local(state[p][key]) for p in self.params])
@@ -119,8 +120,9 @@ class Stack:
         return stacked, self.live(finite)
 
     def live(self, finite: Tensor) -> Tensor:
-        """``(L,)`` 1 for the parameters that this step moves, 0 where there is no gradient; all 0 unless ``finite``."""
+        """``(L,)`` 1 for the parameters that this step moves; 0 without gradient or turn, all 0 unless ``finite``."""
         live = finite.to(self.tensors["step"].dtype).expand(len(self.params))
+        live = live if self.gate is None else live * self.gate
         present = [p.grad is not None for p in self.params]
         return live if all(present) else live * torch.tensor(present, dtype=live.dtype).to(live.device)
 

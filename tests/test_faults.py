@@ -253,7 +253,7 @@ def test_batches_without_a_loss_token(reduction: str) -> None:
 # -- loss scaling -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clear", ["optimizer", "model"])
+@pytest.mark.parametrize("clear", ["optimizer", "model", "zeros"])
 def test_a_storm_of_overflows_leaves_no_trace(clear: str) -> None:
     """Skipped steps are as if their batches had not been, whoever clears the gradients."""
     model, reference = net(), net()
@@ -262,7 +262,7 @@ def test_a_storm_of_overflows_leaves_no_trace(clear: str) -> None:
     step = taken = 0
     while taken < 12:
         storm = step % 7 in (0, 2, 3, 5)
-        (opt if clear == "optimizer" else model).zero_grad()
+        (opt if clear == "optimizer" else model).zero_grad(set_to_none=clear != "zeros")
         loss = loss_of(model(batch(step)[0]), batch(step)[1])
         scaler.scale(loss).backward()
         if storm:

@@ -10,9 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import backward, batch, factors_of, kl_of_step, loss_of, net, optimizer, train, trainable, weights_of
+from support import (
+    backward,
+    batch,
+    factors_of,
+    kl_of_step,
+    loss_of,
+    net,
+    optimizer,
+    same,
+    snapshot,
+    train,
+    trainable,
+    weights_of,
+)
 from torch import Tensor
 
+from ctr_optim import CTROptimizer
 from ctr_optim.curvature.factors import STRUCTURES, Dense
 from ctr_optim.trust_region import adapted_bound, penalty_gradients, quadratic, scale_within
 
@@ -325,3 +339,44 @@ def test_kl_from_base_is_half_the_trace_of_the_factors() -> None:
     assert found["kl_from_base"] == pytest.approx(sum(expected.values()))
     backward(model, batch(3))
     assert opt.metrics()["ranks"] == {"up": 3, "down": 3}
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["frozen", "gradient-zero"])
+def test_a_layer_that_starts_late_waits_until_it_was_seen(zeros: bool) -> None:
+    """Without factors nothing would bound what it adds; afterwards the bound holds for it, too."""
+    model, rare = net(), net(seed=1)
+    opt = CTROptimizer(
+        [*trainable(model), *trainable(rare)], lr=0.05, max_kl=1e-3, factor_interval=8, calibration_interval=None
+    )
+    start = snapshot(rare)
+
+    def step(both: bool) -> None:
+        opt.zero_grad()
+        backward(model, batch(opt.steps))
+        if both or zeros:
+            backward(rare, batch(opt.steps), weight=float(both))
+        opt.step()
+
+    for _ in range(9):
+        step(both=False)
+    assert same(start, snapshot(rare))
+    while opt.steps < 16:
+        step(both=True)
+        assert same(start, snapshot(rare))
+    step(both=True)
+    assert not same(start, snapshot(rare)) and opt.metrics()["trust/predicted_kl"] <= 1e-3 * (1 + 1e-6)
+
+
+def test_a_layer_that_is_never_seen_need_not_wait() -> None:
+    """Kernels may read the weights without calling the halves as modules; the layer trains as under Adam."""
+    model = net()
+    up = model.up
+    up.forward = lambda x: up.base(x) + up.scaling * x @ up.lora_A.weight.mT @ up.lora_B.weight.mT
+    opt = optimizer(model, lr=0.05, max_kl=1e-3, factor_interval=8)
+    train(model, opt, 3)
+    before = snapshot(model)
+    train(model, opt, 1, start=3)  # a step in which the taps are closed
+    assert not any(torch.equal(before[f"up.lora_{half}.weight"], getattr(up, f"lora_{half}").weight) for half in "AB")
+    opt.close()
+    train(model, opt, 1)
+    assert opt.steps == 5

@@ -118,15 +118,35 @@ class Block:
         a = distributed.stack_whole([pair.A.detach() for pair in self.pairs])
         return a.to(self.H.dtype), self.b.values()
 
-    def forget(self) -> None:
-        """Drop what the taps have staged so far."""
+    def forget(self, unless: Tensor | None = None) -> None:
+        """Drop what the taps have staged so far; ``unless``: ``()`` condition on the device."""
         if self._sums is not None:
-            self._sums.forget()
+            self._sums.forget() if unless is None else self._sums.keep_if(unless)
 
     def loss_tokens(self) -> Tensor:
         """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
         rows = self.staged[0]
         return torch.where(rows > 0, rows, torch.inf).amin()
+
+    def hold(self, some_seen: Tensor) -> None:
+        """Let layers without factors wait until the taps are open: nothing would bound what they add to the KL.
+
+        Those that have moved all the same were not seen when the taps were open, and never will be: they go on.
+
+        Args:
+            some_seen: ``()`` whether any layer has factors; where none has, all steps are Adam's.
+        """
+        t = self.b.tensors
+        gate = (t["factor_updates"] > 0) | (t["exp_avg_sq"].flatten(1).amax(1) > 0) | ~some_seen
+        for stack in (self.a, self.b):
+            if stack is not None:
+                stack.gate = gate
+
+    def release(self) -> None:
+        """Let all layers move."""
+        for stack in (self.a, self.b):
+            if stack is not None:
+                stack.gate = None
 
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
         """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.

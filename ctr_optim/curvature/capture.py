@@ -95,6 +95,11 @@ class Sums:
         self._drop()
         torch._foreach_zero_(self.tensors)
 
+    def keep_if(self, condition: Tensor) -> None:
+        """Begin anew unless ``condition`` holds, without waiting for the device to say."""
+        for t in self.tensors:
+            t.copy_(torch.where(condition.to(t.device), t, 0))
+
     def _drop(self) -> None:
         self._waiting, self._held = [], 0
 
