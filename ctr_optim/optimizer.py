@@ -167,7 +167,10 @@ class CTROptimizer(Optimizer):
         hooked = roots if self._taps.stages else []
         self._handles: list[Any] = [root.register_forward_pre_hook(Hook(begins, id(root))) for root in hooked]
         self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
+        before: TrustRegion | None = getattr(self, "_trust", None)
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
+        if before is not None:  # a new group: what the last step did stays told
+            self._trust.predicted, self._trust.scale, self._trust.bound = before.predicted, before.scale, before.bound
         listeners = self._ranks.listeners if self._ranks is not None else []
         self._ranks = None
         if self._scheduler is not None:

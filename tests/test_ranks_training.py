@@ -329,12 +329,15 @@ def test_ranks_move_where_only_b_is_trained() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_listeners_outlive_a_new_group() -> None:
+def test_listeners_and_metrics_outlive_a_new_group() -> None:
     model = net()
     *some, last = trainable(model)
     opt = CTROptimizer(some, lr=0.05, model=model, rank_scheduler=RankScheduler(budget=2, **{**RANKS, "interval": 2}))
     heard: list[RankEvent] = []
     opt.on_rank_event(heard.append)
+    train(model, opt, 1)
+    told = opt.metrics()["trust/max_kl"]
     opt.add_param_group({"params": [last]})
+    assert told is not None and opt.metrics()["trust/max_kl"] == told
     train(model, opt, 4)
     assert heard
