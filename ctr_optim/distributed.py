@@ -77,6 +77,14 @@ def everywhere(condition: Tensor | bool, like: Tensor | None = None) -> Tensor:
     return fails == 0
 
 
+def agree(value: float, like: Tensor) -> bool:
+    """Whether all processes hold the same number; waits for the device that ``like`` is on."""
+    mine = torch.tensor(value, dtype=torch.float64, device=like.device)
+    first = mine.clone()
+    copy_first_([first])
+    return bool(everywhere(first == mine))
+
+
 # -- parameters in parts ----------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -95,6 +96,24 @@ def check_single_process() -> None:
             f"resize: got 'physical' in a group of {distributed.world_size()} processes, expected a single process; "
             "DistributedDataParallel keeps the shapes that it began with. Use resize='masked' (or 'auto'), or move the "
             "ranks before it wraps the model (ctr_optim.initialize)"
+        )
+
+
+def check_agreement(options: Any, blocks: Sequence[Any]) -> None:
+    """Refuse processes that would fall apart: of other options, layers or weights. Looks once, at the first step."""
+    if distributed.world_size() == 1:
+        return
+    layers = [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for block in blocks for pair in block.pairs]
+    like = blocks[0].H
+    if not distributed.agree(zlib.crc32(repr((options, layers)).encode()), like):
+        raise ValueError(
+            "CTROptimizer: the processes have other options or LoRA layers than the first one, expected the same "
+            f"everywhere; here: {options}, {len(layers)} layers"
+        )
+    if not distributed.agree(sum(float(w.double().sum()) for block in blocks for w in block.weights()), like):
+        raise ValueError(
+            "CTROptimizer: the processes begin with other LoRA weights than the first one, expected the same "
+            "everywhere; wrap the model in DistributedDataParallel, which sends them around, or seed all alike"
         )
 
 

@@ -318,6 +318,8 @@ class CTROptimizer(Optimizer):
 
     def _commit(self, finite: Tensor) -> None:
         """Fold what the taps staged into the factors."""
+        if not self._looked:
+            guards.check_agreement((self._settings, self._scheduler), self._blocks)
         staged = [t for block in self._blocks for t in block.staged]
         world = distributed.add_up(staged)
         tokens = torch.stack([block.loss_tokens() for block in self._blocks]).amin()

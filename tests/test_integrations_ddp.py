@@ -174,6 +174,23 @@ def test_an_adaptive_bound_is_one_bound(tmp_path: Path) -> None:
     assert numbers["trust/max_kl"] != 1e-2  # it did move
 
 
+def _disagree(rank: int, folder: Path) -> list[str]:
+    errors = []
+    for seed, interval in ((rank, 2), (0, 2 + rank)):
+        model = net(seed=seed)
+        opt = CTROptimizer(trainable(model), **{**OPTIONS, "factor_interval": interval}, model=model)
+        loss_of(model(batch()[0]), batch()[1]).backward()
+        with pytest.raises(ValueError) as error:
+            opt.step()
+        errors.append(str(error.value))
+    return errors
+
+
+def test_processes_that_disagree_are_refused(tmp_path: Path) -> None:
+    for weights, options in spawn(_disagree, tmp_path):
+        assert "other LoRA weights" in weights and "other options" in options
+
+
 def _move_ranks(rank: int, folder: Path) -> str:
     model = net()
     with pytest.raises(ValueError) as error:
