@@ -118,7 +118,8 @@ class TrustRegion:
         # the slice is small: the geometric mean with the last value halves its noise
         shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
         shared["calibrations"] += 1
-        self._calibrate_base(logits, blocks, shared)
+        if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
+            self._calibrate_base(logits, blocks, shared)
 
     def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
         assert self.probe is not None
@@ -161,3 +162,8 @@ class TrustRegion:
         gained = torch.tensor(sign * (float(before) - float(after)), device=slopes[0].device)
         gain = float(gained / distributed.add_up([gained]))
         shared["max_kl"] = adapted_bound(shared["max_kl"], self.settings.max_kl, gain, promised)
+
+
+def _measures_base(calibrations: int) -> bool:
+    """The way from the base model is only told to the user: once it is long, every fourth measurement will do."""
+    return calibrations <= 8 or calibrations % 4 == 0

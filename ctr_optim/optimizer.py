@@ -51,7 +51,8 @@ class CTROptimizer(Optimizer):
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
         lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
-        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`.
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound sets
+            how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
@@ -82,11 +83,11 @@ class CTROptimizer(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 2e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.8, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        max_kl: float | None = 5e-2,
+        max_kl: float | None = 0.1,
         kl_schedule: str = "lr",
         calibration_interval: int | None = 20,
         trust_penalty: float = 0.0,
@@ -96,7 +97,7 @@ class CTROptimizer(Optimizer):
         factor_interval: int = 10,
         basis_interval: int = 10,
         damping: float = 0.1,
-        max_tokens: int | None = 256,
+        max_tokens: int | None = 128,
         rank_scheduler: RankScheduler | Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
         resize: str = "auto",
@@ -587,7 +588,7 @@ def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
 
 def _gap(step: int, interval: int) -> int:
     """Steps between measurements of the coupling: it drifts ever more slowly, so that the gap may grow fourfold."""
-    return interval * (1 if step < 20 * interval else 2 if step < 40 * interval else 4)
+    return interval * (1 if step < 5 * interval else 2 if step < 20 * interval else 4)
 
 
 def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:

@@ -202,7 +202,7 @@ def test_no_pairs_mean_one_warning_and_adamw() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = CTROptimizer(mine.parameters(), lr=1e-2, weight_decay=0.1)
-        reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1)
+        reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.999))
         for step in range(5):
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
             for model, opt in ((mine, ours), (theirs, reference)):

@@ -77,8 +77,10 @@ def assert_one(first: Any, second: Any, expected: Any) -> None:
     for name, value in right.items():
         assert torch.equal(weights[name], others[name]), name
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7)
-    for name in ("trust/predicted_kl", "trust/scale", "trust/coupling", "kl_from_base"):
+    for name in ("trust/predicted_kl", "trust/scale", "trust/coupling"):
         assert numbers[name] == pytest.approx(right_numbers[name], rel=1e-4), name  # from logits in float32
+    # a few 1e-5 nats, from differences of such logits
+    assert numbers["kl_from_base"] == pytest.approx(right_numbers["kl_from_base"], rel=2e-3)
 
 
 def _train(rank: int, folder: Path, mesh: tuple[int, ...], lora: dict[str, Any]) -> Any:

@@ -99,7 +99,7 @@ def test_identity_bases_give_adamw(
 
 def test_no_curvature_trains_like_adamw() -> None:
     mine, theirs = net(), net()
-    ours = optimizer(mine, curvature="none", lr=1e-2, weight_decay=0.1)
+    ours = optimizer(mine, curvature="none", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999))
     train(mine, ours, 10)
     train(theirs, torch.optim.AdamW(trainable(theirs), lr=1e-2, weight_decay=0.1), 10)
     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -108,7 +108,7 @@ def test_no_curvature_trains_like_adamw() -> None:
 
 def test_learning_rates_may_be_tensors_and_scheduled() -> None:
     mine, theirs = net(), net()
-    ours = optimizer(mine, curvature="none", lr=torch.tensor(1e-2))
+    ours = optimizer(mine, curvature="none", lr=torch.tensor(1e-2), betas=(0.9, 0.999))
     reference = torch.optim.AdamW(trainable(theirs), lr=1e-2, weight_decay=0.0)
     schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (ours, reference)]
     for step in range(6):

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--base", default="base5m")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--max-kl", type=float, default=5e-2)
+    parser.add_argument("--max-kl", type=float, default=0.1)
     parser.add_argument("--tasks", default="e2e,gsm8k")
     args = parser.parse_args()
     for task in args.tasks.split(","):

@@ -55,14 +55,15 @@ TASKS: list[Spec] = [
 SCHEDULE = {"interval": 25, "until": 0.6}
 CTR_VARIANTS: list[dict[str, Any]] = [
     {},
-    *({"betas": betas} for betas in ([0.9, 0.99], [0.95, 0.999], [0.95, 0.99], [0.8, 0.99])),
-    *({"factor_interval": n, "basis_interval": n} for n in (1, 10, 20)),
+    *({"betas": [beta, 0.999], "max_kl": max_kl} for beta in (0.9, 0.8, 0.7, 0.5) for max_kl in (0.05, 0.1, 0.15, 0.2)),
+    {"betas": [0.8, 0.99]},
+    *({"factor_interval": n, "basis_interval": n} for n in (1, 20)),
     *({"factor_decay": decay} for decay in (0.9, 0.98)),
-    *({"max_kl": max_kl} for max_kl in (2.5e-2, 0.1)),
-    {"kl_schedule": "constant", "max_kl": 1.25e-2},
+    {"kl_schedule": "constant", "max_kl": 2.5e-2},
     *({"calibration_interval": n} for n in (10, 50)),
     *({"lr_ratio": ratio} for ratio in (0.25, 4, 16)),
-    *({"max_tokens": n} for n in (128, 256, None)),
+    *({"max_tokens": n} for n in (64, 256, None)),
+    {"factor_structure": "dense"},
     {"adapter": {"use_rslora": True}},
     {"initialize": {}},
     {"rank_scheduler": SCHEDULE},
@@ -253,17 +254,16 @@ def robustness(lines: Lines) -> list[Spec]:
 
 
 def ablation(lines: Lines) -> list[Spec]:
-    """Curvature, trust region, ranks and start directions off and on; max_kl and the penalty's weight."""
+    """Curvature, trust region, ranks and start directions off and on; max_kl, memory and the penalty's weight."""
     setting = {**E2E, "split": "test", "evaluate": 1000}
     free: dict[str, Any] = {"max_kl": None, "calibration_interval": None}
-    rows: list[Spec] = [{}, {"options": {"curvature": "none"}}]
-    rows += [{"lr": lr, "options": free} for lr in (2e-3, 4e-3, 8e-3)]
-    rows += [{"lr": lr, "options": {**free, "curvature": "none"}} for lr in (4e-3, 8e-3)]
+    rows: list[Spec] = [{}, *({"lr": lr, "options": free} for lr in (4e-3, 8e-3))]
+    rows += [{"lr": 8e-3, "options": {**free, "curvature": "none"}}]
     rows += [{"options": {"rank_scheduler": SCHEDULE}}, {"options": {"initialize": {}}}]
-    rows += [{"options": {"rank_scheduler": SCHEDULE, "initialize": {}}}]
     plan = [{**setting, **row, "seed": seed} for row in rows for seed in range(3)]
-    doses = [{"max_kl": max_kl} for max_kl in (1.25e-2, 2.5e-2, 0.1, 0.2)]
-    doses += [{"trust_penalty": penalty} for penalty in (1e-4, 1e-3, 1e-2)]
+    doses: list[Spec] = [{"max_kl": max_kl} for max_kl in (2.5e-2, 5e-2, 0.2, 0.4)]
+    doses += [{"betas": [0.9, 0.999], "max_kl": max_kl} for max_kl in (5e-2, 0.1)]
+    doses += [{"trust_penalty": penalty} for penalty in (1e-3, 1e-2)]
     return plan + [{**setting, "options": dose, "seed": seed} for dose in doses for seed in range(2)]
 
 
