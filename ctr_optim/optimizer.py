@@ -19,7 +19,7 @@ from ctr_optim.calibration import Probe
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, sketch_state, stack_all
+from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
@@ -245,7 +245,7 @@ class CTROptimizer(Optimizer):
         taps = bool(self._taps.stages)  # none without layers, none once closed
         sketch = taps and self._ranks is not None and self._ranks.scheduler.sketches(step)
         if sketch and self._ranks is not None:
-            self.open_sketch(self._ranks.scheduler.sketch_rank)
+            self._begin_sketch(self._ranks.scheduler.sketch_rank)
         self._taps.enabled = taps and (sketch or _due(step, s.factor_interval))
         if self._taps.enabled:
             self._stack()
@@ -261,13 +261,17 @@ class CTROptimizer(Optimizer):
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
-        self._stack()
-        if "sketch_range" not in self.state[self.pairs[0].B]:
-            for pair in self.pairs:
-                self.state[pair.B].update(sketch_state(pair, rank))
-            self._shared["sketched"] = 0
-            self._restack()
+        if self._begin_sketch(rank):
             self._arm()
+
+    def _begin_sketch(self, rank: int) -> bool:
+        self._stack()
+        if "sketch_range" in self.state[self.pairs[0].B]:
+            return False
+        for block in self._blocks:
+            block.open_sketch(rank, self.state)
+        self._shared["sketched"] = 0
+        return True
 
     @property
     def blocks(self) -> list[Block]:

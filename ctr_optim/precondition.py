@@ -99,6 +99,12 @@ class Stack:
             self.tensors = {key: stacked.to(device) for key, stacked in self.tensors.items()}
             self._share(state)
 
+    def hold(self, key: str, stacked: Tensor, state: Any) -> None:
+        """Add a tensor ``(L, ...)``, whole on every process, to the state."""
+        self.tensors[key] = stacked
+        for p, tensor in zip(self.params, stacked.unbind(0), strict=True):
+            state[p][key] = tensor
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the state: float32 at least."""

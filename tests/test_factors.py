@@ -26,7 +26,7 @@ def empty(structure: type[Factor], *batch: int, dtype: torch.dtype = torch.float
 
 
 def filled(structure: type[Factor], v: torch.Tensor) -> Factor:
-    return structure(*structure.sums(v))
+    return structure(*structure.sums(v, v.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -35,7 +35,9 @@ def test_dense_and_diagonal_sum_outer_products_of_rows(dtype: torch.dtype) -> No
     expected = v.double().mT @ v.double()
     tol = 1e-12 if dtype == torch.float64 else 1e-5
     for structure, target in ((Dense, expected), (Diagonal, expected.diagonal().diag())):
-        (field,) = (a + b for a, b in zip(structure.sums(v[:20]), structure.sums(v[20:]), strict=True))
+        (field,) = (
+            a + b for a, b in zip(structure.sums(v[:20], v.dtype), structure.sums(v[20:], v.dtype), strict=True)
+        )
         factor = structure(field)
         assert factor.to_dense().dtype == dtype
         assert relative_error(factor.to_dense(), target) < tol
@@ -78,7 +80,7 @@ def test_whitener_turns_the_damped_matrix_into_the_identity(name: str, damping: 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_batched_factors_equal_single_ones(name: str) -> None:
     structure = STRUCTURES[name]
-    batch = structure(*structure.sums(torch.stack([rows(30, seed=i) for i in range(3)])))
+    batch = structure(*structure.sums(torch.stack([rows(30, seed=i) for i in range(3)]), torch.float64))
     x = torch.randn(3, WIDTH, 2, dtype=torch.float64)
     singles = [filled(structure, rows(30, seed=i)) for i in range(3)]
     whitener = batch.whitener(0.1)

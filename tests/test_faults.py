@@ -170,7 +170,7 @@ def test_a_whitener_that_fails_falls_back_to_the_diagonal(monkeypatch: pytest.Mo
 
 
 def test_a_sketch_that_is_not_finite_leaves_the_diagonal() -> None:
-    factor = LowRank(*LowRank.sums(torch.randn(9, 6, dtype=torch.float64)))
+    factor = LowRank(*LowRank.sums(torch.randn(9, 6, dtype=torch.float64), torch.float64))
     factor.tensors[0][2, 1] = math.nan
     assert torch.equal(factor.to_dense(), factor.tensors[1].diag())
 

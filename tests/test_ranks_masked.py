@@ -56,7 +56,8 @@ def test_masked_is_physical_to_rounding(min_rank: int) -> None:
     for key in ("trust/predicted_kl", "trust/coupling", "kl_from_base"):
         assert masked.metrics()[key] == pytest.approx(physical.metrics()[key], rel=1e-6), key
     data = llama_batch(77)["input_ids"]
-    assert relative_error(other(input_ids=data).logits, one(input_ids=data).logits) < 1e-8
+    # faint directions come out of float64 Gram matrices with half of their digits
+    assert relative_error(other(input_ids=data).logits, one(input_ids=data).logits) < 1e-6
 
 
 def test_a_layer_that_was_dropped_comes_back() -> None:

@@ -85,7 +85,7 @@ def test_quadratic_is_never_negative_and_homogeneous(seed: int, name: str, lie: 
     d = layers(seed)
     structure = STRUCTURES[name]
     for key, width in (("C", D_IN), ("S", D_OUT)):
-        d[key] = structure(*structure.sums(lie * torch.randn(LAYERS, 4, width, dtype=torch.float64)))
+        d[key] = structure(*structure.sums(lie * torch.randn(LAYERS, 4, width, dtype=torch.float64), torch.float64))
     da, db = torch.randn_like(d["a"]), torch.randn_like(d["b"])
     q = quadratic(da, db, **d)
     assert (q >= 0).all() and q.isfinite().all()

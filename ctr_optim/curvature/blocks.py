@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Block:
             if self._sums.sketch is None:
                 range_, corange = (torch.zeros_like(t) for t in self.sketch)
                 self._sums.sketch = Sketch(range_, corange, *self.test_matrices(), self.structure)
-            self._sums.sketch.input_whitener, self._sums.sketch.output_whitener = self.whiteners(damping)
+            self._sums.sketch.aim(*self.whiteners(damping))
         self._sums.forget()
         return [Stage(self._sums, index) for index in range(len(self.pairs))]
 
@@ -105,13 +106,17 @@ class Block:
         """Whiteners of C and S, as the factors stand now."""
         return self.C.whitener(damping), self.S.whitener(damping)
 
+    def open_sketch(self, rank: int, state: Any) -> None:
+        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer."""
+        for name, empty in sketch_state(self.pairs[0], rank).items():
+            self.b.hold(name, empty.repeat(len(self.pairs), 1, 1), state)
+            self.sketch.append(self.b.tensors[name])
+
     def test_matrices(self) -> tuple[Tensor, Tensor]:
         """Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, the same on every process and in every run."""
         range_, corange = self.sketch
-        d_in, d_out = corange.shape[-1], range_.shape[-2]
-        generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
-        omega = torch.randn(d_in, range_.shape[-1], generator=generator)
-        return omega.to(range_), torch.randn(d_out, corange.shape[-2], generator=generator).to(range_)
+        omega, psi = _gaussians(corange.shape[-1], range_.shape[-2], range_.shape[-1], corange.shape[-2])
+        return omega.to(range_), psi.to(range_)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
@@ -168,7 +173,8 @@ class Block:
         grad_square = scale.grad**2 / scale.tokens
         per_row = 1 / rows.clamp_min(1)
         factors = [per_row, grad_square, *[per_row] * n, *[grad_square] * n]
-        for sketch, new in zip(self.sketch, wide[2 * n :], strict=True):
+        sketched = self._sums.sketch.whitened() if self._sums is not None and self._sums.sketch is not None else ()
+        for sketch, new in zip(self.sketch, sketched, strict=True):
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
         for old, new, factor in zip(targets, (h, d, *wide[: 2 * n]), factors, strict=True):
             wide_view = (-1,) + (1,) * (old.dim() - 1)
@@ -196,6 +202,13 @@ class Block:
     def kl_from_base(self) -> Tensor:
         """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""
         return 0.5 * (self.D * self.H.mT).sum((-2, -1))
+
+
+@lru_cache(maxsize=32)
+def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Omega and Psi of layers of one shape, on the host: drawing them takes longer than all that is done with them."""
+    generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
+    return torch.randn(d_in, columns, generator=generator), torch.randn(d_out, rows, generator=generator)
 
 
 def stack_all(

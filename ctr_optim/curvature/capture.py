@@ -106,18 +106,17 @@ class Sums:
     def _sum(self, layers: Tensor, x: Tensor, h: Tensor, z: Tensor, g: Tensor, stride: int) -> None:
         """Add tokens of k layers: ``(k, n, width)`` each."""
         wide = self.rank_input.dtype
-        active = (g != 0).any(-1, keepdim=True).to(wide)
-        weight = stride**0.5
-        x, h, z, g = x.to(wide) * (active * weight), h.to(wide) * (active * weight), z.to(wide) * weight, g.to(wide)
-        g = g * weight if stride > 1 else g
-        self.rows.index_add_(0, layers, active.sum((-2, -1)) * stride)
-        self.rank_input.index_add_(0, layers, h.mT @ h)
-        self.rank_output.index_add_(0, layers, z.mT @ z)
+        active = (g != 0).any(-1, keepdim=True)
+        # in their own precision, for masking is exact there: what is wide is read and written as seldom as can be
+        x, h, z = x * active, h.to(wide) * active, z.to(wide)
+        self.rows.index_add_(0, layers, active.sum((-2, -1)).to(wide), alpha=stride)
+        self.rank_input.index_add_(0, layers, h.mT @ h, alpha=stride)
+        self.rank_output.index_add_(0, layers, z.mT @ z, alpha=stride)
         for factor, rows in ((self.input, x), (self.output, g)):
-            for total, part in zip(factor.tensors, factor.sums(rows), strict=True):
-                total.index_add_(0, layers, part)
+            for total, part in zip(factor.tensors, factor.sums(rows, wide), strict=True):
+                total.index_add_(0, layers, part, alpha=stride)
         if self.sketch is not None:
-            self.sketch.add_(layers, x, g)
+            self.sketch.add_(layers, x.to(wide), g.to(wide), stride)
 
 
 def _kind(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
@@ -128,8 +127,13 @@ def _kind(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
 class Sketch:
     """A single-pass randomized sketch of the whitened gradients ``G~ = W_S G W_C^T``, ``G = sum_t g_t x_t^T``.
 
-    ``range_ = G~ Omega`` (L, d_out, k) and ``corange = Psi^T G~`` (L, l, d_in) determine its leading singular triples
-    (Tropp et al., 2017, arXiv 1609.00048) at the cost of a LoRA of rank k. No gradient of W0 is ever formed.
+    ``G~ Omega`` and ``Psi^T G~`` determine its leading singular triples (Tropp et al., 2017, arXiv 1609.00048) at the
+    cost of a LoRA of rank k. No gradient of W0 is ever formed, and tokens are never whitened: the test matrices are, on
+    one side, and the sums (:meth:`whitened`) on the other.
+
+    Attributes:
+        range_: ``G W_C^T Omega`` (L, d_out, k).
+        corange: ``Psi^T W_S G`` (L, l, d_in).
     """
 
     range_: Tensor
@@ -137,15 +141,22 @@ class Sketch:
     omega: Tensor
     psi: Tensor
     structure: type[Factor]
-    input_whitener: Any = None
-    output_whitener: Any = None
 
-    def add_(self, layers: Tensor, x: Tensor, g: Tensor) -> None:
-        """Add tokens of k layers: x ``(k, n, d_in)``, g ``(k, n, d_out)``."""
-        x_t = self.structure.whiten(of_layers(self.input_whitener, layers), x.mT)
-        g_t = self.structure.whiten(of_layers(self.output_whitener, layers), g.mT)
-        self.range_.index_add_(0, layers, g_t @ (x_t.mT @ self.omega))
-        self.corange.index_add_(0, layers, (self.psi.mT @ g_t) @ x_t.mT)
+    def aim(self, input_whitener: Any, output_whitener: Any) -> None:
+        """Whiten what comes from now on so."""
+        self._whiteners = input_whitener, output_whitener
+        self._right = self.structure.whiten(input_whitener, self.omega, transpose=True)
+        self._left = self.structure.whiten(output_whitener, self.psi, transpose=True)
+
+    def add_(self, layers: Tensor, x: Tensor, g: Tensor, stride: int) -> None:
+        """Add tokens of k layers, each of which stands for ``stride``: x ``(k, n, d_in)``, g ``(k, n, d_out)``."""
+        self.range_.index_add_(0, layers, g.mT @ (x @ self._right[layers]), alpha=stride)
+        self.corange.index_add_(0, layers, (g @ self._left[layers]).mT @ x, alpha=stride)
+
+    def whitened(self) -> tuple[Tensor, Tensor]:
+        """``G~ Omega`` and ``Psi^T G~``."""
+        w_in, w_out = self._whiteners
+        return self.structure.whiten(w_out, self.range_), self.structure.whiten(w_in, self.corange.mT).mT
 
 
 def of_layers(whitener: Any, index: Any) -> Any:

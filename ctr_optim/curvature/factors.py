@@ -41,8 +41,8 @@ class Factor(ABC):
 
     @staticmethod
     @abstractmethod
-    def sums(rows: Tensor) -> tuple[Tensor, ...]:
-        """The fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``."""
+    def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``, summed in ``dtype``."""
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class Diagonal(Factor):
         return ((width,),)
 
     @staticmethod
-    def sums(rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows.square().sum(-2),)
+    def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (_squares(rows, dtype),)
 
     def matmul(self, x: Tensor) -> Tensor:
         return self.tensors[0].unsqueeze(-1) * x
@@ -101,7 +101,8 @@ class Dense(Factor):
         return ((width, width),)
 
     @staticmethod
-    def sums(rows: Tensor) -> tuple[Tensor, ...]:
+    def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        rows = rows.to(dtype)
         return (rows.mT @ rows,)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -143,9 +144,9 @@ class LowRank(Factor):
         return ((width, min(LowRank.columns, width)), (width,))
 
     @staticmethod
-    def sums(rows: Tensor) -> tuple[Tensor, ...]:
-        width = rows.shape[-1]
-        return rows.mT @ (rows @ _test_matrix(width, rows)), rows.square().sum(-2)
+    def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        rows = rows.to(dtype)
+        return rows.mT @ (rows @ _test_matrix(rows.shape[-1], rows)), _squares(rows, dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal U ``(..., d, k)``, eigenvalues ``(..., k)``, residual diagonal ``(..., d)``."""
@@ -192,6 +193,12 @@ class LowRank(Factor):
 
 
 STRUCTURES: dict[str, type[Factor]] = {"diagonal": Diagonal, "lowrank": LowRank, "dense": Dense}
+
+
+def _squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of squares over rows ``(..., n, d)``: in one pass, nothing as large as the rows is written."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-2, dtype=dtype)
+    return norms.square()
 
 
 def _safe_rsqrt(x: Tensor) -> Tensor:
