@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +12,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctr_optim import distributed, guards
-from ctr_optim.adapters import find_pairs, find_roots
-from ctr_optim.calibration import Probe
+from ctr_optim.attachment import Attachment, layers_of
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, stack_all
-from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
-from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
+from ctr_optim.metrics import metrics_of
 from ctr_optim.precondition import Stack
 from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
-from ctr_optim.settings import Settings, check_group
+from ctr_optim.settings import Settings, calibration_due, check_group, due
 from ctr_optim.trust_region import penalty_gradients
 
 
@@ -51,8 +47,8 @@ class CTROptimizer(Optimizer):
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
         lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
-        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound sets
-            how long a step is, and old gradients only turn it.
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
+            sets how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
@@ -134,22 +130,9 @@ class CTROptimizer(Optimizer):
         self._attached = True
         parameters = [p for group in self.param_groups for p in group["params"]]
         model = self._model() if self._model is not None else None
-        roots = [model] if model is not None else find_roots(parameters)
-        guards.check_parameters(parameters)
-        guards.check_sharding(parameters, self._settings.curvature)
-        guards.check_models(roots)
+        roots, self.pairs = layers_of(parameters, model, self._settings)
         self._held, self._roots = parameters, [weakref.ref(root) for root in roots]
         self._fsdp = distributed.fsdp_modules(roots)
-        ours = {id(p) for p in parameters}
-        found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
-        self.pairs: list[LoRAPair] = [pair for pair in found.values() if id(pair.B) in ours]
-        if not self.pairs:
-            warnings.warn(
-                "CTROptimizer found no LoRA layers that own any of its parameters: it will train them as AdamW does. "
-                "Build the optimizer after the adapters have been added to the model, and pass their parameters "
-                "(or name the model: CTROptimizer(params, model=model)).",
-                stacklevel=3,
-            )
         kfac = self._settings.curvature == "kfac"
         if self._scheduler is not None:
             if not (self.pairs and kfac):
@@ -158,16 +141,9 @@ class CTROptimizer(Optimizer):
                 )
             guards.check_ranks_can_move(self.pairs, roots, self._settings.resize)
         self._looked = False
-        self._taps = Taps(self.pairs if kfac else [], self._settings.max_tokens)
-        self._probe: Probe | None = None
-        if self.pairs and self._settings.curvature != "none" and self._settings.calibration_interval is not None:
-            home = next((r for r in roots if _contains(r, self.pairs)), None)
-            if home is not None:
-                self._probe = Probe(home, [pair.layer for pair in self.pairs])
-        begins = partial(_forward_begins, weakref.ref(self))
-        hooked = roots if self._taps.stages else []
-        self._handles: list[Any] = [root.register_forward_pre_hook(Hook(begins, id(root))) for root in hooked]
-        self._finalizer = weakref.finalize(self, _close, self._taps, self._probe, self._handles)
+        attachment = Attachment(roots, self.pairs, self._settings, weakref.WeakMethod(self._forward_begins))
+        self._taps, self._probe = attachment.taps, attachment.probe
+        self._finalizer = weakref.finalize(self, attachment.close)
         before: TrustRegion | None = getattr(self, "_trust", None)
         self._trust = TrustRegion(self._settings, self._probe, self._taps)
         if before is not None:  # a new group: what the last step did stays told
@@ -187,7 +163,7 @@ class CTROptimizer(Optimizer):
                     opt._rank_loaded(pair, resized)
 
             for pair in self.pairs:
-                self._handles += resize_on_load(pair, masked, loaded)
+                attachment.handles += resize_on_load(pair, masked, loaded)
         self._stacks: list[Stack] | None = None
         self._blocks: list[Block] = []
         self._skipped: Tensor | None = None
@@ -246,12 +222,12 @@ class CTROptimizer(Optimizer):
         sketch = taps and self._ranks is not None and self._ranks.scheduler.sketches(step)
         if sketch and self._ranks is not None:
             self._begin_sketch(self._ranks.scheduler.sketch_rank)
-        self._taps.enabled = taps and (sketch or _due(step, s.factor_interval))
+        self._taps.enabled = taps and (sketch or due(step, s.factor_interval))
         if self._taps.enabled:
             self._stack()
             self._stage()
         if self._probe is not None:
-            self._probe.enabled = s.calibration_interval is not None and _due(step, _gap(step, s.calibration_interval))
+            self._probe.enabled = calibration_due(step, s.calibration_interval)
 
     def _stage(self) -> None:
         """Give the taps somewhere to put their tokens."""
@@ -357,7 +333,7 @@ class CTROptimizer(Optimizer):
         if self._taps.enabled:
             self._commit(finite)
         self._hold()
-        if _due(self._shared["steps"], self._settings.basis_interval):
+        if due(self._shared["steps"], self._settings.basis_interval):
             failed = sum(block.refresh_bases() for block in self._blocks)
             if failed:
                 self._shared["failed"] += failed
@@ -454,25 +430,9 @@ class CTROptimizer(Optimizer):
         event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
         self._stack()
-        shared, trust = self._shared, self._trust
         self._count_skipped()
-        names = [pair.name for block in self._blocks for pair in block.pairs]
-        shares = torch.cat([block.kl_from_base() for block in self._blocks]).tolist() if names else []
-        factor = shared["base_coupling"] or trust.coupling(shared)
-        by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
-        return {
-            "trust/predicted_kl": float(trust.predicted),
-            "trust/max_kl": trust.bound,
-            "trust/scale": float(trust.scale),
-            "trust/coupling": trust.coupling(shared),
-            "trust/source": trust.source(shared),
-            "kl_from_base": sum(by_layer.values()),
-            "kl_from_base/layer": by_layer,
-            "ranks": self.ranks,
-            "utility": dict(self._ranks.utility) if self._ranks is not None else {},
-            "skipped_steps": shared["skipped"],
-            "failed_decompositions": shared["failed"],
-        }
+        utility = self._ranks.utility if self._ranks is not None else {}
+        return metrics_of(self._blocks, self._trust, self._shared, self.ranks, utility)
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -538,6 +498,11 @@ class CTROptimizer(Optimizer):
             if stack.rank_dim is None:
                 stack.to_(stack.params[0].device, self.state)
 
+    def _forward_begins(self) -> None:
+        """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        self._follow_devices()
+        self._forget_dropped()
+
     def _forget_dropped(self) -> None:
         """Drop what the taps staged for gradients that are gone: all are None or zero, so nothing was accumulated."""
         if not self._taps.enabled or self._fsdp or self._replaced():  # FSDP keeps what it accumulates elsewhere
@@ -571,38 +536,3 @@ class CTROptimizer(Optimizer):
         self._model = self._ranks = None
         self._attached = False
         self._attach()
-
-
-def _due(step: int, interval: int) -> bool:
-    """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
-    return step % interval == 0 or (step < interval and step & (step - 1) == 0)
-
-
-def _forward_begins(optimizer: weakref.ref[CTROptimizer], *_: Any) -> None:
-    """A GradScaler skips ``step()`` on an overflow, and ``model.zero_grad()`` tells the optimizer nothing: look.
-
-    Hooked to the whole model: checkpointing runs parts of it again during backward.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    if (found := optimizer()) is not None:
-        found._follow_devices()
-        found._forget_dropped()
-
-
-def _gap(step: int, interval: int) -> int:
-    """Steps between measurements of the coupling: it drifts ever more slowly, so that the gap may grow fourfold."""
-    return interval * (1 if step < 5 * interval else 2 if step < 20 * interval else 4)
-
-
-def _contains(root: nn.Module, pairs: list[LoRAPair]) -> bool:
-    inside = {id(m) for m in root.modules()}
-    return all(id(pair.layer) in inside for pair in pairs)
-
-
-def _close(taps: Taps, probe: Probe | None, handles: list[Any]) -> None:
-    taps.close()
-    for handle in handles:
-        handle.remove()
-    if probe is not None:
-        probe.close()

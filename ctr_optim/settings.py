@@ -48,6 +48,18 @@ class Settings:
         _choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
 
 
+def due(step: int, interval: int) -> bool:
+    """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
+    return step % interval == 0 or (step < interval and step & (step - 1) == 0)
+
+
+def calibration_due(step: int, interval: int | None) -> bool:
+    """Whether the coupling is measured: it drifts ever more slowly, so that the interval may grow fourfold."""
+    if interval is None:
+        return False
+    return due(step, interval * (1 if step < 5 * interval else 2 if step < 20 * interval else 4))
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check the options of one parameter group; raises ValueError or TypeError that names the option."""
     if getattr(group["lr"], "numel", lambda: 1)() != 1:

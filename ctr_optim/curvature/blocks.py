@@ -173,7 +173,8 @@ class Block:
         grad_square = scale.grad**2 / scale.tokens
         per_row = 1 / rows.clamp_min(1)
         factors = [per_row, grad_square, *[per_row] * n, *[grad_square] * n]
-        sketched = self._sums.sketch.whitened() if self._sums is not None and self._sums.sketch is not None else ()
+        sketch_sums = self._sums.sketch if self._sums is not None and self.sketch else None
+        sketched = () if sketch_sums is None else sketch_sums.whitened()
         for sketch, new in zip(self.sketch, sketched, strict=True):
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
         for old, new, factor in zip(targets, (h, d, *wide[: 2 * n]), factors, strict=True):
