@@ -13,6 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(getattr(torch.cpu, "Stream", None), "record_event"), reason="this torch cannot run FSDP2 on the CPU"
+)
 
 
 def spawn(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from support import (
     factors_of,
     llama_batch,
     llama_loss,
+    needs_newer_compiler,
     net,
     optimizer,
     same,
@@ -52,6 +53,7 @@ def test_a_copy_is_a_model_like_any_other(copied: Callable[[Net], Net]) -> None:
     train(model, opt, 3, start=2)
 
 
+@needs_newer_compiler
 def test_a_compiled_model_stays_one_graph() -> None:
     pytest.importorskip("peft", reason="the adapters are PEFT's")
     torch.compiler.reset()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import needs_gloo, spawn
+from processes import needs_fsdp2, needs_gloo, spawn
 from support import llama_loss, same
 from test_integrations_fsdp import MOVING, OPTIONS, STEPS, alone, assert_one, model_of, rows_of, whole
 from torch import nn
@@ -16,7 +16,7 @@ from ctr_optim import CTROptimizer
 from ctr_optim.integrations import unwrap
 
 accelerate = pytest.importorskip("accelerate", minversion="1.6", reason="FSDP2 came with Accelerate 1.6")
-pytestmark = [needs_gloo, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [needs_gloo, needs_fsdp2, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def accelerator_of(rank: int, **plugin: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import needs_gloo, spawn
+from processes import needs_fsdp2, needs_gloo, spawn
 from support import llama_batch, llama_loss, same, tiny_llama, trainable
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from ctr_optim import CTROptimizer, distributed, export_compact
 from ctr_optim.adapters.files import read_adapter
 
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, needs_fsdp2]
 
 STEPS, ROWS = 5, 4  # of four rows, a process calibrates on one
 OPTIONS: dict[str, Any] = dict(

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from processes import spawn
-from support import batch, llama_batch, llama_loss, loss_of, net, relative_error, same, snapshot, tiny_llama, trainable
+from support import (
+    batch,
+    llama_batch,
+    llama_loss,
+    loss_of,
+    needs_newer_compiler,
+    net,
+    relative_error,
+    same,
+    snapshot,
+    tiny_llama,
+    trainable,
+)
 from torch import nn
 
 from ctr_optim import CTROptimizer
@@ -155,6 +167,7 @@ def test_a_full_allocation_is_told_once_and_room_is_never_exceeded() -> None:
         opt.pairs[0].fill(torch.zeros(4, 32), torch.zeros(32, 4))
 
 
+@needs_newer_compiler
 def test_a_compiled_model_is_not_compiled_again_at_events() -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
