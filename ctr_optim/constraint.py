@@ -46,8 +46,8 @@ class TrustRegion:
         blocks: Sequence[Block],
         groups: Sequence[dict[str, Any]],
         shared: dict[str, Any],
-    ) -> None:
-        """Scale the whole step, in place, so that its predicted KL stays within the bound.
+    ) -> Tensor:
+        """``()`` the factor to multiply the whole step by, so that its predicted KL stays within the bound.
 
         Args:
             deltas: the step.
@@ -62,8 +62,7 @@ class TrustRegion:
         predicted = 0.5 * self.coupling(shared) * q
         scale = torch.ones_like(predicted) if self.bound is None else scale_within(predicted, self.bound)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
-        for delta in deltas.values():
-            delta *= scale.to(delta.dtype)
+        return scale
 
     def coupling(self, shared: dict[str, Any]) -> float:
         """kappa, the factor between the block-diagonal metric and the model's own."""
@@ -155,7 +154,8 @@ class TrustRegion:
             sign = -1.0 if stack.group["maximize"] else 1.0
             parts = zip(stack.params, *stack.parts(delta), strict=True)
             slopes = [(distributed.local(p.grad) * part).sum() for p, _, part in parts if p.grad is not None]
-            promised -= sign * float(distributed.sum_over_parts(torch.stack(slopes).sum(), stack.params[0]))
+            slope = distributed.sum_over_parts(torch.stack(slopes).sum(), stack.params[0])
+            promised -= sign * float(self.scale) * float(slope)
         with self.taps.paused(), torch.enable_grad():
             after = closure()
         # every process saw its own share of the batch

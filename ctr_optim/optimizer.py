@@ -18,6 +18,7 @@ from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, stack_all
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.fused import Fused
 from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
 from ctr_optim.lora import LoRAPair
 from ctr_optim.metrics import metrics_of
@@ -67,7 +68,9 @@ class CTROptimizer(Optimizer):
             shapes that they were allocated with, and directions that they do not use are zero. ``"auto"``: physical in
             one eager process, masked in several and in compiled models.
         loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
-        maximize, foreach: as in torch; ``foreach=False`` works layer by layer.
+        maximize: as in torch.
+        foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
+            False: layer by layer.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was expected.
@@ -165,6 +168,7 @@ class CTROptimizer(Optimizer):
             for pair in self.pairs:
                 attachment.handles += resize_on_load(pair, masked, loaded)
         self._stacks: list[Stack] | None = None
+        self._fused = Fused(())
         self._blocks: list[Block] = []
         self._skipped: Tensor | None = None
         self._arm()
@@ -180,6 +184,7 @@ class CTROptimizer(Optimizer):
             self._stacks, self._blocks = stack_all(
                 pairs, self.param_groups, self.state, STRUCTURES[self._settings.factor_structure]
             )
+            self._fused = Fused(self._blocks if self._settings.trust_penalty == 0 else ())
         return self._stacks
 
     def _follow(self) -> None:
@@ -213,7 +218,7 @@ class CTROptimizer(Optimizer):
         )
 
     def _restack(self) -> None:
-        self._stacks, self._blocks = None, []
+        self._stacks, self._blocks, self._fused = None, [], Fused(())
 
     def _arm(self) -> None:
         """Decide what the coming forward and backward have to record."""
@@ -272,16 +277,19 @@ class CTROptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
-        finite = self._check(grads)
-        deltas = self._directions(finite)
-        q = self._quadratic(deltas)
+        self._stack()
+        found = self._fused.look()
+        finite = self._check(found)
+        deltas, q = self._directions(finite, found is not None)
+        scale = None
         if q is not None:
-            self._trust.constrain(deltas, q, self._blocks, self.param_groups, self._shared)
+            scale = self._trust.constrain(deltas, q, self._blocks, self.param_groups, self._shared)
+        moved = self._fused.move_(deltas, scale) if found is not None and scale is not None else []
         for stack, delta in deltas.items():
-            stack.move_(delta)
+            if stack not in moved:
+                stack.move_(delta, scale)
         if closure is not None and self._settings.kl_schedule == "adaptive" and q is not None:
             self._trust.adapt(closure, loss, deltas, self._shared)
         self._shared["steps"] += 1
@@ -289,9 +297,17 @@ class CTROptimizer(Optimizer):
         self._arm()
         return loss
 
-    def _check(self, grads: list[Tensor]) -> Tensor:
-        """``()`` whether every gradient is finite; counts and tells where not, without waiting for the device."""
-        finite = all_finite(grads)
+    def _check(self, finite: Tensor | None) -> Tensor:
+        """``()`` whether every gradient is finite; counts and tells where not, without waiting for the device.
+
+        Args:
+            finite: what the fused step says of its parameters; None if it is not taken.
+        """
+        known = self._fused.params if finite is not None else frozenset()
+        params = [p for group in self.param_groups for p in group["params"] if id(p) not in known]
+        grads = [p.grad for p in params if p.grad is not None]
+        if grads or finite is None:
+            finite = all_finite(grads) if finite is None else finite & all_finite(grads)
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + ~finite
         if finite.device.type == "cpu" and not finite:
             warn_skipped()
@@ -326,8 +342,11 @@ class CTROptimizer(Optimizer):
             for block in self._blocks:
                 block.hold(some_seen)
 
-    def _directions(self, finite: Tensor) -> dict[Stack, Tensor]:
-        """Every stack's step, before the trust region: factors and bases brought up to date, then Adam."""
+    def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], Tensor | None]:
+        """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
+
+        And their ``()`` quadratic form in the chosen curvature; None where there is none.
+        """
         stacks = self._stack()
         self._follow_devices()
         if self._taps.enabled:
@@ -338,8 +357,9 @@ class CTROptimizer(Optimizer):
             if failed:
                 self._shared["failed"] += failed
                 warn_failed("an eigenbasis", "the layers keep the one that they have")
-        found = {stack: stack.direction(finite) for stack in stacks}
-        deltas = {stack: delta for stack, delta in found.items() if delta is not None}
+        deltas, q = self._fused.directions(finite) if fused else ({}, None)
+        rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
+        deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
         if not deltas:
             raise RuntimeError(guards.REPLACED)
         weight = self._settings.trust_penalty
@@ -349,17 +369,17 @@ class CTROptimizer(Optimizer):
                 if stack in deltas:
                     live = stack.live(finite)[:, None, None] > 0
                     deltas[stack] -= stack.group["lr"] * weight * torch.where(live, gradient, 0)
-        return deltas
+        return deltas, self._quadratic(deltas, q)
 
-    def _quadratic(self, deltas: dict[Stack, Tensor]) -> Tensor | None:
-        """``()`` the step's quadratic form in the chosen curvature; None where there is none."""
+    def _quadratic(self, deltas: dict[Stack, Tensor], q: Tensor | None) -> Tensor | None:
         if self._settings.curvature == "hutchinson" and self._probe is not None:
             if self._probe.enabled and distributed.everywhere(self._probe.ready, next(iter(deltas.values()))):
                 hutchinson.sample(list(deltas), self._probe.gradients, self._shared, self._settings.factor_decay)
             return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
-        if not self._blocks:
-            return None
-        return torch.stack([block.quadratic(deltas) for block in self._blocks]).sum()
+        done = self._fused.blocks if q is not None else []
+        forms = [block.quadratic(deltas) for block in self._blocks if block not in done]
+        forms += [] if q is None else [q]
+        return torch.stack(forms).sum() if forms else None
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""

@@ -158,9 +158,9 @@ class Stack:
         change_basis_(t["exp_avg"], t["exp_avg_sq"], t["basis"], basis, self.rank_dim)
         t["basis"].copy_(basis)
 
-    def move_(self, delta: Tensor) -> None:
-        """``p <- p + delta``, summed in the wider dtype."""
-        params, parts = self.parts(delta)
+    def move_(self, delta: Tensor, scale: Tensor | None) -> None:
+        """``p <- p + scale delta`` (None: 1), summed in the wider dtype."""
+        params, parts = self.parts(delta if scale is None else delta * scale.to(delta.dtype))
         torch._foreach_add_([p.data for p in params], parts)
 
     def parts(self, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -30,20 +30,31 @@ def quadratic(
         ``(L,)``, never negative. D and H are exact and C and S are not, so that the cross term is held within the
         Cauchy-Schwarz bound of its two squares: the form stays positive semi-definite.
     """
-    zero = H.new_zeros(H.shape[:-2])
-    square_a = square_b = zero
+    square_a = square_b = cross = H.new_zeros(H.shape[:-2])
     if delta_a is not None:
         a_in = C.matmul(delta_a.mT).mT  # (L, r, d_in)
-        square_a = (D @ delta_a).mul_(a_in).sum((-2, -1)).clamp_min(0)
+        square_a = (D @ delta_a).mul_(a_in).sum((-2, -1))
     if delta_b is not None:
         b_out = S.matmul(delta_b)  # (L, d_out, r)
-        square_b = (delta_b @ H).mul_(b_out).sum((-2, -1)).clamp_min(0)
-    if delta_a is None or delta_b is None:
-        return square_a + square_b
-    # <dB^T S B, A C dA^T>: not by a product of A with C dA^T, which would be all sum and no matrix
-    cross = ((b_out.mT @ b).mT @ a).mul_(a_in).sum((-2, -1))
+        square_b = (delta_b @ H).mul_(b_out).sum((-2, -1))
+    if delta_a is not None and delta_b is not None:
+        # <dB^T S B, A C dA^T>: not by a product of A with C dA^T, which would be all sum and no matrix
+        cross = (long_product(b_out, b).mT @ a).mul_(a_in).sum((-2, -1))
+    return combine(square_a, square_b, cross)
+
+
+def combine(square_a: Tensor, square_b: Tensor, cross: Tensor) -> Tensor:
+    """The form from its terms: never negative, the cross term within the Cauchy-Schwarz bound of the squares."""
+    square_a, square_b = square_a.clamp_min(0), square_b.clamp_min(0)
     limit = (square_a * square_b).sqrt()
     return square_a + square_b + 2 * cross.clamp(-limit, limit)
+
+
+def long_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x^T y`` for ``(L, d, r)`` of d much larger than r: in parts, which a device adds up all at once."""
+    parts = next((n for n in (32, 16, 8) if x.shape[-2] % n == 0 and x.shape[-2] >= 64 * n), 1)
+    x, y = (t.reshape(*t.shape[:-2], parts, -1, t.shape[-1]) for t in (x, y))
+    return (x.mT @ y).sum(-3)
 
 
 def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: Factor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,199 @@
+"""The plain step of LoRA pairs in Triton kernels: what the torch operations of ``Block`` and ``Stack`` do, sooner.
+
+A step in torch passes over the moments a dozen times and launches hundreds of kernels; here it is three passes and a
+dozen launches. Same numbers, to rounding: the torch operations are the reference, and do all that this room does not
+take (see :func:`suits`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctr_optim import distributed
+from ctr_optim.curvature.blocks import Block
+from ctr_optim.curvature.factors import Diagonal, Factor
+from ctr_optim.precondition import Stack
+from ctr_optim.trust_region import combine
+
+SLICES = 32  # programs that share a layer's A or B
+# room for a rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
+TILES = {16: (64, 4), 32: (32, 4), 64: (16, 8)}
+
+_broken = False
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels' module; None where Triton is not installed."""
+    try:
+        from ctr_optim import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def suits(block: Block) -> bool:
+    """Whether the kernels can take a block: A and B both train, float32 state, diagonal C and S, on one GPU, whole.
+
+    ``foreach`` decides as in torch: None is the fastest that there is, True asks for torch operations on stacks, False
+    for one layer at a time.
+    """
+    a, b = block.a, block.b
+    if a is None or block.structure is not Diagonal or block.pairs[0].rank > max(TILES):
+        return False
+    return all(
+        stack.dtype == torch.float32
+        and stack.group["foreach"] is None
+        and stack.params[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not distributed.is_sharded(stack.params[0])
+        and (stack.params[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1")  # tests, on the CPU
+        for stack in (a, b)
+    )
+
+
+class Fused:
+    """Takes the part of a step that its kernels can; its user does the rest as ever.
+
+    In the order of a step: :meth:`look`, :meth:`directions`, :meth:`move_`.
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        usable = [block for block in blocks if suits(block)] if not _broken else []
+        self.blocks = [block for block in usable if block.H.device == usable[0].H.device and _kernels()]
+        self.stacks = [stack for block in self.blocks for stack in (block.a, block.b) if stack is not None]
+        self.params = frozenset(id(p) for stack in self.stacks for p in stack.params)
+        self._counts = [len(stack.params) for stack in self.stacks]
+        self._addresses: list[int] = []
+        self._aligned = False
+        if self.stacks:
+            self._table = torch.zeros(sum(self._counts), 2, dtype=torch.int64, device=self.blocks[0].H.device)
+            self._rows = dict(zip(self.stacks, torch.split(self._table, self._counts), strict=True))
+
+    def look(self) -> Tensor | None:
+        """``()`` whether every gradient is finite; None where kernels cannot take this step.
+
+        They can where every parameter has a gradient, dense and like itself.
+        """
+        if not self.stacks or _broken or not self._found():
+            return None
+        infinite = torch.empty(sum(self._counts), 8, dtype=torch.int32, device=self._table.device)
+        with self._trying():
+            for stack, part in zip(self.stacks, torch.split(infinite, self._counts), strict=True):
+                numel = stack.params[0].numel()
+                _kernels().find_infinite[part.shape](self._rows[stack], part, numel, **self._layout(stack), TILE=2048)
+            return ~infinite.any()
+        return None
+
+    def directions(self, finite: Tensor) -> tuple[dict[Stack, Tensor], Tensor | None]:
+        """Advance the moments; every stack's step ``(L, *shape)`` before the trust region, and their quadratic form.
+
+        As ``Stack.direction`` and ``Block.quadratic``. Where a kernel fails, the stacks from there on are left as they
+        were, and missing; there is no form then.
+
+        Args:
+            finite: ``()``; where false, nothing moves and steps are zero.
+        """
+        deltas: dict[Stack, Tensor] = {}
+        pairs = [len(block.pairs) for block in self.blocks]
+        sums = torch.empty(3, sum(pairs), SLICES, device=self._table.device)
+        with self._trying():
+            for block, parts in zip(self.blocks, torch.split(sums, pairs, dim=1), strict=True):
+                assert block.a is not None
+                square_a, square_b, cross = parts
+                live = _live(block, finite)
+                gram = sums.new_empty(*square_b.shape, *block.H.shape[1:])
+                # B first: A's kernel ends what B's began of the cross term
+                deltas[block.b] = self._direction(block.b, block.H, block.S, gram, square_b, cross, live)
+                deltas[block.a] = self._direction(block.a, block.D, block.C, gram.sum(1), square_a, cross, live)
+                for stack in (block.a, block.b):
+                    stack.tensors["step"] += live
+        return deltas, combine(*sums.sum(-1)).sum() if len(deltas) == len(self.stacks) else None
+
+    def move_(self, deltas: Mapping[Stack, Tensor], scale: Tensor) -> list[Stack]:
+        """``p <- p + scale delta``, as ``Stack.move_``; returns the stacks that have moved."""
+        moved: list[Stack] = []
+        with self._trying():
+            for stack in () if _broken else self.stacks:
+                numel = stack.params[0].numel()
+                grid = (len(stack.params), -(-numel // 2048))
+                _kernels().move[grid](self._rows[stack], deltas[stack], scale, numel, **self._layout(stack), TILE=2048)
+                moved.append(stack)
+        return moved
+
+    def _direction(
+        self, stack: Stack, metric: Tensor, factor: Factor, gram: Tensor, square: Tensor, cross: Tensor, live: Tensor
+    ) -> Tensor:
+        t, group, is_a = stack.tensors, stack.group, stack.rank_dim == -2
+        delta = torch.empty_like(t["exp_avg"])
+        rank, wide = delta.shape[1:] if is_a else delta.shape[:0:-1]
+        room = max(16, 1 << (rank - 1).bit_length())
+        tile, warps = TILES[room]
+        beta1, beta2 = map(float, group["betas"])
+        lr = group["lr"] if isinstance(group["lr"], Tensor) and group["lr"].is_cuda else float(group["lr"])
+        _kernels().find_direction[square.shape](
+            self._rows[stack], t["exp_avg"], t["exp_avg_sq"], delta, t["basis"], metric, factor.tensors[0], gram,
+            square, cross, t["step"], live, lr, 1 - beta1, beta2, 1 - beta2, _log2(beta1), _log2(beta2),
+            group["eps"], group["weight_decay"],
+            rank, wide, wide if is_a else 1, 1 if is_a else rank,
+            IS_A=is_a, LR_IS_TENSOR=isinstance(lr, Tensor), MAXIMIZE=group["maximize"], RANK=room, TILE=tile,
+            num_warps=warps, num_stages=1, **self._layout(stack),
+        )  # fmt: skip
+        return delta
+
+    def _found(self) -> bool:
+        """Tell the device where gradients and parameters are: both may have moved since the last step."""
+        addresses: list[int] = []
+        device = self._table.get_device()
+        for stack in self.stacks:
+            dtype = stack.params[0].dtype
+            for p in stack.params:
+                g = p.grad
+                if g is None or g.layout is not torch.strided or not g.is_contiguous() or not p.is_contiguous():
+                    return False
+                if g.dtype is not dtype or p.dtype is not dtype or g.get_device() != device or p.get_device() != device:
+                    return False
+                addresses += (p.data_ptr(), g.data_ptr())
+        if addresses != self._addresses:
+            new = torch.tensor(addresses).view(-1, 2)
+            self._addresses, self._aligned = addresses, not (new & 15).any()
+            self._table.copy_(new.pin_memory() if self._table.is_cuda else new, non_blocking=True)
+        return True
+
+    def _layout(self, stack: Stack) -> dict[str, Any]:
+        dtype = str(stack.params[0].dtype).removeprefix("torch.")
+        return {"DTYPE": getattr(_kernels().tl, dtype), "ALIGNED": self._aligned}
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Launch on our device; the first failure is the last. A kernel that fails has not begun."""
+        global _broken
+        try:
+            with torch.cuda.device_of(self._table):  # type: ignore[no-untyped-call]
+                yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _broken = True
+            warnings.warn(
+                f"CTROptimizer's Triton kernels do not run here ({type(error).__name__}: {error}); torch operations "
+                "take the same steps, a few milliseconds later. foreach=True asks for these from the start.",
+                stacklevel=5,
+            )
+
+
+def _live(block: Block, finite: Tensor) -> Tensor:
+    """``(L,)`` whether a layer moves: it has a gradient, and its turn."""
+    return finite.repeat(len(block.pairs)) if block.b.gate is None else block.b.gate & finite
+
+
+def _log2(x: float) -> float:
+    return math.log2(x) if x > 0 else -math.inf
