@@ -16,7 +16,7 @@ from ctr_optim.attachment import Attachment, layers_of
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, stack_all
+from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, refresh_bases, stack_all
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.fused import Fused
 from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
@@ -353,7 +353,7 @@ class CTROptimizer(Optimizer):
             self._commit(finite)
         self._hold()
         if due(self._shared["steps"], self._settings.basis_interval):
-            failed = sum(block.refresh_bases() for block in self._blocks)
+            failed = refresh_bases(self._blocks)
             if failed:
                 self._shared["failed"] += failed
                 warn_failed("an eigenbasis", "the layers keep the one that they have")

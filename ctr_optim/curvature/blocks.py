@@ -162,11 +162,9 @@ class Block:
         """
         rows, h, d, *wide = self.staged
         n = len(self.structure.fields)
-        seen = (rows > 0) & finite
-        for t in self.staged:
-            seen = seen & torch.isfinite(t).flatten(1).all(1) if t.dim() > 1 else seen
         targets = [self.H, self.D, *self.C.tensors, *self.S.tensors]
-        sound = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in targets]).all(0)
+        seen = (rows > 0) & finite & _finite([t for t in self.staged if t.dim() > 1])
+        sound = _finite(targets)
         updates = self.b.tensors["factor_updates"]
         updates.mul_(sound).add_(seen)
         weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
@@ -183,17 +181,9 @@ class Block:
             old.masked_fill_(~sound.view(wide_view), 0)
             old.lerp_(torch.where(seen.view(wide_view), new * factor, 0), weight.view(wide_view))
 
-    def refresh_bases(self) -> int:
-        """New eigenbases of D (for A) and H (for B); returns how many decompositions failed and left the old ones."""
-        failed = 0
-        for stack, factor in ((self.a, self.D), (self.b, self.H)):
-            if stack is not None:
-                basis = eigenbasis(factor, stack.tensors["basis"])
-                if basis is stack.tensors["basis"]:
-                    failed += 1
-                else:
-                    stack.set_basis(basis)
-        return failed
+    def bases(self) -> list[tuple[Stack, Tensor]]:
+        """Whose eigenbasis comes of what: A's of D, B's of H."""
+        return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
 
     def quadratic(self, deltas: Mapping[Stack, Tensor]) -> Tensor:
         """``()`` the K-FAC quadratic form of these layers' part of a step."""
@@ -210,6 +200,28 @@ def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, 
     """Omega and Psi of layers of one shape, on the host: drawing them takes longer than all that is done with them."""
     generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
     return torch.randn(d_in, columns, generator=generator), torch.randn(d_out, rows, generator=generator)
+
+
+def refresh_bases(blocks: Iterable[Block]) -> int:
+    """New eigenbases for all stacks, all of one rank at once; returns how many failed and kept the old ones."""
+    alike: dict[Any, list[tuple[Stack, Tensor]]] = {}
+    for stack, factor in (pair for block in blocks for pair in block.bases()):
+        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append((stack, factor))
+    failed = 0
+    for some in alike.values():
+        previous = [stack.tensors["basis"] for stack, _ in some]
+        old = torch.cat(previous)
+        new = eigenbasis(torch.cat([factor for _, factor in some]), old)
+        if new is old:  # one that does not converge takes all others with it: each by itself
+            found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]
+        else:
+            found = list(torch.split(new, [len(basis) for basis in previous]))
+        for (stack, _), basis, before in zip(some, found, previous, strict=True):
+            if basis is before:
+                failed += 1
+            else:
+                stack.set_basis(basis)
+    return failed
 
 
 def stack_all(
@@ -248,6 +260,11 @@ def stack_all(
                 kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
                 others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
     return stacks + [Stack(some, group_of[id(some[0])], state, None) for some in others.values()], blocks
+
+
+def _finite(tensors: Sequence[Tensor]) -> Tensor:
+    """``(L,)`` whether all of a layer's entries are; by their sums, a pass and a launch less for each tensor."""
+    return torch.isfinite(torch.stack([t.flatten(1).sum(1) for t in tensors])).all(0)
 
 
 def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
