@@ -12,7 +12,7 @@ import torch
 from support import LoRALinear, optimizer, relative_error, same, snapshot, trainable
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, RankScheduler, fused, kernels
+from ctr_optim import CTROptimizer, fused, kernels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -70,6 +70,14 @@ def twin(model: nn.Module, opt: CTROptimizer, foreach: bool | None, **options: A
     return other, twin
 
 
+def both(**options: Any) -> tuple[tuple[nn.Module, CTROptimizer], tuple[nn.Module, CTROptimizer]]:
+    """After two steps of torch, which are soon done: one to go on fused, and one as before."""
+    slow = start(foreach=True, **options)
+    train(*slow, 2)
+    scheduler = options.get("rank_scheduler")
+    return twin(*slow, None, rank_scheduler=scheduler), slow
+
+
 def assert_same_state(one: CTROptimizer, other: CTROptimizer) -> None:
     """Every tensor to a relative 1e-5 as a whole; its smallest entries may be differences of large ones."""
     for p, q in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
@@ -114,32 +122,24 @@ def assert_same_step(
     ids=str,
 )
 def test_a_step_equals_torch(rank: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    one = start(rank, dtype, **options)
-    train(*one, 2)
-    assert_same_step(one, twin(*one, True))
+    assert_same_step(*both(rank=rank, dtype=dtype, **options))
 
 
 def test_a_checkpoint_of_either_path_is_one_of_the_other() -> None:
-    slow = start(foreach=True, max_kl=1e-3)
-    train(*slow, 2)
-    fast = twin(*slow, None)
+    fast, slow = both(max_kl=1e-3)
     assert_same_step(fast, slow)
     assert_same_step(fast, twin(*fast, True))
 
 
 def test_a_step_after_a_rank_event() -> None:
-    scheduler = {"interval": 2, "hysteresis": 0.0, "total_steps": 100}
-    one = start(rank_scheduler=RankScheduler(**scheduler), max_kl=1e-3)
-    train(*one, 2)
+    one, two = both(rank_scheduler={"interval": 2, "hysteresis": 0.0, "total_steps": 100}, max_kl=1e-3)
     assert len({pair.rank for pair in one[1].pairs}) > 1
-    assert_same_step(one, twin(*one, True, rank_scheduler=RankScheduler(**scheduler)))
+    assert_same_step(one, two)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
-    one = start(weight_decay=0.1)
-    train(*one, 2)
-    two = twin(*one, True)
+    one, two = both(weight_decay=0.1)
     before = snapshot(one[0])
     for model, opt in (one, two):
         backward(model, 2)
@@ -161,9 +161,7 @@ def misalign(model: nn.Module) -> None:
 
 
 def test_gradients_anywhere_in_memory() -> None:
-    one = start(max_kl=1e-3)
-    train(*one, 2)
-    assert_same_step(one, twin(*one, True), misalign)
+    assert_same_step(*both(max_kl=1e-3), misalign)
 
 
 def without(model: nn.Module) -> None:
@@ -177,9 +175,7 @@ def transposed(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [without, transposed])
 def test_what_kernels_cannot_take_is_left_to_torch(change: Callable[[nn.Module], None]) -> None:
-    one = start(max_kl=1e-3)
-    train(*one, 2)
-    two = twin(*one, True)
+    one, two = both(max_kl=1e-3)
     for model, opt in (one, two):
         backward(model, 2)
         change(model)
@@ -192,9 +188,7 @@ def test_what_kernels_cannot_take_is_left_to_torch(change: Callable[[nn.Module],
     "name, after", [("find_infinite", 0), ("find_direction", 0), ("find_direction", 3), ("move", 1)]
 )
 def test_a_kernel_that_fails_leaves_the_step_to_torch(name: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = start(max_kl=1e-3)
-    train(*one, 2)
-    two = twin(*one, True)
+    one, two = both(max_kl=1e-3)
     calls, kernel = [], getattr(kernels, name)
 
     class Fails:
