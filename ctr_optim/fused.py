@@ -109,13 +109,14 @@ class Fused:
             for block, parts in zip(self.blocks, torch.split(sums, pairs, dim=1), strict=True):
                 assert block.a is not None
                 square_a, square_b, cross = parts
-                live = _live(block, finite)
+                live = _live(block.b, finite)
                 gram = sums.new_empty(*square_b.shape, *block.H.shape[1:])
                 # B first: A's kernel ends what B's began of the cross term
                 deltas[block.b] = self._direction(block.b, block.H, block.S, gram, square_b, cross, live)
                 deltas[block.a] = self._direction(block.a, block.D, block.C, gram.sum(1), square_a, cross, live)
-                for stack in (block.a, block.b):
-                    stack.tensors["step"] += live
+        if deltas:
+            lives = [_live(stack, finite) for stack in deltas]
+            torch._foreach_add_([stack.tensors["step"] for stack in deltas], lives)
         return deltas, combine(*sums.sum(-1)).sum() if len(deltas) == len(self.stacks) else None
 
     def move_(self, deltas: Mapping[Stack, Tensor], scale: Tensor) -> list[Stack]:
@@ -190,9 +191,10 @@ class Fused:
             )
 
 
-def _live(block: Block, finite: Tensor) -> Tensor:
-    """``(L,)`` whether a layer moves: it has a gradient, and its turn."""
-    return finite.repeat(len(block.pairs)) if block.b.gate is None else block.b.gate & finite
+def _live(stack: Stack, finite: Tensor) -> Tensor:
+    """``(L,)`` as ``Stack.live``: 1 where a layer moves, which has a gradient here."""
+    live = finite.to(stack.tensors["step"].dtype)
+    return live.repeat(len(stack.params)) if stack.gate is None else live * stack.gate
 
 
 def _log2(x: float) -> float:

@@ -86,7 +86,7 @@ def find_direction(
         P = tl.zeros((RANK, RANK), tl.float32)
     if LR_IS_TENSOR:
         lr = tl.load(lr).to(tl.float32)
-    on = tl.load(live + layer) != 0
+    on = tl.load(live + layer).to(tl.int32) != 0
     # 1 - beta^n cancels: in double
     count = tl.maximum(tl.load(step + layer).to(tl.float64) + tl.where(on, 1.0, 0.0), 1.0)
     correction1 = 1.0 - tl.exp2(count * log2_beta1)
