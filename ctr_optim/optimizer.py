@@ -48,14 +48,9 @@ class CTROptimizer(Optimizer):
         Args:
             params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
             lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
-    <<<<<<< HEAD
-            betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
-                sets how long a step is, and old gradients only turn it.
-    =======
-            betas, eps, weight_decay: as in :class:`torch.optim.AdamW`. The memory of gradients is shorter than there: the
+                betas, eps, weight_decay: as in :class:`torch.optim.AdamW`. The memory of gradients is shorter than there: the
                 bound sets how long a step is, and old gradients only turn it.
-    >>>>>>> adc102d (Let the kernels wait for layers whose turn has not come)
-            max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
+                max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
             kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
                 scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
                 loss, needs ``step(closure)``, which is called twice.

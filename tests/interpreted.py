@@ -230,5 +230,6 @@ def test_a_layer_whose_turn_has_not_come() -> None:
     after, expected = fast[0].state_dict(), slow[0].state_dict()
     for name, value in after.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
-        assert torch.equal(value, before[name]) == name.startswith("twin.")
+        if "lora" in name:
+            assert torch.equal(value, before[name]) == name.startswith("twin.")
     assert_same_state(fast[1], slow[1])
