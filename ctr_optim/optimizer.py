@@ -33,47 +33,47 @@ from ctr_optim.trust_region import penalty_gradients
 class CTROptimizer(Optimizer):
     r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
 
-        Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks
-        keep :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
-        :math:`S = E[g g^T]` (:math:`h = A x`, g the per-token gradient at B's output). A step is
+    Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks
+    keep :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
+    :math:`S = E[g g^T]` (:math:`h = A x`, g the per-token gradient at B's output). A step is
 
-        .. math::
-            \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
-            \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
+    .. math::
+        \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
+        \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
 
-        with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included,
-        and :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled
-        alike.
+    with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included,
+    and :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled
+    alike.
 
-        Args:
-            params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
-            lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
-                betas, eps, weight_decay: as in :class:`torch.optim.AdamW`. The memory of gradients is shorter than there: the
-                bound sets how long a step is, and old gradients only turn it.
-                max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
-            kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
-                scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
-                loss, needs ``step(closure)``, which is called twice.
-            calibration_interval: steps between measurements of kappa, growing fourfold later on; None: kappa is 1, the
-                plain metric.
-            trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
-            curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
-            factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
-            factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
-            damping: of whitening, relative to the mean eigenvalue.
-            max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
-            rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
-            model: the model, where it should not be searched for.
-            resize: ``"physical"``: a layer whose rank moves gets weights of another shape. ``"masked"``: layers keep the
-                shapes that they were allocated with, and directions that they do not use are zero. ``"auto"``: physical in
-                one eager process, masked in several and in compiled models.
-            loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
-            maximize: as in torch.
-            foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
-                False: layer by layer.
+    Args:
+        params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
+        lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
+            sets how long a step is, and old gradients only turn it.
+        max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
+        kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
+            scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
+            loss, needs ``step(closure)``, which is called twice.
+        calibration_interval: steps between measurements of kappa, growing fourfold later on; None: kappa is 1, the
+            plain metric.
+        trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
+        curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
+        factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
+        factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
+        damping: of whitening, relative to the mean eigenvalue.
+        max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
+        rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
+        model: the model, where it should not be searched for.
+        resize: ``"physical"``: a layer whose rank moves gets weights of another shape. ``"masked"``: layers keep the
+            shapes that they were allocated with, and directions that they do not use are zero. ``"auto"``: physical in
+            one eager process, masked in several and in compiled models.
+        loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
+        maximize: as in torch.
+        foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
+            False: layer by layer.
 
-        Raises:
-            ValueError, TypeError: naming the argument, what was given and what was expected.
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what was expected.
     """
 
     _finalizer: weakref.finalize
