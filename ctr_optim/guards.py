@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ctr_optim import distributed
 from ctr_optim.adapters.discovery import find_roots
 from ctr_optim.lora import LoRAPair
+from ctr_optim.settings import Settings
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -67,9 +68,11 @@ def check_models(roots: Iterable[nn.Module]) -> None:
             )
 
 
-def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], resize: str) -> None:
-    """Refuse moving ranks where processes would fall apart, and where the saved adapter would load wrongly."""
-    if resize == "physical":
+def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], settings: Settings) -> None:
+    """Refuse moving ranks of nothing, where processes would fall apart, or the saved adapter would load wrongly."""
+    if not (pairs and settings.curvature == "kfac"):
+        raise ValueError("rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize")
+    if settings.resize == "physical":
         check_single_process()
     configs = [
         config

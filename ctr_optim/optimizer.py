@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctr_optim import distributed, guards
-from ctr_optim.attachment import Attachment, layers_of
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, drop_sketches, refresh_bases, stack_all
-from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.fused import Fused
-from ctr_optim.gradients import all_finite, grad_scale, warn_failed, warn_skipped
+from ctr_optim.curvature.blocks import Block, drop_sketches, refresh_bases
+from ctr_optim.gradients import all_finite, warn_failed, warn_skipped
+from ctr_optim.hooks import weakly
+from ctr_optim.layers import Layers
 from ctr_optim.lora import LoRAPair
 from ctr_optim.metrics import metrics_of
 from ctr_optim.precondition import Stack
@@ -27,7 +26,6 @@ from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 from ctr_optim.settings import Settings, calibration_due, check_group, due
-from ctr_optim.trust_region import penalty_gradients
 
 
 class CTROptimizer(Optimizer):
@@ -131,114 +129,46 @@ class CTROptimizer(Optimizer):
         if self._attached:
             self._finalizer()
         self._attached = True
-        parameters = [p for group in self.param_groups for p in group["params"]]
         model = self._model() if self._model is not None else None
-        roots, self.pairs = layers_of(parameters, model, self._settings)
-        self._held, self._roots = parameters, [weakref.ref(root) for root in roots]
-        self._fsdp = distributed.fsdp_modules(roots)
-        kfac = self._settings.curvature == "kfac"
-        if self._scheduler is not None:
-            if not (self.pairs and kfac):
-                raise ValueError(
-                    "rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize"
-                )
-            guards.check_ranks_can_move(self.pairs, roots, self._settings.resize)
-        self._looked = False
-        attachment = Attachment(roots, self.pairs, self._settings, weakref.WeakMethod(self._forward_begins))
-        self._taps, self._probe = attachment.taps, attachment.probe
+        self._layers = Layers(self.param_groups, model, self._settings)
+        self.pairs = self._layers.pairs
+        ranks = self._rank_controller()
+        attachment = self._layers.hook(weakly(self._forward_begins))
         self._finalizer = weakref.finalize(self, attachment.close)
         before: TrustRegion | None = getattr(self, "_trust", None)
-        self._trust = TrustRegion(self._settings, self._probe, self._taps)
+        self._trust = TrustRegion(self._settings, self._layers.probe, self._layers.taps)
         if before is not None:  # a new group: what the last step did stays told
             self._trust.predicted, self._trust.scale, self._trust.bound = before.predicted, before.scale, before.bound
-        listeners = self._ranks.listeners if self._ranks is not None else []
-        self._ranks = None
-        if self._scheduler is not None:
-            self._ranks = RankController(self._scheduler, self._settings.damping, self.pairs)
-            self._ranks.listeners = listeners
-            ours_weakly, resize = weakref.ref(self), self._settings.resize
-
-            def masked() -> bool:
-                return resize == "masked" or (resize == "auto" and distributed.world_size() > 1)
-
-            def loaded(pair: LoRAPair, resized: bool) -> None:
-                if (opt := ours_weakly()) is not None:
-                    opt._rank_loaded(pair, resized)
-
-            for pair in self.pairs:
-                attachment.handles += resize_on_load(pair, masked, loaded)
-        self._stacks: list[Stack] | None = None
-        self._fused = Fused(())
-        self._blocks: list[Block] = []
+        for pair in self.pairs if ranks is not None else ():
+            attachment.handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
+        self._ranks = ranks
         self._skipped: Tensor | None = None
         self._arm()
 
+    def _rank_controller(self) -> RankController | None:
+        if self._scheduler is None:
+            return None
+        guards.check_ranks_can_move(self.pairs, self._layers.roots, self._settings)
+        listeners = self._ranks.listeners if self._ranks is not None else []
+        return RankController(self._scheduler, self._settings.damping, self.pairs, listeners)
+
     def _stack(self) -> list[Stack]:
-        """The stacks of all parameters that train; built anew after anything replaced their state."""
-        self._follow()
-        if self._stacks is None:
-            distributed.reshard(self._fsdp)  # a forward may have left its gathered copies in the parameters' places
-            pairs = self.pairs if self._settings.curvature == "kfac" else []
-            if self._settings.curvature == "hutchinson":
-                hutchinson.make_room(self.state, [p for g in self.param_groups for p in g["params"] if p.requires_grad])
-            self._stacks, self._blocks = stack_all(
-                pairs, self.param_groups, self.state, STRUCTURES[self._settings.factor_structure]
-            )
-            self._fused = Fused(self._blocks if self._settings.trust_penalty == 0 else ())
-        return self._stacks
-
-    def _follow(self) -> None:
-        """Take the parameters that Accelerate puts into our groups when it shards the model that we were built with.
-
-        Modules, and with them hooks and layers, stay; so does what the layers saw until then. In other cases
-        ``step()`` says what is wrong.
-        """
-        if not self._replaced():
-            return
-        fsdp = distributed.fsdp_modules(root for ref in self._roots if (root := ref()) is not None)
-        distributed.reshard(fsdp)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        ours = {id(p) for p in parameters}
-        if self.steps or not all(id(pair.B) in ours for pair in self.pairs):
-            return
-        guards.check_sharding(parameters, self._settings.curvature)
-        for p in self._held:
-            self.state.pop(p, None)
-        self._held, self._fsdp, before = parameters, fsdp, self._blocks
-        self._restack()
-        self._stack()
-        for block in self._blocks:
-            block.adopt_sums(before)
-
-    def _replaced(self) -> bool:
-        """Whether the groups hold other parameters than those that we know."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return len(parameters) != len(self._held) or any(
-            a is not b for a, b in zip(parameters, self._held, strict=True)
-        )
-
-    def _restack(self) -> None:
-        self._stacks, self._blocks, self._fused = None, [], Fused(())
+        """Everything that trains, by shape."""
+        return self._layers.stack(self.param_groups, self.state)
 
     def _arm(self) -> None:
         """Decide what the coming forward and backward have to record."""
-        step, s = self._shared["steps"], self._settings
-        taps = bool(self._taps.stages)  # none without layers, none once closed
-        sketch = taps and self._ranks is not None and self._ranks.scheduler.sketches(step)
+        step, s, taps = self._shared["steps"], self._settings, self._layers.taps
+        able = bool(taps.stages)  # not without layers, not once closed
+        sketch = able and self._ranks is not None and self._ranks.scheduler.sketches(step)
         if sketch and self._ranks is not None:
             self._begin_sketch(self._ranks.scheduler.sketch_rank)
-        self._taps.enabled = taps and (sketch or due(step, s.factor_interval))
-        if self._taps.enabled:
+        taps.enabled = able and (sketch or due(step, s.factor_interval))
+        if taps.enabled:
             self._stack()
-            self._stage()
-        if self._probe is not None:
-            self._probe.enabled = calibration_due(step, s.calibration_interval)
-
-    def _stage(self) -> None:
-        """Give the taps somewhere to put their tokens."""
-        for block in self._blocks:
-            for index, stage in zip(block.indices, block.stages(self._settings.damping), strict=True):
-                self._taps.stages[index] = stage
+            self._layers.stage()
+        if self._layers.probe is not None:
+            self._layers.probe.enabled = calibration_due(step, s.calibration_interval)
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -246,10 +176,10 @@ class CTROptimizer(Optimizer):
             self._arm()
 
     def _begin_sketch(self, rank: int) -> bool:
-        self._stack()
+        blocks = self.blocks
         if "sketch_range" in self.state[self.pairs[0].B]:
             return False
-        for block in self._blocks:
+        for block in blocks:
             block.open_sketch(rank, self.state)
         self._shared["sketched"] = 0
         return True
@@ -258,7 +188,7 @@ class CTROptimizer(Optimizer):
     def blocks(self) -> list[Block]:
         """LoRA pairs stacked by shape, with their factors."""
         self._stack()
-        return self._blocks
+        return self._layers.blocks
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -280,13 +210,14 @@ class CTROptimizer(Optimizer):
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
         self._stack()
-        found = self._fused.look()
+        fused = self._layers.fused
+        found = fused.look()
         finite = self._check(found)
         deltas, q = self._directions(finite, found is not None)
         scale = None
         if q is not None:
-            scale = self._trust.constrain(deltas, q, self._blocks, self.param_groups, self._shared)
-        moved = self._fused.move_(deltas, scale) if found is not None and scale is not None else []
+            scale = self._trust.constrain(deltas, q, self._layers.blocks, self.param_groups, self._shared)
+        moved = fused.move_(deltas, scale) if found is not None and scale is not None else []
         for stack, delta in deltas.items():
             if stack not in moved:
                 stack.move_(delta, scale)
@@ -303,7 +234,7 @@ class CTROptimizer(Optimizer):
         Args:
             finite: what the fused step says of its parameters; None if it is not taken.
         """
-        known = self._fused.params if finite is not None else frozenset()
+        known = self._layers.fused.params if finite is not None else frozenset()
         params = [p for group in self.param_groups for p in group["params"] if id(p) not in known]
         grads = [p.grad for p in params if p.grad is not None]
         if grads or finite is None:
@@ -313,71 +244,39 @@ class CTROptimizer(Optimizer):
             warn_skipped()
         return finite
 
-    def _commit(self, finite: Tensor) -> None:
-        """Fold what the taps staged into the factors."""
-        if not self._looked:
-            guards.check_agreement((self._settings, self._scheduler), self._blocks)
-        staged = [t for block in self._blocks for t in block.staged]
-        world = distributed.add_up(staged)
-        tokens = torch.stack([block.loss_tokens() for block in self._blocks]).amin()
-        seen = torch.isfinite(tokens) & finite
-        if not self._looked:  # once: it waits for the device
-            self._looked = True
-            guards.warn_if_blind(tokens, finite, self.pairs)
-        tokens = torch.where(seen, tokens, 1.0)
-        # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
-        summed = tokens / world if self._settings.loss_reduction == "mean" else torch.ones_like(tokens)
-        scale = TokenScale(tokens, summed / grad_scale())
-        for block in self._blocks:
-            block.commit(scale, self._settings.factor_decay, seen)
-        self._shared["sketched"] += 1
-
-    def _hold(self) -> None:
-        """Where there is a bound, and the taps saw nothing in this step: layers never seen yet wait for them."""
-        for block in self._blocks if self._taps.enabled else ():
-            block.release()
-        bounded = self._settings.max_kl is not None and self._taps.stages
-        if bounded and not self._taps.enabled and self._blocks and self._blocks[0].b.gate is None:
-            some_seen = torch.stack([block.b.tensors["factor_updates"].amax() for block in self._blocks]).amax() > 0
-            for block in self._blocks:
-                block.hold(some_seen)
-
     def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], Tensor | None]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
 
         And their ``()`` quadratic form in the chosen curvature; None where there is none.
         """
-        stacks = self._stack()
-        self._follow_devices()
-        if self._taps.enabled:
-            self._commit(finite)
-        self._hold()
+        layers, stacks = self._layers, self._stack()
+        layers.follow_devices(self.state)
+        if layers.taps.enabled:
+            layers.commit(finite, (self._settings, self._scheduler))
+            self._shared["sketched"] += 1
+        layers.hold()
         if due(self._shared["steps"], self._settings.basis_interval):
-            failed = refresh_bases(self._blocks)
+            failed = refresh_bases(layers.blocks)
             if failed:
                 self._shared["failed"] += failed
                 warn_failed("an eigenbasis", "the layers keep the one that they have")
-        deltas, q = self._fused.directions(finite) if fused else ({}, None)
+        deltas, q = layers.fused.directions(finite) if fused else ({}, None)
         rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
         deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
         if not deltas:
             raise RuntimeError(guards.REPLACED)
-        weight = self._settings.trust_penalty
-        for block in self._blocks if weight else ():
-            gradients = penalty_gradients(*block.weights(), block.H, block.D, block.C, block.S)
-            for stack, gradient in zip((block.a, block.b), gradients, strict=True):
-                if stack in deltas:
-                    live = stack.live(finite)[:, None, None] > 0
-                    deltas[stack] -= stack.group["lr"] * weight * torch.where(live, gradient, 0)
+        if self._settings.trust_penalty:
+            for block in layers.blocks:
+                block.penalize_(deltas, self._settings.trust_penalty, finite)
         return deltas, self._quadratic(deltas, q)
 
     def _quadratic(self, deltas: dict[Stack, Tensor], q: Tensor | None) -> Tensor | None:
-        if self._settings.curvature == "hutchinson" and self._probe is not None:
-            if self._probe.enabled and distributed.everywhere(self._probe.ready, next(iter(deltas.values()))):
-                hutchinson.sample(list(deltas), self._probe.gradients, self._shared, self._settings.factor_decay)
+        if self._settings.curvature == "hutchinson" and (probe := self._layers.probe) is not None:
+            if probe.enabled and distributed.everywhere(probe.ready, next(iter(deltas.values()))):
+                hutchinson.sample(list(deltas), probe.gradients, self._shared, self._settings.factor_decay)
             return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
-        done = self._fused.blocks if q is not None else []
-        forms = [block.quadratic(deltas) for block in self._blocks if block not in done]
+        done = self._layers.fused.blocks if q is not None else []
+        forms = [block.quadratic(deltas) for block in self._layers.blocks if block not in done]
         forms += [] if q is None else [q]
         return torch.stack(forms).sum() if forms else None
 
@@ -388,15 +287,15 @@ class CTROptimizer(Optimizer):
         guards.check_ranks_belong_to_us(self.param_groups)
         if self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
             return
-        if not self._taps.stages:  # closed: nothing new is known of the layers
+        if not self._layers.taps.stages:  # closed: nothing new is known of the layers
             return
         masked = self._masked()
         if not masked:
             guards.check_single_process()
-        self._stack()
-        distributed.reshard(self._fsdp)
-        self._ranks.event(self._blocks, self.state, self._shared, masked)
-        self._restack()
+        blocks = self.blocks
+        distributed.reshard(self._layers.fsdp)
+        self._ranks.event(blocks, self.state, self._shared, masked)
+        self._layers.restack()
 
     def _masked(self) -> bool:
         """Whether layers keep their shapes when ranks move."""
@@ -421,7 +320,7 @@ class CTROptimizer(Optimizer):
     def ranks(self) -> dict[str, int]:
         """Directions in use, by layer; may wait for the device (and processes) after a checkpoint was loaded."""
         if self._ranks is not None:
-            distributed.reshard(self._fsdp)
+            distributed.reshard(self._layers.fsdp)
             return dict(self._ranks.ranks)
         return {pair.name: pair.rank for pair in self.pairs}
 
@@ -437,7 +336,7 @@ class CTROptimizer(Optimizer):
         self._scheduler = self._ranks.scheduler = scheduler
         if not scheduler.sketches(self.steps):
             drop_sketches(self.state, self.pairs)
-            self._restack()
+            self._layers.restack()
         self._arm()
 
     @torch.no_grad()
@@ -449,10 +348,9 @@ class CTROptimizer(Optimizer):
         proportion between layers) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
         event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
-        self._stack()
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
-        return metrics_of(self._blocks, self._trust, self._shared, self.ranks, utility)
+        return metrics_of(self.blocks, self._trust, self._shared, self.ranks, utility)
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -463,9 +361,9 @@ class CTROptimizer(Optimizer):
     def close(self) -> None:
         """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
         self._finalizer()
-        self._probe = self._trust.probe = None
+        self._layers.probe = self._trust.probe = None
         drop_sketches(self.state, self.pairs)
-        self._restack()
+        self._layers.restack()
 
     def _count_skipped(self) -> None:
         """Move the count of skipped steps from the device to the state; waits for the device."""
@@ -477,7 +375,7 @@ class CTROptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
         self._count_skipped()
-        self._follow()
+        self._layers.follow(self.param_groups, self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -489,11 +387,11 @@ class CTROptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self._follow()
-        distributed.reshard(self._fsdp)  # the layers hold the parameters of our groups again
+        self._layers.follow(self.param_groups, self.state)
+        distributed.reshard(self._layers.fsdp)  # the layers hold the parameters of our groups again
         state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
-        self._restack()
+        self._layers.restack()
         self._arm()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -507,36 +405,18 @@ class CTROptimizer(Optimizer):
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
         drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
-        self._restack()
+        self._layers.restack()
         self._arm()
-
-    def _follow_devices(self) -> None:
-        """Move the state to where the model has been moved since."""
-        if any([block.follow_(self.state) for block in self._blocks]):
-            self._stage()
-        for stack in self._stacks or ():
-            if stack.rank_dim is None:
-                stack.to_(stack.params[0].device, self.state)
 
     def _forward_begins(self) -> None:
         """A forward that will be trained on: the model may have been moved, and gradients dropped."""
-        self._follow_devices()
-        self._forget_dropped()
-
-    def _forget_dropped(self) -> None:
-        """Drop what the taps staged for gradients that are gone: all are None or zero, so nothing was accumulated."""
-        if not self._taps.enabled or self._fsdp or self._replaced():  # FSDP keeps what it accumulates elsewhere
-            return
-        grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
-        some = torch.stack([norm != 0 for norm in torch._foreach_norm(grads)]).any() if grads else None
-        for block in self._blocks:
-            block.forget(unless=some)
+        self._layers.follow_devices(self.state)
+        self._layers.forget_dropped(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
         super().zero_grad(set_to_none)
-        for block in self._blocks if self._taps.enabled else ():
-            block.forget()
+        self._layers.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""

@@ -15,7 +15,7 @@ from ctr_optim.curvature.capture import Sketch, Stage, Sums
 from ctr_optim.curvature.factors import Factor, eigenbasis
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack, initial_state
-from ctr_optim.trust_region import quadratic
+from ctr_optim.trust_region import penalty_gradients, quadratic
 
 OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
 
@@ -189,6 +189,14 @@ class Block:
         """``()`` the K-FAC quadratic form of these layers' part of a step."""
         delta_a = deltas.get(self.a) if self.a is not None else None
         return quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S).sum()
+
+    def penalize_(self, deltas: Mapping[Stack, Tensor], weight: float, finite: Tensor) -> None:
+        """Add the decoupled step of the penalty on the way from the base model, ``-lr weight gradient``, in place."""
+        gradients = penalty_gradients(*self.weights(), self.H, self.D, self.C, self.S)
+        for stack, gradient in zip((self.a, self.b), gradients, strict=True):
+            if stack is not None and stack in deltas:
+                live = stack.live(finite)[:, None, None] > 0
+                deltas[stack].sub_(stack.group["lr"] * weight * torch.where(live, gradient, 0))
 
     def kl_from_base(self) -> Tensor:
         """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""

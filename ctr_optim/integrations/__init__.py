@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ctr_optim.adapters import find_pairs
-from ctr_optim.distributed import world_size
 from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.ranks.matching import resize_on_load
 
@@ -29,11 +28,7 @@ def unwrap(optimizer: Any) -> CTROptimizer:
 
 def accept_ranks(model: nn.Module) -> list[Any]:
     """Hooks that let ``model`` load LoRA weights of any rank, for trainers that load before an optimizer exists."""
-    return [
-        hook
-        for pair in find_pairs(model)
-        for hook in resize_on_load(pair, lambda: world_size() > 1, lambda pair, resized: None)
-    ]
+    return [hook for pair in find_pairs(model) for hook in resize_on_load(pair)]
 
 
 def set_length(optimizer: CTROptimizer, total_steps: int) -> None:

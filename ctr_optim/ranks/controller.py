@@ -21,7 +21,13 @@ from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
 class RankController:
     """Drives one RankScheduler; what it needs between events lives in the optimizer's state."""
 
-    def __init__(self, scheduler: RankScheduler, damping: float, pairs: Sequence[LoRAPair]) -> None:
+    def __init__(
+        self,
+        scheduler: RankScheduler,
+        damping: float,
+        pairs: Sequence[LoRAPair],
+        listeners: list[Callable[[RankEvent], None]],
+    ) -> None:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise ValueError(f"rank_scheduler: several layers are named {twice[0]!r}; train one model an optimizer")
@@ -31,8 +37,7 @@ class RankController:
             {pair.name: pair.cost for pair in pairs},
             {pair.name: pair.rank for pair in pairs},
         )
-        self.scheduler, self.damping = scheduler, damping
-        self.listeners: list[Callable[[RankEvent], None]] = []
+        self.scheduler, self.damping, self.listeners = scheduler, damping, listeners
         self.utility: dict[str, float] = {}
         self._pairs = list(pairs)
         self._in_use: dict[str, int] | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.adapters import find_pairs
+from ctr_optim.distributed import world_size
 from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair, sized
 
@@ -64,12 +65,15 @@ def make_room(pair: LoRAPair, rank: int) -> None:
     pair.resize(new_a, new_b)
 
 
-def resize_on_load(pair: LoRAPair, masked: Callable[[], bool], loaded: Callable[[LoRAPair, bool], None]) -> list[Any]:
+def resize_on_load(
+    pair: LoRAPair, resize: str = "auto", loaded: Callable[[LoRAPair, bool], None] | None = None
+) -> list[Any]:
     """Hooks that let ``pair`` load weights of any rank.
 
     Args:
-        masked: whether layers keep their shapes: fewer directions are then filled up with zeros, and more do not load.
-            Elsewhere the layer takes the rank of the weights.
+        resize: as the optimizer's: with ``"masked"``, and with ``"auto"`` in several processes, layers keep their
+            shapes; fewer directions are then filled up with zeros, and more do not load. Elsewhere the layer takes
+            the rank of the weights.
         loaded: called with the pair and whether its shapes changed.
     """
 
@@ -79,12 +83,14 @@ def resize_on_load(pair: LoRAPair, masked: Callable[[], bool], loaded: Callable[
             return
         dim = 0 if module is pair.down else 1
         rank = incoming.shape[dim]
-        changes = rank != pair.rank and not masked()
+        masked = resize == "masked" or (resize == "auto" and world_size() > 1)
+        changes = rank != pair.rank and not masked
         if changes:
             make_room(pair, rank)
         elif rank < pair.rank:
             state_dict[prefix + "weight"] = sized(incoming, (dim,), pair.rank)
-        loaded(pair, changes)
+        if loaded is not None:
+            loaded(pair, changes)
 
     halves: tuple[Any, ...] = (pair.down, pair.up)
     return [m.register_load_state_dict_pre_hook(Hook(fit, id(m))) for m in halves]
