@@ -42,7 +42,7 @@ class _Call:
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.125) -> None:
         self.enabled = False
         self.paused = False
         self.share = share
@@ -107,7 +107,7 @@ class Probe:
 
     @torch.no_grad()
     def logits(self) -> Tensor | None:
-        """``(n, V)`` float32 logits of the slice's loss tokens, with the parameters as they are now."""
+        """``(n, V)`` logits of the slice's loss tokens, in float32 at least, with the parameters as they are now."""
         call = self._call
         if call is None:
             return None
@@ -117,7 +117,8 @@ class Probe:
             return None
         masks = [call.loss_masks[index] for index in sorted(call.loss_masks)]
         mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1) if masks else None
-        return (logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)).float()
+        rows = logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients of the slice's own loss for ``params``, with the parameters as they are now.

@@ -15,16 +15,24 @@ from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.precondition import Stack
 from ctr_optim.settings import Settings
-from ctr_optim.trust_region import adapted_bound, scale_within
+from ctr_optim.trust_region import adapted_bound, alignment, scale_within
 
 Steps = Mapping[Stack, Tensor]
+Logits = tuple[Tensor, Tensor]  # at theta + epsilon delta and theta - epsilon delta
 
 _COUPLING_GUESS = 30.0  # where the first measurement starts from; language models were seen between 10 and 400
+_NEWEST = 0.25  # least weight of a measurement among those before it: single ones are off by a third
 
 
 def initial_shared(settings: Settings) -> dict[str, Any]:
     """Numbers of the trust region that a checkpoint carries."""
-    return {"coupling": None, "base_coupling": None, "calibrations": 0, "max_kl": settings.max_kl}
+    return {
+        "coupling": None,
+        "alignment": None,
+        "base_coupling": None,
+        "calibrations": 0,
+        "max_kl": settings.max_kl,
+    }
 
 
 class TrustRegion:
@@ -37,12 +45,15 @@ class TrustRegion:
         self.settings, self.probe, self.taps = settings, probe, taps
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
+        self.slope: Tensor | float = 0.0
+        self.kappa: Tensor | float | None = None
         self.bound: float | None = None
 
     def constrain(
         self,
         deltas: Steps,
         q: Tensor,
+        slope: Tensor,
         blocks: Sequence[Block],
         groups: Sequence[dict[str, Any]],
         shared: dict[str, Any],
@@ -52,20 +63,24 @@ class TrustRegion:
         Args:
             deltas: the step.
             q: ``()`` its quadratic form in the metric of choice.
+            slope: ``()`` the loss's derivative along it.
             blocks: LoRA pairs with factors, for the KL from the base model.
             groups: the parameter groups, for the schedule of the bound.
             shared: the optimizer's numbers, changed here.
         """
         self.bound = self._bound_now(groups, shared)
         if self.probe is not None and self.probe.enabled and distributed.everywhere(self.probe.ready, q):
-            self._calibrate(deltas, blocks, q, shared)
-        predicted = 0.5 * self.coupling(shared) * q
+            self._calibrate(deltas, blocks, q, slope, shared)
+        self.slope, self.kappa = slope, self.coupling(shared)
+        if shared["alignment"] is not None:
+            self.kappa = self.kappa * alignment(slope, q, shared["alignment"])
+        predicted = 0.5 * self.kappa * q
         scale = torch.ones_like(predicted) if self.bound is None else scale_within(predicted, self.bound)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
         return scale
 
     def coupling(self, shared: dict[str, Any]) -> float:
-        """kappa, the factor between the block-diagonal metric and the model's own."""
+        """kappa of a usual step, the factor between the block-diagonal metric and the model's own."""
         if self.settings.calibration_interval is None:
             return 1.0
         return shared["coupling"] or _COUPLING_GUESS
@@ -96,13 +111,39 @@ class TrustRegion:
 
     # -- calibration --------------------------------------------------------------------------------------------
 
-    def _calibrate(self, deltas: Steps, blocks: Sequence[Block], q: Tensor, shared: dict[str, Any]) -> None:
-        """Measure the coupling along this step, at about the length that the step will have."""
-        form = float(q)
+    def _calibrate(
+        self, deltas: Steps, blocks: Sequence[Block], q: Tensor, slope: Tensor, shared: dict[str, Any]
+    ) -> None:
+        """Measure the coupling along this step, at about the length that the step will have.
+
+        Measurements are averaged geometrically, since one in a hundred is off by a factor of ten; what this step's
+        slope explains (:func:`alignment`) is taken out before.
+        """
+        form, ratio = float(q), float(slope) ** 2 / (float(q) or math.inf)
         if not (math.isfinite(form) and form > 0):
             return
-        target, guess, first = max(self.bound or 0.0, 1e-4), self.coupling(shared), shared["coupling"] is None
-        for _ in range(3 if first else 1):
+        newest = max(_NEWEST, 2 / (2 + shared["calibrations"]))  # all count at first, the later the more
+        typical = _mixed(shared["alignment"], ratio, newest) if ratio > 0 else shared["alignment"]
+        aligned = 1.0 if typical is None else float(alignment(slope, q, typical))
+        found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)
+        if found is None:
+            return
+        coupling, logits = found
+        shared["coupling"] = _mixed(shared["coupling"], coupling / aligned, newest)
+        shared["alignment"] = typical
+        shared["calibrations"] += 1
+        if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
+            self._calibrate_base(logits, blocks, shared)
+
+    def _measure(self, deltas: Steps, q: Tensor, guess: float, tries: int) -> tuple[float, Logits | None] | None:
+        """The coupling along a step and the logits that tell it; None where none can be had.
+
+        Args:
+            guess: of the coupling; the model is pushed about as far as the step will go if it is right.
+            tries: where it was off by more than a factor of two, push again.
+        """
+        form, target = float(q), max(self.bound or 0.0, 1e-4)
+        for _ in range(tries):
             # no further than the step itself goes (or a trace of a move): a model that cannot reach the target would
             # look flatter the further one pushes it
             epsilon = min(math.sqrt(2 * target / (guess * form)), max(1.0, math.sqrt(2e-4 / (guess * form))))
@@ -110,17 +151,13 @@ class TrustRegion:
             measured = distributed.mean(gauss_newton_kl(*logits) if logits else None, q)
             coupling = measured / (0.5 * epsilon**2 * form)
             if not (math.isfinite(coupling) and coupling > 0):
-                return
+                return None
             close, guess = 0.5 < coupling / guess < 2, coupling
             if close:
                 break
-        # the slice is small: the geometric mean with the last value halves its noise
-        shared["coupling"] = coupling if first else math.sqrt(coupling * shared["coupling"])
-        shared["calibrations"] += 1
-        if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
-            self._calibrate_base(logits, blocks, shared)
+        return coupling, logits
 
-    def _logits_along(self, deltas: Steps, epsilon: float) -> tuple[Tensor, Tensor] | None:
+    def _logits_along(self, deltas: Steps, epsilon: float) -> Logits | None:
         assert self.probe is not None
         changes = [stack.parts(delta) for stack, delta in deltas.items()]
         logits = []
@@ -129,9 +166,7 @@ class TrustRegion:
                 logits.append(self.probe.logits())
         return None if logits[0] is None or logits[1] is None else (logits[0], logits[1])
 
-    def _calibrate_base(
-        self, logits: tuple[Tensor, Tensor] | None, blocks: Sequence[Block], shared: dict[str, Any]
-    ) -> None:
+    def _calibrate_base(self, logits: Logits | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.probe is not None
         total = float(sum(block.kl_from_base().sum() for block in blocks))
@@ -149,21 +184,21 @@ class TrustRegion:
         """Compare the reduction that the quadratic model promised with the one that the closure shows."""
         if self.settings.max_kl is None:
             return
-        promised, sign = -float(self.predicted), 1.0
-        for stack, delta in deltas.items():
-            sign = -1.0 if stack.group["maximize"] else 1.0
-            parts = zip(stack.params, *stack.parts(delta), strict=True)
-            slopes = [(distributed.local(p.grad) * part).sum() for p, _, part in parts if p.grad is not None]
-            slope = distributed.sum_over_parts(torch.stack(slopes).sum(), stack.params[0])
-            promised -= sign * float(self.scale) * float(slope)
+        promised = -float(self.scale) * float(self.slope) - float(self.predicted)
+        sign = -1.0 if next(iter(deltas)).group["maximize"] else 1.0
         with self.taps.paused(), torch.enable_grad():
             after = closure()
         # every process saw its own share of the batch
-        gained = torch.tensor(sign * (float(before) - float(after)), device=slopes[0].device)
+        gained = torch.tensor(sign * (float(before) - float(after)), device=next(iter(deltas.values())).device)
         gain = float(gained / distributed.add_up([gained]))
         shared["max_kl"] = adapted_bound(shared["max_kl"], self.settings.max_kl, gain, promised)
 
 
+def _mixed(before: float | None, new: float, weight: float) -> float:
+    """Geometric mean of what was known and what was measured, ``weight`` for the latter."""
+    return new if before is None else before ** (1 - weight) * new**weight
+
+
 def _measures_base(calibrations: int) -> bool:
-    """The way from the base model is only told to the user: once it is long, every fourth measurement will do."""
-    return calibrations <= 8 or calibrations % 4 == 0
+    """The way from the base model is only told to the user: every other measurement will do, later every fourth."""
+    return calibrations % (2 if calibrations < 8 else 4) == 0

@@ -93,31 +93,35 @@ class Fused:
             return ~infinite.any()
         return None
 
-    def directions(self, finite: Tensor) -> tuple[dict[Stack, Tensor], Tensor | None]:
-        """Advance the moments; every stack's step ``(L, *shape)`` before the trust region, and their quadratic form.
+    def directions(self, finite: Tensor) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
+        """Advance the moments; every stack's step ``(L, *shape)`` before the trust region, their form and slope.
 
-        As ``Stack.direction`` and ``Block.quadratic``. Where a kernel fails, the stacks from there on are left as they
-        were, and missing; there is no form then.
+        As ``Stack.direction``, ``Block.quadratic`` and ``Stack.slope``. Where a kernel fails, the stacks from there on
+        are left as they were, and missing; neither form nor slope is known then.
 
         Args:
             finite: ``()``; where false, nothing moves and steps are zero.
         """
         deltas: dict[Stack, Tensor] = {}
         pairs = [len(block.pairs) for block in self.blocks]
-        sums = torch.empty(3, sum(pairs), SLICES, device=self._table.device)
+        sums = torch.empty(5, sum(pairs), SLICES, device=self._table.device)
         with self._trying():
             for block, parts in zip(self.blocks, torch.split(sums, pairs, dim=1), strict=True):
                 assert block.a is not None
-                square_a, square_b, cross = parts
+                square_a, square_b, cross, slope_a, slope_b = parts
                 live = _live(block.b, finite)
                 gram = sums.new_empty(*square_b.shape, *block.H.shape[1:])
                 # B first: A's kernel ends what B's began of the cross term
-                deltas[block.b] = self._direction(block.b, block.H, block.S, gram, square_b, cross, live)
-                deltas[block.a] = self._direction(block.a, block.D, block.C, gram.sum(1), square_a, cross, live)
+                deltas[block.b] = self._direction(block.b, block.H, block.S, gram, square_b, cross, slope_b, live)
+                grams = gram.sum(1)
+                deltas[block.a] = self._direction(block.a, block.D, block.C, grams, square_a, cross, slope_a, live)
         if deltas:
             lives = [_live(stack, finite) for stack in deltas]
             torch._foreach_add_([stack.tensors["step"] for stack in deltas], lives)
-        return deltas, combine(*sums.sum(-1)).sum() if len(deltas) == len(self.stacks) else None
+        if len(deltas) < len(self.stacks):
+            return deltas, None
+        *forms, slope_a, slope_b = sums.sum(-1)
+        return deltas, (combine(*forms).sum(), (slope_a + slope_b).sum())
 
     def move_(self, deltas: Mapping[Stack, Tensor], scale: Tensor) -> list[Stack]:
         """``p <- p + scale delta``, as ``Stack.move_``; returns the stacks that have moved."""
@@ -131,7 +135,15 @@ class Fused:
         return moved
 
     def _direction(
-        self, stack: Stack, metric: Tensor, factor: Factor, gram: Tensor, square: Tensor, cross: Tensor, live: Tensor
+        self,
+        stack: Stack,
+        metric: Tensor,
+        factor: Factor,
+        gram: Tensor,
+        square: Tensor,
+        cross: Tensor,
+        slope: Tensor,
+        live: Tensor,
     ) -> Tensor:
         t, group, is_a = stack.tensors, stack.group, stack.rank_dim == -2
         delta = torch.empty_like(t["exp_avg"])
@@ -142,7 +154,7 @@ class Fused:
         lr = group["lr"] if isinstance(group["lr"], Tensor) and group["lr"].is_cuda else float(group["lr"])
         _kernels().find_direction[square.shape](
             self._rows[stack], t["exp_avg"], t["exp_avg_sq"], delta, t["basis"], metric, factor.tensors[0], gram,
-            square, cross, t["step"], live, lr, 1 - beta1, beta2, 1 - beta2, _log2(beta1), _log2(beta2),
+            square, cross, slope, t["step"], live, lr, 1 - beta1, beta2, 1 - beta2, _log2(beta1), _log2(beta2),
             group["eps"], group["weight_decay"],
             rank, wide, wide if is_a else 1, 1 if is_a else rank,
             IS_A=is_a, LR_IS_TENSOR=isinstance(lr, Tensor), MAXIMIZE=group["maximize"], RANK=room, TILE=tile,
@@ -193,7 +205,7 @@ class Fused:
 
 def _live(stack: Stack, finite: Tensor) -> Tensor:
     """``(L,)`` as ``Stack.live``: 1 where a layer moves, which has a gradient here."""
-    live = finite.to(stack.tensors["step"].dtype)
+    live = finite.to(stack.tensors["step"])
     return live.repeat(len(stack.params)) if stack.gate is None else live * stack.gate
 
 

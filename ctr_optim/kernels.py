@@ -43,6 +43,7 @@ def find_direction(
     gram,
     square,
     cross,
+    slope,
     step,
     live,
     lr,
@@ -70,7 +71,7 @@ def find_direction(
     ``delta`` and the moments are as the parameters ``(L, *shape)``, ``basis`` and ``metric`` (D of A, H of B)
     ``(L, r, r)``, ``diagonal`` (C, S) ``(L, wide)``. ``square (L, slices)`` gets ``<delta, metric delta diagonal>``.
     B's ``gram (L, slices, r, r)`` gets ``dB^T S B``; A's ``gram (L, r, r)`` is the sum of these, and
-    ``cross (L, slices)`` what it gives with ``A C dA^T``.
+    ``cross (L, slices)`` what it gives with ``A C dA^T``. ``slope (L, slices)`` gets the gradient's product with delta.
     """
     layer, piece, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     rows = tl.arange(0, RANK)
@@ -100,6 +101,7 @@ def find_direction(
     first = layer * rank * wide
     squares = tl.zeros((RANK, TILE), tl.float32)
     crosses = tl.zeros((RANK, TILE), tl.float32)
+    slopes = tl.zeros((RANK, TILE), tl.float32)
     tiles = tl.cdiv(tl.cdiv(wide, pieces), TILE)
     for tile in range(piece * tiles, tl.minimum((piece + 1) * tiles, tl.cdiv(wide, TILE))):
         columns = tile * TILE + tl.arange(0, TILE)
@@ -111,14 +113,15 @@ def find_direction(
         p = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
         c = tl.load(diagonal + layer * wide + columns, mask=columns < wide, other=0.0)
         g = tl.where(on, -g if MAXIMIZE else g, 0.0)
-        g = tl.dot(tl.trans(Q), g, input_precision="ieee")
-        m = tl.where(on, m + weight1 * (g - m), m)
-        v = tl.where(on, beta2 * v + weight2 * (g * g), v)
+        e = tl.dot(tl.trans(Q), g, input_precision="ieee")
+        m = tl.where(on, m + weight1 * (e - m), m)
+        v = tl.where(on, beta2 * v + weight2 * (e * e), v)
         tl.store(exp_avg + first + at, m, mask=inside)
         tl.store(exp_avg_sq + first + at, v, mask=inside)
         u = tl.where(inside & on, m / (tl.sqrt(v) + shift) * -length, 0.0)
         d = tl.dot(Q, u, input_precision="ieee") - decay * p
         tl.store(delta + first + at, d, mask=inside)
+        slopes += g * d
         x = d * c[None, :]
         squares += tl.dot(M, d, input_precision="ieee") * x
         if IS_A:
@@ -127,6 +130,7 @@ def find_direction(
             P = tl.dot(x, tl.trans(p), P, input_precision="ieee")
     slot = layer * pieces + piece
     tl.store(square + slot, tl.sum(squares))
+    tl.store(slope + slot, tl.sum(slopes))
     if IS_A:
         tl.store(cross + slot, tl.sum(crosses))
     else:

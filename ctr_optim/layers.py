@@ -18,6 +18,7 @@ from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, TokenScale, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.devices import together
 from ctr_optim.fused import Fused
 from ctr_optim.gradients import grad_scale
 from ctr_optim.hooks import Hook
@@ -167,17 +168,18 @@ class Layers:
         if not self._looked:
             guards.check_agreement(agreed, self.blocks)
         world = distributed.add_up([t for block in self.blocks for t in block.staged])
-        tokens = torch.stack([block.loss_tokens() for block in self.blocks]).amin()
-        seen = torch.isfinite(tokens) & finite
+        tokens = together([block.loss_tokens() for block in self.blocks]).amin()
+        seen = torch.isfinite(tokens) & finite.to(tokens.device)
         if not self._looked:  # once: it waits for the device
             self._looked = True
-            guards.warn_if_blind(tokens, finite, self.pairs)
+            guards.warn_if_blind(tokens, finite.to(tokens.device), self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
         # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
         summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
-        scale = TokenScale(tokens, summed / grad_scale())
+        loss_scale = grad_scale()  # a number stays one: as a tensor it would make the host wait
+        scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
         for block in self.blocks:
-            block.commit(scale, self.settings.factor_decay, seen)
+            block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
 
     def hold(self) -> None:
         """Where there is a bound, and the taps saw nothing in this step: layers never seen yet wait for them."""
@@ -185,9 +187,9 @@ class Layers:
             block.release()
         bounded = self.settings.max_kl is not None and self.taps.stages
         if bounded and not self.taps.enabled and self.blocks and self.blocks[0].b.gate is None:
-            some_seen = torch.stack([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax() > 0
+            some_seen = together([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax() > 0
             for block in self.blocks:
-                block.hold(some_seen)
+                block.hold(some_seen.to(block.H.device))
 
     def forget(self) -> None:
         """Drop what the taps staged: the gradients that it belongs to are gone."""
@@ -199,7 +201,7 @@ class Layers:
         if not self.taps.enabled or self.fsdp or self._replaced(groups):  # FSDP keeps what it accumulates elsewhere
             return
         grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
-        some = torch.stack([norm != 0 for norm in torch._foreach_norm(grads)]).any() if grads else None
+        some = together([norm != 0 for norm in torch._foreach_norm(grads)]).any() if grads else None
         for block in self.blocks:
             block.forget(unless=some)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ctr_optim.constraint import TrustRegion
 from ctr_optim.curvature.blocks import Block
 
@@ -20,14 +18,14 @@ def metrics_of(
 ) -> dict[str, Any]:
     """The dict that :meth:`ctr_optim.CTROptimizer.metrics` describes; waits for the device."""
     names = [pair.name for block in blocks for pair in block.pairs]
-    shares = torch.cat([block.kl_from_base() for block in blocks]).tolist() if names else []
+    shares = [share for block in blocks for share in block.kl_from_base().tolist()]
     factor = shared["base_coupling"] or trust.coupling(shared)
     by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
     return {
         "trust/predicted_kl": float(trust.predicted),
         "trust/max_kl": trust.bound,
         "trust/scale": float(trust.scale),
-        "trust/coupling": trust.coupling(shared),
+        "trust/coupling": float(trust.coupling(shared) if trust.kappa is None else trust.kappa),
         "trust/source": trust.source(shared),
         "kl_from_base": sum(by_layer.values()),
         "kl_from_base/layer": by_layer,

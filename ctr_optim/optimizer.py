@@ -16,12 +16,14 @@ from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, drop_sketches, refresh_bases
+from ctr_optim.devices import together
+from ctr_optim.fused import Fused
 from ctr_optim.gradients import all_finite, warn_failed, warn_skipped
 from ctr_optim.hooks import weakly
 from ctr_optim.layers import Layers
 from ctr_optim.lora import LoRAPair
 from ctr_optim.metrics import metrics_of
-from ctr_optim.precondition import Stack
+from ctr_optim.precondition import Stack, slope
 from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
@@ -52,8 +54,8 @@ class CTROptimizer(Optimizer):
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
             loss, needs ``step(closure)``, which is called twice.
-        calibration_interval: steps between measurements of kappa, growing fourfold later on; None: kappa is 1, the
-            plain metric.
+        calibration_interval: most steps between measurements of kappa, which come after one step at first, then two,
+            three, ...; None: kappa is 1, the plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
         curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
@@ -86,7 +88,7 @@ class CTROptimizer(Optimizer):
         *,
         max_kl: float | None = 0.1,
         kl_schedule: str = "lr",
-        calibration_interval: int | None = 20,
+        calibration_interval: int | None = 50,
         trust_penalty: float = 0.0,
         curvature: str = "kfac",
         factor_structure: str = "diagonal",
@@ -213,15 +215,15 @@ class CTROptimizer(Optimizer):
         fused = self._layers.fused
         found = fused.look()
         finite = self._check(found)
-        deltas, q = self._directions(finite, found is not None)
+        deltas, forms = self._directions(finite, found is not None)
         scale = None
-        if q is not None:
-            scale = self._trust.constrain(deltas, q, self._layers.blocks, self.param_groups, self._shared)
+        if forms is not None:
+            scale = self._trust.constrain(deltas, *forms, self._layers.blocks, self.param_groups, self._shared)
         moved = fused.move_(deltas, scale) if found is not None and scale is not None else []
         for stack, delta in deltas.items():
             if stack not in moved:
                 stack.move_(delta, scale)
-        if closure is not None and self._settings.kl_schedule == "adaptive" and q is not None:
+        if closure is not None and self._settings.kl_schedule == "adaptive" and forms is not None:
             self._trust.adapt(closure, loss, deltas, self._shared)
         self._shared["steps"] += 1
         self._reallocate()
@@ -238,16 +240,16 @@ class CTROptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if id(p) not in known]
         grads = [p.grad for p in params if p.grad is not None]
         if grads or finite is None:
-            finite = all_finite(grads) if finite is None else finite & all_finite(grads)
+            finite = all_finite(grads) if finite is None else finite & all_finite(grads).to(finite.device)
         self._skipped = (~finite).long() if self._skipped is None else self._skipped + ~finite
         if finite.device.type == "cpu" and not finite:
             warn_skipped()
         return finite
 
-    def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], Tensor | None]:
+    def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
 
-        And their ``()`` quadratic form in the chosen curvature; None where there is none.
+        And ``()`` their quadratic form in the chosen curvature and their slope; None where there is no curvature.
         """
         layers, stacks = self._layers, self._stack()
         layers.follow_devices(self.state)
@@ -260,7 +262,7 @@ class CTROptimizer(Optimizer):
             if failed:
                 self._shared["failed"] += failed
                 warn_failed("an eigenbasis", "the layers keep the one that they have")
-        deltas, q = layers.fused.directions(finite) if fused else ({}, None)
+        deltas, known = layers.fused.directions(finite) if fused else ({}, None)
         rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
         deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
         if not deltas:
@@ -268,17 +270,23 @@ class CTROptimizer(Optimizer):
         if self._settings.trust_penalty:
             for block in layers.blocks:
                 block.penalize_(deltas, self._settings.trust_penalty, finite)
-        return deltas, self._quadratic(deltas, q)
+        return deltas, self._forms(deltas, known, finite)
 
-    def _quadratic(self, deltas: dict[Stack, Tensor], q: Tensor | None) -> Tensor | None:
-        if self._settings.curvature == "hutchinson" and (probe := self._layers.probe) is not None:
-            if probe.enabled and distributed.everywhere(probe.ready, next(iter(deltas.values()))):
-                hutchinson.sample(list(deltas), probe.gradients, self._shared, self._settings.factor_decay)
-            return torch.stack([hutchinson.quadratic(stack, delta) for stack, delta in deltas.items()]).sum()
-        done = self._layers.fused.blocks if q is not None else []
-        forms = [block.quadratic(deltas) for block in self._layers.blocks if block not in done]
-        forms += [] if q is None else [q]
-        return torch.stack(forms).sum() if forms else None
+    def _forms(
+        self, deltas: dict[Stack, Tensor], known: tuple[Tensor, Tensor] | None, finite: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The step's quadratic form and slope; ``known``: of what the kernels did."""
+        layers, done = self._layers, self._layers.fused if known is not None else Fused(())
+        rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
+        forms = [block.quadratic(deltas) for block in layers.blocks if block not in done.blocks]
+        if self._settings.curvature == "hutchinson" and (probe := layers.probe) is not None:
+            if probe.enabled and distributed.everywhere(probe.ready, finite):
+                hutchinson.sample(list(rest), probe.gradients, self._shared, self._settings.factor_decay)
+            forms = [hutchinson.quadratic(stack, delta) for stack, delta in rest.items()]
+        slopes = [slope(rest, finite)] if rest and (forms or known is not None) else []
+        if known is not None:
+            forms, slopes = [*forms, known[0]], [*slopes, known[1]]
+        return (together(forms).sum(), together(slopes).sum()) if forms else None
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""

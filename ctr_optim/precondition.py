@@ -7,13 +7,14 @@ whole weight matrices. With identity bases it is torch's AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ctr_optim import distributed
+from ctr_optim.devices import together
 
 
 def rotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
@@ -122,12 +123,12 @@ class Stack:
             return None
         zero = torch.zeros_like(self.params[0]) if any(missing) else None
         stacked = self._stacked([zero if g is None else g for g in grads]).to(self.dtype)  # type: ignore[misc]
-        stacked = torch.where(finite, -stacked if self.group["maximize"] else stacked, 0)
+        stacked = torch.where(finite.to(stacked.device), -stacked if self.group["maximize"] else stacked, 0)
         return stacked, self.live(finite)
 
     def live(self, finite: Tensor) -> Tensor:
         """``(L,)`` 1 for the parameters that this step moves; 0 without gradient or turn, all 0 unless ``finite``."""
-        live = finite.to(self.tensors["step"].dtype).expand(len(self.params))
+        live = finite.to(self.tensors["step"]).expand(len(self.params))
         live = live if self.gate is None else live * self.gate
         present = [p.grad is not None for p in self.params]
         return live if all(present) else live * torch.tensor(present, dtype=live.dtype).to(live.device)
@@ -151,6 +152,16 @@ class Stack:
             delta -= self.values() * (group["lr"] * group["weight_decay"] * live.view(factor.shape).to(delta.dtype))
         return delta
 
+    def slope(self, delta: Tensor) -> Tensor:
+        """``()`` this process's term of the derivative, along a step ``(L, *shape)``, of what is minimized."""
+        grads, steps = [], []
+        for p, step in zip(self.params, self.parts(delta)[1], strict=True):
+            if p.grad is not None:
+                grads.append(distributed.local(p.grad).flatten())
+                steps.append(step.flatten())
+        slope: Tensor = torch.linalg.vecdot(torch.stack(grads).to(delta.dtype), torch.stack(steps)).sum()
+        return -slope if self.group["maximize"] else slope
+
     def set_basis(self, basis: Tensor) -> None:
         """Move to a new eigenbasis, moments and all."""
         t = self.tensors
@@ -160,7 +171,7 @@ class Stack:
 
     def move_(self, delta: Tensor, scale: Tensor | None) -> None:
         """``p <- p + scale delta`` (None: 1), summed in the wider dtype."""
-        params, parts = self.parts(delta if scale is None else delta * scale.to(delta.dtype))
+        params, parts = self.parts(delta if scale is None else delta * scale.to(delta))
         torch._foreach_add_([p.data for p in params], parts)
 
     def parts(self, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -173,6 +184,21 @@ class Stack:
         if self.rank_dim is None:
             return torch.stack([distributed.local(t) for t in tensors])
         return distributed.stack_whole(tensors)
+
+
+def slope(deltas: Mapping[Stack, Tensor], finite: Tensor) -> Tensor:
+    """``()`` the derivative along a step of what is minimized: gradient times step, over all parameters.
+
+    Args:
+        deltas: the step, ``(L, *shape)`` for each stack.
+        finite: ``()`` whether the gradients are; 0 is returned where not.
+    """
+    whole = [stack.slope(delta) for stack, delta in deltas.items() if not distributed.is_sharded(stack.params[0])]
+    parts = {stack: stack.slope(delta) for stack, delta in deltas.items() if distributed.is_sharded(stack.params[0])}
+    if parts:
+        whole.append(distributed.sum_over_parts(together(list(parts.values())).sum(), next(iter(parts)).params[0]))
+    slope = together(whole).sum()
+    return torch.where(finite.to(slope.device), slope, 0)
 
 
 def initial_state(p: nn.Parameter, rank_dim: int | None) -> dict[str, Tensor]:

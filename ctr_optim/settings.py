@@ -54,10 +54,11 @@ def due(step: int, interval: int) -> bool:
 
 
 def calibration_due(step: int, interval: int | None) -> bool:
-    """Whether the coupling is measured: it drifts ever more slowly, so that the interval may grow fourfold."""
+    """Whether the coupling is measured: after one step, then two, then three, ... until the gap is ``interval``."""
     if interval is None:
         return False
-    return due(step, interval * (1 if step < 5 * interval else 2 if step < 20 * interval else 4))
+    settled = interval * (interval + 1) // 2
+    return (step - settled) % interval == 0 if step > settled else math.isqrt(8 * step + 1) ** 2 == 8 * step + 1
 
 
 def check_group(group: dict[str, Any]) -> None:

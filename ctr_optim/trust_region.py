@@ -3,7 +3,8 @@
 The Kullback-Leibler divergence per token between the model before and after a step Delta is, to second order,
 ``Delta^T F Delta / 2`` with F the Fisher matrix. K-FAC's block-diagonal F gives the right *shape* cheaply; its
 *scale* leaves out that layers and tokens move together. One number, the coupling kappa, restores it:
-``KL ~ kappa q / 2``. It is measured on the model itself (see ``calibration.py``).
+``KL ~ kappa q / 2``. It is measured on the model itself now and then (see ``calibration.py``); from one step to the
+next it follows the loss's slope along the step (:func:`alignment`), which costs nothing.
 """
 
 from __future__ import annotations
@@ -60,6 +61,26 @@ def long_product(x: Tensor, y: Tensor) -> Tensor:
 def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: Factor) -> tuple[Tensor, Tensor]:
     """Gradients of the cumulative penalty ``sum tr(D H) = |S^1/2 B A C^1/2|^2``: ``2 D A C`` and ``2 S B H``."""
     return 2 * C.matmul((D @ a).mT).mT, 2 * S.matmul(b @ H)
+
+
+SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
+
+
+def alignment(slope: Tensor, q: Tensor, typical: float) -> Tensor:
+    """``()`` how much larger than usual a step's KL is for its K-FAC form, from the loss's slope along the step.
+
+    Layers and tokens that lower the loss together move the predictions together: from one step to the next, the KL
+    follows ``q^0.4 slope^1.2`` far better than q alone, and kappa drifts less, too (benchmarks/README.md). The
+    ratio of ``slope^2 / q`` to its usual value counts within a factor of 9: a step along which the loss is level moves
+    the predictions, too.
+
+    Args:
+        slope: ``()`` inner product of gradient and step.
+        q: ``()`` the step's K-FAC form.
+        typical: the usual ``slope^2 / q``.
+    """
+    ratio = slope.square() / (q * typical).clamp_min(torch.finfo(q.dtype).tiny)
+    return ratio.clamp(1 / 9, 9) ** SLOPE_EXPONENT
 
 
 def scale_within(predicted_kl: Tensor, bound: float | Tensor) -> Tensor:

@@ -107,6 +107,8 @@ def assert_same_step(
     got, expected = one[1].metrics(), other[1].metrics()
     for key in ("trust/predicted_kl", "trust/scale"):
         assert got[key] == pytest.approx(expected[key], rel=1e-5) and got[key] > 0
+    slopes = [float(opt._trust.slope) for _, opt in (one, other)]
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-4) and slopes[0] < 0
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from support import (
 from torch import Tensor, nn
 
 from ctr_optim.calibration import gauss_newton_kl, kl_divergence, moved
+from ctr_optim.trust_region import SLOPE_EXPONENT
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
 
@@ -136,25 +137,31 @@ def test_the_coupling_is_the_ratio_of_measured_and_block_diagonal_kl() -> None:
     assert opt.metrics()["trust/coupling"] == pytest.approx(measured / plain, rel=0.05)
 
 
-def test_later_measurements_are_averaged_geometrically() -> None:
+def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
+    """Geometrically, with weights of 1, 2/3, 1/2, 2/5, 1/3, 2/7, 1/4, 1/4, ... for the newest."""
     model = net()
     opt = optimizer(model, lr=1.0, max_kl=1e-5, calibration_interval=1, factor_decay=0.0, factor_structure="dense")
     ids, labels = batch()
-    ids, labels = ids[:1].repeat(4, 1), labels[:1].repeat(4, 1)
-    previous = None
-    for _ in range(3):
-        weights = weights_of(opt)
+    ids, labels = ids[:1].repeat(8, 1), labels[:1].repeat(8, 1)
+    usual = typical = 1.0
+    for step in range(9):
+        weights, before = weights_of(opt), snapshot(model)
         with torch.no_grad():
-            before = model(ids)[labels != -100]
+            logits = model(ids)[labels != -100]
         opt.zero_grad()
         backward(model, (ids, labels))
         opt.step()
         with torch.no_grad():
-            measured = float(exact_kl(before, model(ids)[labels != -100]).mean())
-        now = measured / kl_of_step(factors_of(opt), weights, weights_of(opt))
-        expected = now if previous is None else (now * previous) ** 0.5
-        previous = opt.metrics()["trust/coupling"]
-        assert previous == pytest.approx(expected, rel=0.02)
+            measured = float(exact_kl(logits, model(ids)[labels != -100]).mean())
+        form = 2 * kl_of_step(factors_of(opt), weights, weights_of(opt))
+        moves = (
+            (p.grad * (p.detach() - before[name])).sum() for name, p in model.named_parameters() if p.requires_grad
+        )
+        ratio, weight = float(sum(moves)) ** 2 / form, max(0.25, 2 / (step + 2))
+        typical = typical ** (1 - weight) * ratio**weight
+        aligned = (ratio / typical) ** SLOPE_EXPONENT
+        usual = usual ** (1 - weight) * (2 * measured / form / aligned) ** weight
+        assert opt.metrics()["trust/coupling"] == pytest.approx(usual * aligned, rel=0.02)
 
 
 def test_the_kl_from_the_base_model_is_measured_too() -> None:
@@ -274,12 +281,14 @@ def test_measurements_happen_when_due() -> None:
     model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     opt = optimizer(model, calibration_interval=4, lr=1e-3)
     counts = []
-    for step in range(10):
+    for step in range(20):
         calls.clear()
         train(model, opt, 1, step)
         counts.append(calls.count(False))
-    assert [c > 0 for c in counts] == [True, True, True, False, True, False, False, False, True, False]
-    assert set(counts[4:]) == {0, 3}  # at theta + delta, at theta - delta, and without the adapter
+    # gaps of 1, 2, 3 steps, then 4
+    assert [step for step, count in enumerate(counts) if count] == [0, 1, 3, 6, 10, 14, 18]
+    # at theta + delta and theta - delta; now and then without the adapter
+    assert set(counts[3:]) == {0, 2, 3}
 
 
 # -- where it cannot be done ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ctr_optim.adapters.files import read_adapter
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
 pytestmark = [needs_gloo, needs_fsdp2]
 
-STEPS, ROWS = 5, 4  # of four rows, a process calibrates on one
+STEPS, ROWS = 5, 8  # of eight rows, a process calibrates on one
 OPTIONS: dict[str, Any] = dict(
     lr=0.05, max_kl=1e-3, weight_decay=0.01, factor_interval=2, basis_interval=2, calibration_interval=2
 )
@@ -97,14 +97,14 @@ def test_two_processes_are_one(tmp_path: Path, mesh: tuple[int, ...], lora: dict
     assert_one(*spawn(_train, tmp_path, mesh, lora), alone(**lora))
 
 
-MOVING: dict[str, Any] = dict(
-    rank_scheduler=dict(budget=4, interval=2, window=2, sketch_rank=2, hysteresis=0.0, max_change=3, max_rank=6)
+MOVING: dict[str, Any] = OPTIONS | dict(
+    rank_scheduler=dict(budget=4, interval=2, window=2, sketch_rank=2, hysteresis=0.0, max_change=3, max_rank=6),
 )
 
 
 def _move(rank: int, folder: Path) -> Any:
     model = shard(model_of(r=6))
-    opt = CTROptimizer(model.parameters(), **OPTIONS, **MOVING)
+    opt = CTROptimizer(model.parameters(), **MOVING)
     heard: list[Any] = []
     opt.on_rank_event(heard.append)
     train(model, opt, lambda step: rows_of(step, rank), range(STEPS))
@@ -116,7 +116,7 @@ def test_ranks_move_alike(tmp_path: Path) -> None:
     """Within the shapes that there are: the same events everywhere, and the weights of one process."""
     (weights, numbers, events), (others, other_numbers, other_events) = spawn(_move, tmp_path)
     model = model_of(r=6)
-    opt = CTROptimizer(trainable(model), **OPTIONS, **MOVING, resize="masked", model=model)
+    opt = CTROptimizer(trainable(model), **MOVING, resize="masked", model=model)
     heard: list[Any] = []
     opt.on_rank_event(heard.append)
     train(model, opt, joined, range(STEPS))

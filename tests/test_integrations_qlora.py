@@ -102,8 +102,10 @@ def test_training_with_a_rank_event(bits: int, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     again = peft.PeftModel.from_pretrained(quantised(bits), str(tmp_path))
     data = {k: v for k, v in llama_batch(9).items() if k != "labels"}
-    with torch.no_grad():
-        assert torch.equal(again.eval()(**data).logits, model.eval()(**data).logits)
+    with (
+        torch.no_grad()
+    ):  # in training mode: for evaluation, some CPUs repack weights, and layers as narrow as these fail
+        assert torch.equal(again.train()(**data).logits, model.train()(**data).logits)
 
 
 def test_half_precision_and_checkpointed_activations(bits: int) -> None:

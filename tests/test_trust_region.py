@@ -28,7 +28,14 @@ from torch import Tensor
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature.factors import STRUCTURES, Dense
-from ctr_optim.trust_region import adapted_bound, penalty_gradients, quadratic, scale_within
+from ctr_optim.trust_region import (
+    SLOPE_EXPONENT,
+    adapted_bound,
+    alignment,
+    penalty_gradients,
+    quadratic,
+    scale_within,
+)
 
 R, D_IN, D_OUT, LAYERS = 3, 6, 5, 2
 
@@ -91,6 +98,50 @@ def test_quadratic_is_never_negative_and_homogeneous(seed: int, name: str, lie: 
     assert (q >= 0).all() and q.isfinite().all()
     torch.testing.assert_close(quadratic(3 * da, 3 * db, **d), 9 * q, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(quadratic(-da, -db, **d), q, rtol=1e-9, atol=1e-12)
+
+
+# -- from one step to the next ----------------------------------------------------------------------------------------
+
+
+@given(slope=st.floats(-10, 10), q=st.floats(1e-3, 1e3), typical=st.floats(1e-3, 1e3), scale=st.floats(0.1, 10.0))
+def test_alignment_puts_the_slope_into_the_form(slope: float, q: float, typical: float, scale: float) -> None:
+    s, form = (torch.tensor(x, dtype=torch.float64) for x in (slope, q))
+    got = float(alignment(s, form, typical))
+    assert got == pytest.approx(min(max(slope**2 / (q * typical), 1 / 9), 9.0) ** SLOPE_EXPONENT)
+    # the prediction stays quadratic in the step's length, whatever the exponent
+    assert float(alignment(scale * s, scale**2 * form, typical)) == pytest.approx(got)
+
+
+def test_alignment_of_a_step_that_goes_nowhere() -> None:
+    assert float(alignment(torch.tensor(0.0), torch.tensor(0.0), 1.0)) == pytest.approx(9**-SLOPE_EXPONENT)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> None:
+    """Momentum, decay, a head outside the layers: the slope is that of the step that the parameters really take."""
+    model = net()
+    model.head.requires_grad_(True)
+    opt = optimizer(
+        model, lr=0.1, weight_decay=0.1, max_kl=1e-4, calibration_interval=50, factor_interval=1, maximize=maximize
+    )
+    typical = coupling = None
+    for step in range(3, 8):  # measured at the first of these only
+        opt.zero_grad()
+        backward(model, batch(step))
+        before, weights = snapshot(model), weights_of(opt)
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        opt.step()
+        found = opt.metrics()
+        moved = snapshot(model)
+        slope = sum(float((g * (moved[name] - before[name])).sum()) for name, g in grads.items())
+        assert slope * (1 if maximize else -1) > 0
+        ratio = slope**2 / (2 * kl_of_step(factors_of(opt), weights, weights_of(opt)))
+        if typical is None or coupling is None:
+            typical, coupling = ratio, found["trust/coupling"]
+        expected = coupling * min(max(ratio / typical, 1 / 9), 9) ** SLOPE_EXPONENT
+        assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
+        opt._shared["steps"] = 101  # no measurement is due
+        opt._arm()
 
 
 # -- the scale --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,11 @@ class TokenScale:
     """
 
     tokens: Tensor
-    grad: Tensor | float
+    grad: Tensor
+
+    def to(self, device: torch.device) -> TokenScale:
+        """The same on another device."""
+        return TokenScale(self.tokens.to(device), self.grad.to(device))
 
 
 class Block:
