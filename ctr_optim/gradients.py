@@ -5,21 +5,29 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Container, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctr_optim import distributed
+from ctr_optim.devices import together
 
 
-def all_finite(grads: list[Tensor]) -> Tensor:
-    """``()`` on the first gradient's device: whether every gradient is finite, without waiting for any device.
+def all_finite(groups: Iterable[dict[str, Any]], known: Container[int] = (), found: Tensor | None = None) -> Tensor:
+    """``()`` whether every gradient is finite, without waiting for any device; tells where it is not, on the CPU.
 
     Processes that hold parts of the gradients (FSDP2) agree; elsewhere all of them hold the same ones.
+
+    Args:
+        groups: parameter groups.
+        known: ids of parameters that were looked at already, and ``found``, what was found.
 
     Raises:
         TypeError: for a sparse or complex gradient.
     """
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None and id(p) not in known]
     by_device: dict[torch.device, list[Tensor]] = {}
     for g in grads:
         if g.is_sparse or g.is_complex():
@@ -28,12 +36,14 @@ def all_finite(grads: list[Tensor]) -> Tensor:
         part = distributed.local(g)
         if part.numel() > 0:
             by_device.setdefault(g.device, []).append(part)
-    home = grads[0].device
-    largest = [torch.stack(torch._foreach_norm(some, math.inf)) for some in by_device.values()]
-    finite = torch.ones((), dtype=torch.bool, device=home)
-    for norms in largest:
-        finite = finite & torch.isfinite(norms).all().to(home)
-    return distributed.everywhere(finite) if any(map(distributed.is_sharded, grads)) else finite
+    looks = [] if found is None else [found]
+    looks += [torch.isfinite(torch.stack(torch._foreach_norm(some, math.inf))).all() for some in by_device.values()]
+    finite = together(looks).all() if looks else torch.ones((), dtype=torch.bool, device=grads[0].device)
+    if any(map(distributed.is_sharded, grads)):
+        finite = distributed.everywhere(finite)
+    if finite.device.type == "cpu" and not finite:
+        warn_skipped()
+    return finite
 
 
 def warn_skipped() -> None:

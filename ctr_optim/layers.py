@@ -23,7 +23,7 @@ from ctr_optim.fused import Fused
 from ctr_optim.gradients import grad_scale
 from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
-from ctr_optim.precondition import Stack
+from ctr_optim.precondition import Stack, slope
 from ctr_optim.settings import Settings
 
 Groups = Sequence[dict[str, Any]]
@@ -158,6 +158,16 @@ class Layers:
             for index, stage in zip(block.indices, block.stages(self.settings.damping), strict=True):
                 self.taps.stages[index] = stage
 
+    def open_sketch(self, rank: int, groups: Groups, state: State) -> bool:
+        """Begin to sketch the whitened gradient for ``rank`` directions a layer; False where that was done already."""
+        self.stack(groups, state)
+        if "sketch_range" in state[self.pairs[0].B]:
+            return False
+        for block in self.blocks:
+            block.open_sketch(rank, state)
+        groups[0]["ctr"]["sketched"] = 0
+        return True
+
     def commit(self, finite: Tensor, agreed: Any) -> None:
         """Fold what the taps staged into the factors.
 
@@ -190,6 +200,29 @@ class Layers:
             some_seen = together([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax() > 0
             for block in self.blocks:
                 block.hold(some_seen.to(block.H.device))
+
+    def forms(
+        self, deltas: dict[Stack, Tensor], known: tuple[Tensor, Tensor] | None, finite: Tensor, shared: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """``()`` the quadratic form of a step in the chosen curvature, and its slope; None where there is no curvature.
+
+        Args:
+            deltas: the step.
+            known: both, of the part that the kernels took; None if they took none.
+            finite: ``()`` whether it is to be taken.
+            shared: the optimizer's numbers.
+        """
+        done = self.fused if known is not None else Fused(())
+        rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
+        forms = [block.quadratic(deltas) for block in self.blocks if block not in done.blocks]
+        if self.settings.curvature == "hutchinson" and self.probe is not None:
+            if self.probe.enabled and distributed.everywhere(self.probe.ready, finite):
+                hutchinson.sample(list(rest), self.probe.gradients, shared, self.settings.factor_decay)
+            forms = [hutchinson.quadratic(stack, delta) for stack, delta in rest.items()]
+        slopes = [slope(rest, finite)] if rest and (forms or known is not None) else []
+        if known is not None:
+            forms, slopes = [*forms, known[0]], [*slopes, known[1]]
+        return (together(forms).sum(), together(slopes).sum()) if forms else None
 
     def forget(self) -> None:
         """Drop what the taps staged: the gradients that it belongs to are gone."""

@@ -14,16 +14,13 @@ from torch.optim import Optimizer
 from ctr_optim import distributed, guards
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
-from ctr_optim.curvature import hutchinson
 from ctr_optim.curvature.blocks import Block, drop_sketches, refresh_bases
-from ctr_optim.devices import together
-from ctr_optim.fused import Fused
 from ctr_optim.gradients import all_finite, warn_failed, warn_skipped
 from ctr_optim.hooks import weakly
 from ctr_optim.layers import Layers
 from ctr_optim.lora import LoRAPair
 from ctr_optim.metrics import metrics_of
-from ctr_optim.precondition import Stack, slope
+from ctr_optim.precondition import Stack
 from ctr_optim.ranks.controller import RankController
 from ctr_optim.ranks.matching import resize_on_load
 from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
@@ -54,8 +51,8 @@ class CTROptimizer(Optimizer):
         kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
             scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
             loss, needs ``step(closure)``, which is called twice.
-        calibration_interval: most steps between measurements of kappa, which come after one step at first, then two,
-            three, ...; None: kappa is 1, the plain metric.
+        calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before;
+            None: kappa is 1, the plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
         curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
@@ -164,7 +161,7 @@ class CTROptimizer(Optimizer):
         able = bool(taps.stages)  # not without layers, not once closed
         sketch = able and self._ranks is not None and self._ranks.scheduler.sketches(step)
         if sketch and self._ranks is not None:
-            self._begin_sketch(self._ranks.scheduler.sketch_rank)
+            self._layers.open_sketch(self._ranks.scheduler.sketch_rank, self.param_groups, self.state)
         taps.enabled = able and (sketch or due(step, s.factor_interval))
         if taps.enabled:
             self._stack()
@@ -174,17 +171,8 @@ class CTROptimizer(Optimizer):
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
-        if self._begin_sketch(rank):
+        if self._layers.open_sketch(rank, self.param_groups, self.state):
             self._arm()
-
-    def _begin_sketch(self, rank: int) -> bool:
-        blocks = self.blocks
-        if "sketch_range" in self.state[self.pairs[0].B]:
-            return False
-        for block in blocks:
-            block.open_sketch(rank, self.state)
-        self._shared["sketched"] = 0
-        return True
 
     @property
     def blocks(self) -> list[Block]:
@@ -214,7 +202,8 @@ class CTROptimizer(Optimizer):
         self._stack()
         fused = self._layers.fused
         found = fused.look()
-        finite = self._check(found)
+        finite = all_finite(self.param_groups, fused.params if found is not None else (), found)
+        self._skipped = (~finite).long() if self._skipped is None else self._skipped + ~finite
         deltas, forms = self._directions(finite, found is not None)
         scale = None
         if forms is not None:
@@ -229,22 +218,6 @@ class CTROptimizer(Optimizer):
         self._reallocate()
         self._arm()
         return loss
-
-    def _check(self, finite: Tensor | None) -> Tensor:
-        """``()`` whether every gradient is finite; counts and tells where not, without waiting for the device.
-
-        Args:
-            finite: what the fused step says of its parameters; None if it is not taken.
-        """
-        known = self._layers.fused.params if finite is not None else frozenset()
-        params = [p for group in self.param_groups for p in group["params"] if id(p) not in known]
-        grads = [p.grad for p in params if p.grad is not None]
-        if grads or finite is None:
-            finite = all_finite(grads) if finite is None else finite & all_finite(grads).to(finite.device)
-        self._skipped = (~finite).long() if self._skipped is None else self._skipped + ~finite
-        if finite.device.type == "cpu" and not finite:
-            warn_skipped()
-        return finite
 
     def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
@@ -270,23 +243,7 @@ class CTROptimizer(Optimizer):
         if self._settings.trust_penalty:
             for block in layers.blocks:
                 block.penalize_(deltas, self._settings.trust_penalty, finite)
-        return deltas, self._forms(deltas, known, finite)
-
-    def _forms(
-        self, deltas: dict[Stack, Tensor], known: tuple[Tensor, Tensor] | None, finite: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """The step's quadratic form and slope; ``known``: of what the kernels did."""
-        layers, done = self._layers, self._layers.fused if known is not None else Fused(())
-        rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
-        forms = [block.quadratic(deltas) for block in layers.blocks if block not in done.blocks]
-        if self._settings.curvature == "hutchinson" and (probe := layers.probe) is not None:
-            if probe.enabled and distributed.everywhere(probe.ready, finite):
-                hutchinson.sample(list(rest), probe.gradients, self._shared, self._settings.factor_decay)
-            forms = [hutchinson.quadratic(stack, delta) for stack, delta in rest.items()]
-        slopes = [slope(rest, finite)] if rest and (forms or known is not None) else []
-        if known is not None:
-            forms, slopes = [*forms, known[0]], [*slopes, known[1]]
-        return (together(forms).sum(), together(slopes).sum()) if forms else None
+        return deltas, layers.forms(deltas, known, finite, self._shared)
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""

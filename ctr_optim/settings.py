@@ -54,11 +54,11 @@ def due(step: int, interval: int) -> bool:
 
 
 def calibration_due(step: int, interval: int | None) -> bool:
-    """Whether the coupling is measured: after one step, then two, then three, ... until the gap is ``interval``."""
+    """Whether the coupling is measured: at steps 0, 1, 4, 9, 16, ... until the gap is ``interval``."""
     if interval is None:
         return False
-    settled = interval * (interval + 1) // 2
-    return (step - settled) % interval == 0 if step > settled else math.isqrt(8 * step + 1) ** 2 == 8 * step + 1
+    settled = (interval // 2) ** 2
+    return (step - settled) % interval == 0 if step > settled else math.isqrt(step) ** 2 == step
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -48,14 +48,14 @@ def go(model: nn.Module, opt: CTROptimizer, steps: range) -> None:
 
 @pytest.mark.parametrize("min_rank", [1, 0])
 def test_masked_is_physical_to_rounding(min_rank: int) -> None:
-    """In float64, over five events: the same ranks, events, function, moments and constraint."""
+    """In float64, over six events: the same ranks, events, function, moments and constraint."""
     runs: dict[str, Any] = {}
     for resize in ("physical", "masked"):
         model = tiny_llama(torch.float64, r=ROOM, lora_alpha=16)
         opt = build(model, resize, min_rank=min_rank, max_change=8 if min_rank == 0 else 3)
         heard: list[Any] = []
         opt.on_rank_event(heard.append)
-        go(model, opt, range(16))
+        go(model, opt, range(19))
         runs[resize] = model, opt, heard
     (one, physical, events), (other, masked, others) = runs["physical"], runs["masked"]
     assert len({e.step for e in events}) >= 4
