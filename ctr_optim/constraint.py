@@ -21,7 +21,7 @@ Steps = Mapping[Stack, Tensor]
 Logits = tuple[Tensor, Tensor]  # at theta + epsilon delta and theta - epsilon delta
 
 _COUPLING_GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
-_NEWEST = 0.25  # least weight of a measurement among those before it: single ones are off by a third
+_NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
 
 
 def initial_shared(settings: Settings) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class TrustRegion:
         form, ratio = float(q), float(slope) ** 2 / (float(q) or math.inf)
         if not (math.isfinite(form) and form > 0):
             return
-        newest = max(_NEWEST, 4 / (4 + shared["calibrations"]))  # at first the coupling still runs away
+        newest = max(_NEWEST, 2 / (2 + shared["calibrations"]))  # all count at first, the later the more
         typical = _mixed(shared["alignment"], ratio, newest) if ratio > 0 else shared["alignment"]
         aligned = 1.0 if typical is None else float(alignment(slope, q, typical))
         found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)

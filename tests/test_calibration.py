@@ -138,7 +138,7 @@ def test_the_coupling_is_the_ratio_of_measured_and_block_diagonal_kl() -> None:
 
 
 def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
-    """Geometrically, with weights of 1, 4/5, 2/3, 4/7, 1/2, ..., 1/4 for the newest."""
+    """Geometrically, with weights of 1, 2/3, 1/2, 2/5, ..., 1/5 for the newest."""
     model = net()
     opt = optimizer(model, lr=1.0, max_kl=1e-5, calibration_interval=1, factor_decay=0.0, factor_structure="dense")
     ids, labels = batch()
@@ -157,7 +157,7 @@ def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
         moves = (
             (p.grad * (p.detach() - before[name])).sum() for name, p in model.named_parameters() if p.requires_grad
         )
-        ratio, weight = float(sum(moves)) ** 2 / form, max(0.25, 4 / (step + 4))
+        ratio, weight = float(sum(moves)) ** 2 / form, max(0.2, 2 / (step + 2))
         typical = typical ** (1 - weight) * ratio**weight
         aligned = (ratio / typical) ** SLOPE_EXPONENT
         usual = usual ** (1 - weight) * (2 * measured / form / aligned) ** weight
