@@ -1,25 +1,30 @@
-"""Runs that ask why moving ranks gains nothing, and what could: a plan for :mod:`benchmarks.quality.run`.
+"""Runs that ask what moving ranks gains, why it is so little, and what could gain more: plans for the quality runner.
 
-    python -m benchmarks.ranks.plan > ranks.json
-    python -m benchmarks.quality.run ranks.json --data DIR --models DIR --out ranks.jsonl
+    python -m benchmarks.ranks.plan causes > causes.json
+    python -m benchmarks.ranks.plan table --lines tuning.jsonl > table.json
+    python -m benchmarks.quality.run table.json --data DIR --models DIR --out ranks.jsonl
 
-All of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8, what the pruned ones begin with): uniform; scheduled;
-pruned from twice the rank, slowly, in one late event, or after the last step; layers dropped altogether; capacity by
-kind of layer, set by hand; with and without the optimizer's state carried over.
+``table``: mean ranks 2, 4 and 8, test loss; uniform, scheduled, with start directions, both, and the peers that choose
+ranks or directions, each at its best rate nearest to the setting (other ranks, then other tasks). ``causes``: all of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8,
+what the pruned ones begin with): uniform; scheduled; pruned from twice the rank, slowly, in one late event, or after
+the last step; layers dropped altogether; capacity by kind of layer, set by hand; with and without the optimizer's state
+carried over.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import Any
 
-Spec = dict[str, Any]
+from benchmarks.quality import plans
+from benchmarks.quality.plans import Spec
 
 SETTINGS: list[Spec] = [
     {"base": "base30m", "task": "e2e", "steps": 150, "batch": 32},
     {"base": "base5m", "task": "e2e", "steps": 150, "batch": 16},
     {"base": "base5m", "task": "gsm8k", "steps": 150, "batch": 16},
 ]
+CLASSIFICATION: Spec = {"base": "base5m", "task": "sst2", "steps": 150, "batch": 16, "score": ["accuracy"]}
 RANK = 4
 SCHEDULE = {"interval": 25, "until": 0.6}
 HASTY = {"interval": 10, "until": 0.9, "hysteresis": 0.0, "max_change": None}
@@ -46,8 +51,8 @@ def by_kind(attention: int, mlp: int) -> Spec:
     return {"rank_pattern": ranks, "alpha_pattern": {k: 2 * r for k, r in ranks.items()}}
 
 
-def plan() -> list[Spec]:
-    """Every run."""
+def causes() -> list[Spec]:
+    """Why moving ranks gains what it gains."""
     specs = []
     for setting in SETTINGS:
         for seed in range(3):
@@ -61,5 +66,36 @@ def plan() -> list[Spec]:
     return specs
 
 
+def table(lines: plans.Lines) -> list[Spec]:
+    """At equal parameters: uniform against scheduled ranks and start directions, and against peers. Five seeds of ours
+    and of AdamW, three of the others."""
+    specs = []
+    gradual = {"gradual": True, "interval": 10, "until": 0.6}
+    for setting in [*SETTINGS, CLASSIFICATION]:
+        for rank in (2, 4, 8):
+            common = {**setting, "rank": rank, "split": "test", "evaluate": 1000}
+            pruned = {**common, "rank": 2 * rank, "options": {"rank_scheduler": {"budget": rank, **gradual}}}
+            options: list[Spec] = [
+                {},
+                {"rank_scheduler": SCHEDULE},
+                {"initialize": {}},
+                {"initialize": {}, "rank_scheduler": SCHEDULE},
+            ]
+            ours = [*({**common, "options": o} for o in options), pruned]
+            specs += [{**spec, "method": "ctr", "seed": seed} for spec in ours for seed in plans.SEEDS]
+            for method, seeds in (("adamw", 5), ("adalora", 3), ("eva", 3), ("truncated", 3)):
+                rate = lines.rate({**common, "method": method})
+                specs += [{**common, "method": method, "lr": rate, "seed": seed} for seed in range(seeds)]
+    return specs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=["causes", "table"])
+    parser.add_argument("--lines", nargs="*", default=[], help="results files with tuning runs, for peers' rates")
+    args = parser.parse_args()
+    print(json.dumps(causes() if args.plan == "causes" else table(plans.Lines(plans.read(args.lines)))))
+
+
 if __name__ == "__main__":
-    print(json.dumps(plan()))
+    main()
