@@ -4,11 +4,12 @@
     python -m benchmarks.ranks.plan table --lines tuning.jsonl > table.json
     python -m benchmarks.quality.run table.json --data DIR --models DIR --out ranks.jsonl
 
-``table``: mean ranks 2, 4 and 8, test loss; uniform, scheduled, with start directions, both, and the peers that choose
-ranks or directions, each at its best rate nearest to the setting (other ranks, then other tasks). ``causes``: all of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8,
-what the pruned ones begin with): uniform; scheduled; pruned from twice the rank, slowly, in one late event, or after
-the last step; layers dropped altogether; capacity by kind of layer, set by hand; with and without the optimizer's state
-carried over.
+``table``: mean ranks 2, 4, 8, test loss; uniform, scheduled, with start directions, both, pruned from twice the rank,
+and the peers that choose ranks or directions, at the best rate of the nearest tuning (other ranks, then other tasks).
+
+``causes``: all of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8, what the pruned ones begin with): uniform;
+scheduled; pruned from twice the rank, slowly, in one late event, or after the last step; layers dropped altogether;
+capacity by kind of layer, set by hand; with and without the optimizer's state carried over.
 """
 
 from __future__ import annotations
