@@ -44,7 +44,8 @@ class CTROptimizer(Optimizer):
 
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
-        lr: above a threshold that is low, the bound decides the step's length and lr nothing: leave it, schedule it.
+        lr: above a threshold, an eighth of the default, the bound decides the step's length and lr nothing: leave it,
+            schedule it. Without a bound, choose it as for AdamW.
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
             sets how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
@@ -78,7 +79,7 @@ class CTROptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 2e-2,
+        lr: float | Tensor = 8e-2,
         betas: tuple[float, float] = (0.8, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

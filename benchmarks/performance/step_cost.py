@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from benchmarks.performance.common import Clock, Report, spread, state_bytes, table, tensor_bytes
 from ctr_optim import CTROptimizer
+from ctr_optim.settings import calibration_due, due
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": dict(
@@ -32,7 +33,7 @@ SHAPES: dict[str, dict[str, int]] = {
     ),
     "tiny": dict(hidden_size=64, num_hidden_layers=2, intermediate_size=160, num_attention_heads=4, vocab_size=256),
 }
-PERIOD = 20  # CTROptimizer's calibration interval, a multiple of its other intervals
+PERIOD = 50  # CTROptimizer's longest interval, a multiple of the others
 PARTS = ("whole", "step", "ranks")
 
 
@@ -173,10 +174,14 @@ class Resumable:
 
 
 def kind_of(optimizer: CTROptimizer) -> str:
-    """What the coming step does beyond a plain one, at the default intervals, behind the first period."""
-    step = optimizer.param_groups[0]["ctr"]["steps"]
-    due = [name for name, interval in (("factors", 10), ("basis", 10), ("calibration", 20)) if step % interval == 0]
-    return "+".join(due) or "plain"
+    """What the coming step does beyond a plain one."""
+    step, s = optimizer.steps, optimizer._settings
+    kinds = {
+        "factors": due(step, s.factor_interval),
+        "basis": due(step, s.basis_interval),
+        "calibration": calibration_due(step, s.calibration_interval),
+    }
+    return "+".join(name for name, comes in kinds.items() if comes) or "plain"
 
 
 def ctr_round(bench: Bench, resumable: Resumable, steps: int) -> tuple[Round, dict[str, Any]]:
@@ -298,7 +303,7 @@ def peers(bench: Bench) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
 def time_steps(
     bench: Bench, optimizer: Optimizer, grads: list[Tensor], params: list[nn.Parameter], warm: int, seconds: float
 ) -> list[float]:
-    """Milliseconds of single steps over one period of 20, or fewer when they take longer than ``seconds``.
+    """Milliseconds of single steps over one period, or fewer when they take longer than ``seconds``.
 
     Gradients are put back before each step: some peers change them.
     """
@@ -337,7 +342,7 @@ def ctr_alone(bench: Bench, resumable: Resumable, params: list[nn.Parameter], se
     optimizer = resumable.open()
     bench.forward_backward()
     grads = [p.grad.detach().clone() for p in params if p.grad is not None]
-    warm = 0 if optimizer.param_groups[0]["ctr"]["steps"] >= PERIOD else PERIOD
+    warm = 0 if optimizer.steps >= PERIOD else PERIOD
     kinds = [kind_of(optimizer)]
     optimizer.register_step_post_hook(lambda *_: kinds.append(kind_of(optimizer)))
     times = time_steps(bench, optimizer, grads, params, warm, seconds)
@@ -378,7 +383,7 @@ def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int)
     """Whole steps with a rank schedule running: ``steps`` with their events."""
     adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
     run_round(bench, adamw, 2)
-    reference = run_round(bench, adamw, min(steps, PERIOD))
+    reference = run_round(bench, adamw, min(steps, 20))
     waiting = resumable.bytes
     del adamw
     bench.free()
@@ -412,7 +417,7 @@ def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int)
 
 def rank_kind(optimizer: CTROptimizer, plan: dict[str, Any]) -> str:
     """Whether the coming step ends in an event, is sketched, or neither."""
-    step = optimizer.param_groups[0]["ctr"]["steps"]
+    step = optimizer.steps
     left = -(step + 1) % plan["interval"]
     if left == 0:
         return "event"

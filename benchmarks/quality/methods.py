@@ -76,7 +76,7 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     if (ratio := options.pop("lr_ratio", None)) is not None:
         of_b = [p for name, p in model.named_parameters() if "lora_B" in name]
         of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
-        params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", 2e-2)}]
+        params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", 8e-2)}]
     return Run(model, CTROptimizer(params, **options))
 
 

@@ -238,12 +238,12 @@ def pareto(lines: Lines) -> list[Spec]:
 
 def package_rate(method: str) -> float:
     """The learning rate of a method that nobody tuned."""
-    return 2e-2 if method == "ctr" else PACKAGE_RATES.get(method, PACKAGE_RATE)
+    return 8e-2 if method == "ctr" else PACKAGE_RATES.get(method, PACKAGE_RATE)
 
 
 def wide_grid(method: str) -> list[float]:
     """Seven rates a factor 2 apart, 64-fold in all, around the middle of a method's range."""
-    return [2e-2 * 2.0**step for step in range(-3, 4)] if method == "ctr" else grid(method, range(-3, 4))
+    return [8e-2 * 2.0**step for step in range(-3, 4)] if method == "ctr" else grid(method, range(-3, 4))
 
 
 def robustness(lines: Lines) -> list[Spec]:
