@@ -111,14 +111,8 @@ class CTROptimizer(Optimizer):
         self._ranks: RankController | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
-        self.param_groups[0]["ctr"] = {
-            "steps": 0,
-            "skipped": 0,
-            "sketched": 0,
-            "hessians": 0,
-            "failed": 0,
-            **initial_shared(self._settings),
-        }
+        counters = dict.fromkeys(("steps", "skipped", "sketched", "hessians", "failed"), 0)
+        self.param_groups[0]["ctr"] = counters | initial_shared(self._settings)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
         self._attach()
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctr_optim import CTROptimizer
+from ctr_optim.settings import calibration_due, due
+
 PACKAGES = ("torch", "transformers", "peft", "pytorch_optimizer", "ctr_optim")
 
 
@@ -113,6 +116,17 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state."""
     return tensor_bytes(optimizer.state.values())
+
+
+def kind_of(optimizer: CTROptimizer) -> str:
+    """What the coming step does beyond a plain one."""
+    step, s = optimizer.steps, optimizer._settings
+    kinds = {
+        "factors": due(step, s.factor_interval),
+        "basis": due(step, s.basis_interval),
+        "calibration": calibration_due(step, s.calibration_interval),
+    }
+    return "+".join(name for name, comes in kinds.items() if comes) or "plain"
 
 
 def spread(values: list[float]) -> dict[str, float]:

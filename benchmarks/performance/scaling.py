@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.performance.common import Clock, Report, state_bytes, table
+from benchmarks.performance.common import Clock, Report, kind_of, state_bytes, table
 from ctr_optim import CTROptimizer
 
 LLAMA_70B = dict(hidden=8192, wide=28672, kv=1024, blocks=80)
@@ -55,8 +55,7 @@ def measure(device: torch.device, hidden: int, layers: int, rank: int, tokens: i
             layer(x).square().mean().backward()
 
     for index in range(20 + 20 * repeats):
-        taken = optimizer.param_groups[0]["ctr"]["steps"]
-        kind = "factors+basis" if taken % 10 == 0 else "plain"
+        kind = kind_of(optimizer)
         times = clock.alone(model), clock.alone(optimizer.step)
         optimizer.zero_grad()
         if index >= 20:

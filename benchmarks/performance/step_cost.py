@@ -23,9 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.performance.common import Clock, Report, spread, state_bytes, table, tensor_bytes
+from benchmarks.performance.common import Clock, Report, kind_of, spread, state_bytes, table, tensor_bytes
 from ctr_optim import CTROptimizer
-from ctr_optim.settings import calibration_due, due
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": dict(
@@ -171,17 +170,6 @@ class Resumable:
     def bytes(self) -> int:
         """Of the state that waits."""
         return 0 if self.saved is None else tensor_bytes(self.saved["state"].values())
-
-
-def kind_of(optimizer: CTROptimizer) -> str:
-    """What the coming step does beyond a plain one."""
-    step, s = optimizer.steps, optimizer._settings
-    kinds = {
-        "factors": due(step, s.factor_interval),
-        "basis": due(step, s.basis_interval),
-        "calibration": calibration_due(step, s.calibration_interval),
-    }
-    return "+".join(name for name, comes in kinds.items() if comes) or "plain"
 
 
 def ctr_round(bench: Bench, resumable: Resumable, steps: int) -> tuple[Round, dict[str, Any]]:

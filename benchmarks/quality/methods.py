@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.quality import sensitivity
+from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
 
 Batches = Iterator[dict[str, torch.Tensor]]
@@ -76,7 +77,7 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     if (ratio := options.pop("lr_ratio", None)) is not None:
         of_b = [p for name, p in model.named_parameters() if "lora_B" in name]
         of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
-        params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", 8e-2)}]
+        params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", package_rate("ctr"))}]
     return Run(model, CTROptimizer(params, **options))
 
 

@@ -39,8 +39,8 @@ PEERS: dict[str, tuple[float, float]] = {
     "eva": (8e-3, 1.2), "sensitivity": (8e-3, 1.2), "truncated": (8e-3, 1.2), "muon": (4e-2, 1.5), "soap": (4e-3, 5.0),
     "lora_rite": (8e-3, 5.0), "yogi": (8e-3, 1.5), "lamb": (3.2e-2, 1.5), "adabelief": (1.6e-2, 1.5),
 }  # fmt: skip
-# The rate that each peer's package has by default; PEFT's methods are trained with torch's AdamW.
-PACKAGE_RATES = {"soap": 3e-3, "yogi": 1e-2}
+# The rate that each package has by default; PEFT's methods are trained with torch's AdamW.
+PACKAGE_RATES = {"ctr": 8e-2, "soap": 3e-3, "yogi": 1e-2}
 PACKAGE_RATE = 1e-3
 
 E2E: Spec = {"base": "base30m", "task": "e2e", "steps": 150}
@@ -94,8 +94,9 @@ def cost(spec: Spec) -> float:
 
 
 def grid(method: str, steps: Iterable[int] = range(-2, 3)) -> list[float]:
-    """Learning rates around the middle of a peer's grid: ``2 ** step`` times it."""
-    return [PEERS[method][0] * 2.0**step for step in steps]
+    """Learning rates around the middle of a peer's grid, or CTR's default: ``2 ** step`` times it."""
+    middle = package_rate(method) if method == "ctr" else PEERS[method][0]
+    return [middle * 2.0**step for step in steps]
 
 
 def _tuned(setting: Spec, methods: Iterable[str]) -> list[Spec]:
@@ -238,12 +239,12 @@ def pareto(lines: Lines) -> list[Spec]:
 
 def package_rate(method: str) -> float:
     """The learning rate of a method that nobody tuned."""
-    return 8e-2 if method == "ctr" else PACKAGE_RATES.get(method, PACKAGE_RATE)
+    return PACKAGE_RATES.get(method, PACKAGE_RATE)
 
 
 def wide_grid(method: str) -> list[float]:
     """Seven rates a factor 2 apart, 64-fold in all, around the middle of a method's range."""
-    return [8e-2 * 2.0**step for step in range(-3, 4)] if method == "ctr" else grid(method, range(-3, 4))
+    return grid(method, range(-3, 4))
 
 
 def robustness(lines: Lines) -> list[Spec]:

@@ -18,16 +18,11 @@ import argparse
 import json
 
 from benchmarks.quality import plans
-from benchmarks.quality.plans import Spec
+from benchmarks.quality.plans import SCHEDULE, Spec
 
-SETTINGS: list[Spec] = [
-    {"base": "base30m", "task": "e2e", "steps": 150, "batch": 32},
-    {"base": "base5m", "task": "e2e", "steps": 150, "batch": 16},
-    {"base": "base5m", "task": "gsm8k", "steps": 150, "batch": 16},
-]
-CLASSIFICATION: Spec = {"base": "base5m", "task": "sst2", "steps": 150, "batch": 16, "score": ["accuracy"]}
+GSM8K, CLASSIFICATION = plans.TASKS[:2]
+SETTINGS: list[Spec] = [plans.E2E, {**plans.SMALL, "task": "e2e"}, GSM8K]
 RANK = 4
-SCHEDULE = {"interval": 25, "until": 0.6}
 HASTY = {"interval": 10, "until": 0.9, "hysteresis": 0.0, "max_change": None}
 PRUNE = {"budget": RANK, "hysteresis": 1e6}  # what exists always comes before what does not
 
