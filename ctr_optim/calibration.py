@@ -9,7 +9,7 @@ training mode and autocast as in the user's own forward, norm statistics and par
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ctr_optim import distributed
 from ctr_optim.hooks import Hook
+
+MOST_TOKENS = 1024  # of a slice that are looked at; a mean over more of them tells no more
+_PIECE = 256  # tokens at a time: vocabularies are large
 
 
 class CannotRerun(Exception):
@@ -106,8 +109,11 @@ class Probe:
         return _Call(module, kept_args, kept_kwargs, keep, autocast)
 
     @torch.no_grad()
-    def logits(self) -> Tensor | None:
-        """``(n, V)`` logits of the slice's loss tokens, in float32 at least, with the parameters as they are now."""
+    def logits(self) -> tuple[Tensor, Tensor] | None:
+        """Logits ``(n, V)`` of the slice's loss tokens, with the parameters as they are now; nothing waits for them.
+
+        And ``(n,)`` which rows count: n must not depend on what the device alone knows, and other rows fill it up.
+        """
         call = self._call
         if call is None:
             return None
@@ -117,8 +123,10 @@ class Probe:
             return None
         masks = [call.loss_masks[index] for index in sorted(call.loss_masks)]
         mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1) if masks else None
-        rows = logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if mask is None or mask.shape != logits.shape[:-1]:
+            mask = logits.new_ones(logits.shape[:-1], dtype=torch.bool)
+        rows, counts = _evenly(mask.flatten(), MOST_TOKENS)
+        return logits.flatten(0, -2)[rows], counts
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients of the slice's own loss for ``params``, with the parameters as they are now.
@@ -161,7 +169,9 @@ class Probe:
 
 
 @contextmanager
-def moved(changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float = 1.0) -> Iterator[None]:
+def moved(
+    changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float | Tensor = 1.0
+) -> Iterator[None]:
     """Displace parameters by ``factor`` times their deltas (None: to zero) for a while; restored bit for bit."""
     saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
     try:
@@ -169,34 +179,62 @@ def moved(changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], f
             if delta is None:
                 torch._foreach_zero_(params)
             else:
-                torch._foreach_add_(params, torch._foreach_mul(list(delta), factor))
+                here = factor.to(delta[0].device) if isinstance(factor, Tensor) else factor
+                torch._foreach_add_(params, torch._foreach_mul(list(delta), here))
         yield
     finally:
         for params, values in saved:
             torch._foreach_copy_(params, values)
 
 
-def gauss_newton_kl(plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+def gauss_newton_kl(plus: Tensor, minus: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Summed over tokens: ``Var_p(d) / 2`` with ``d = (plus - minus) / 2``; and the number of tokens.
 
     Args:
         plus, minus: logits ``(n, V)`` at theta + delta and theta - delta.
+        counts: ``(n,)`` whether a token counts.
 
     A single output (regression) is taken as the mean of a Gaussian of unit variance.
     """
-    derivative = (plus - minus) / 2
-    if plus.shape[-1] == 1:
-        variance = derivative.square().squeeze(-1)
-    else:
-        p = ((plus + minus) / 2).softmax(-1)
-        variance = (p * derivative.square()).sum(-1) - (p * derivative).sum(-1).square()
-    return 0.5 * variance.sum(), variance.new_tensor(variance.numel())
+
+    def form(above: Tensor, below: Tensor) -> Tensor:
+        derivative = (above - below) / 2
+        if above.shape[-1] == 1:
+            return derivative.square().squeeze(-1)
+        p = ((above + below) / 2).softmax(-1)
+        return (p * derivative.square()).sum(-1) - (p * derivative).sum(-1).square()
+
+    total, number = _sum_over_tokens(form, plus, minus, counts)
+    return 0.5 * total, number
 
 
-def kl_divergence(new: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(new || base)`` summed over tokens, and the number of tokens, from logits ``(n, V)``."""
-    log_new, log_base = new.log_softmax(-1), base.log_softmax(-1)
-    return (log_new.exp() * (log_new - log_base)).sum(), new.new_tensor(new.shape[0])
+def kl_divergence(new: Tensor, base: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(new || base)`` summed over tokens that count, and their number, from logits ``(n, V)``."""
+
+    def divergence(here: Tensor, there: Tensor) -> Tensor:
+        log_here, log_there = here.log_softmax(-1), there.log_softmax(-1)
+        return (log_here.exp() * (log_here - log_there)).sum(-1)
+
+    return _sum_over_tokens(divergence, new, base, counts)
+
+
+def _sum_over_tokens(
+    of_tokens: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What two tensors of logits give, summed over the tokens that count; in float32 at least, piece by piece."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    pieces = zip(*(torch.split(t, _PIECE) for t in (x, y, counts)), strict=True)
+    sums = [torch.where(some, of_tokens(a.to(dtype), b.to(dtype)), 0).sum() for a, b, some in pieces]
+    return torch.stack(sums).sum(), counts.sum(dtype=dtype)
+
+
+def _evenly(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """``(n,)`` rows that hold at most ``most`` of those in a mask, evenly spaced, and ``(n,)`` which are in it."""
+    order = mask.cumsum(0) - 1
+    spacing = (order[-1:] + most).div(most, rounding_mode="floor").clamp_min(1)
+    chosen = mask & (order % spacing == 0)
+    rows = chosen.byte().argsort(descending=True, stable=True)[:most]
+    return rows, chosen[rows]
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -18,7 +18,7 @@ from ctr_optim.settings import Settings
 from ctr_optim.trust_region import adapted_bound, alignment, scale_within
 
 Steps = Mapping[Stack, Tensor]
-Logits = tuple[Tensor, Tensor]  # at theta + epsilon delta and theta - epsilon delta
+Logits = tuple[Tensor, Tensor, Tensor]  # at theta + epsilon delta and theta - epsilon delta, and which tokens count
 
 _COUPLING_GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
 _NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
@@ -119,52 +119,57 @@ class TrustRegion:
         Measurements are averaged geometrically, since one in a hundred is off by a factor of ten; what this step's
         slope explains (:func:`alignment`) is taken out before.
         """
-        form, ratio = float(q), float(slope) ** 2 / (float(q) or math.inf)
-        if not (math.isfinite(form) and form > 0):
-            return
         newest = max(_NEWEST, 2 / (2 + shared["calibrations"]))  # all count at first, the later the more
-        typical = _mixed(shared["alignment"], ratio, newest) if ratio > 0 else shared["alignment"]
-        aligned = 1.0 if typical is None else float(alignment(slope, q, typical))
+        typical, known = slope.square() / q, shared["alignment"]
+        if known is not None:
+            typical = torch.where(typical > 0, known ** (1 - newest) * typical**newest, known)
+        aligned = torch.where(typical > 0, alignment(slope, q, typical), 1.0)
         found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)
         if found is None:
             return
         coupling, logits = found
-        shared["coupling"] = _mixed(shared["coupling"], coupling / aligned, newest)
-        shared["alignment"] = typical
+        explained = float(aligned)
+        shared["coupling"] = _mixed(shared["coupling"], coupling / explained, newest)
+        shared["alignment"] = float(typical) or None
         shared["calibrations"] += 1
         if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
             self._calibrate_base(logits, blocks, shared)
 
-    def _measure(self, deltas: Steps, q: Tensor, guess: float, tries: int) -> tuple[float, Logits | None] | None:
+    def _measure(self, deltas: Steps, q: Tensor, guess: Tensor, tries: int) -> tuple[float, Logits | None] | None:
         """The coupling along a step and the logits that tell it; None where none can be had.
 
+        Until it is known, nothing waits for the device: the passes are short, and it should not run out of work.
+
         Args:
-            guess: of the coupling; the model is pushed about as far as the step will go if it is right.
+            guess: ``()`` of the coupling; the model is pushed about as far as the step will go if it is right.
             tries: where it was off by more than a factor of two, push again.
         """
-        form, target = float(q), max(self.bound or 0.0, 1e-4)
+        target = max(self.bound or 0.0, 1e-4)
         for _ in range(tries):
             # no further than the step itself goes (or a trace of a move): a model that cannot reach the target would
             # look flatter the further one pushes it
-            epsilon = min(math.sqrt(2 * target / (guess * form)), max(1.0, math.sqrt(2e-4 / (guess * form))))
+            unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
+            epsilon = torch.minimum(unit * target**0.5, (unit * 1e-2).clamp_min(1.0)).nan_to_num(0.0, 0.0)
             logits = self._logits_along(deltas, epsilon)
             measured = distributed.mean(gauss_newton_kl(*logits) if logits else None, q)
-            coupling = measured / (0.5 * epsilon**2 * form)
+            found = measured / (0.5 * epsilon.square() * q)
+            coupling, off = torch.stack([found, found / guess]).tolist()
             if not (math.isfinite(coupling) and coupling > 0):
                 return None
-            close, guess = 0.5 < coupling / guess < 2, coupling
-            if close:
+            if 0.5 < off < 2:
                 break
+            guess = found
         return coupling, logits
 
-    def _logits_along(self, deltas: Steps, epsilon: float) -> Logits | None:
+    def _logits_along(self, deltas: Steps, epsilon: Tensor) -> Logits | None:
         assert self.probe is not None
         changes = [stack.parts(delta) for stack, delta in deltas.items()]
-        logits = []
-        for sign in (1.0, -1.0):
-            with self.taps.paused(), moved(changes, sign * epsilon):
-                logits.append(self.probe.logits())
-        return None if logits[0] is None or logits[1] is None else (logits[0], logits[1])
+        found = []
+        for factor in (epsilon, -epsilon):
+            with self.taps.paused(), moved(changes, factor):
+                found.append(self.probe.logits())
+        plus, minus = found
+        return None if plus is None or minus is None else (plus[0], minus[0], plus[1])
 
     def _calibrate_base(self, logits: Logits | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
@@ -175,8 +180,12 @@ class TrustRegion:
         b = [distributed.local(pair.B) for block in blocks for pair in block.pairs]
         with self.taps.paused(), moved([(b, None)]):
             base = self.probe.logits()
-        here = None if logits is None or base is None else kl_divergence((logits[0] + logits[1]) / 2, base)
-        shared["base_coupling"] = distributed.mean(here, blocks[0].H) / total
+        here = None
+        if logits is not None and base is not None:
+            plus, minus, counts = logits
+            middle = plus.to(torch.promote_types(plus.dtype, torch.float32)).add(minus).div(2)
+            here = kl_divergence(middle, base[0], counts)
+        shared["base_coupling"] = float(distributed.mean(here, blocks[0].H)) / total
 
     # -- the adaptive bound -------------------------------------------------------------------------------------
 

@@ -56,12 +56,11 @@ def copy_first_(tensors: Sequence[Tensor]) -> None:
         dist.broadcast(t, 0)
 
 
-def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> float:
-    """The mean of a sum over all processes; a process without one contributes nothing. NaN where nobody has one."""
+def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:
+    """``()`` a sum over its count, both over all processes; one without them contributes nothing. NaN: nobody has."""
     total = like.new_zeros(2) if sum_and_count is None else torch.stack(sum_and_count).to(like)
     add_up([total])
-    value, count = total.tolist()
-    return value / count if count > 0 else float("nan")
+    return total[0] / total[1]
 
 
 def everywhere(condition: Tensor | bool, like: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim import distributed
-from ctr_optim.adapters.discovery import find_roots
+from ctr_optim.adapters.discovery import live_modules
 from ctr_optim.lora import LoRAPair
 from ctr_optim.settings import Settings
 
@@ -139,13 +139,17 @@ def check_ranks_belong_to_us(groups: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def shapes_must_stay(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the layers that own these cannot change their shapes: in several processes, or in a compiled model."""
+def shapes_must_stay(roots: Sequence[nn.Module]) -> bool:
+    """Whether the layers of these models cannot change their shapes: in several processes, or in a compiled model.
+
+    ``torch.compile(model)`` is a module of its own, which may have come after the optimizer, and is looked for.
+    """
     if distributed.world_size() > 1:
         return True
-    compiled = torch._dynamo.eval_frame.OptimizedModule
-    modules = (module for root in find_roots(parameters) for module in root.modules())
-    return any(isinstance(m, compiled) or m._compiled_call_impl is not None for m in modules)
+    modules = {id(module): module for root in roots for module in root.modules()}
+    if any(module._compiled_call_impl is not None for module in modules.values()):
+        return True
+    return any(id(wrapper._orig_mod) in modules for wrapper in live_modules(torch._dynamo.eval_frame.OptimizedModule))
 
 
 def warn_if_full() -> None:

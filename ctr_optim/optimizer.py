@@ -261,7 +261,7 @@ class CTROptimizer(Optimizer):
         """Whether layers keep their shapes when ranks move."""
         if self._settings.resize != "auto":
             return self._settings.resize == "masked"
-        return guards.shapes_must_stay([pair.B for pair in self.pairs])
+        return guards.shapes_must_stay(self._layers.roots)
 
     # -- what users read and save -------------------------------------------------------------------------------
 

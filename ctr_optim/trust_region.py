@@ -66,7 +66,7 @@ def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: 
 SLOPE_EXPONENT = 0.7  # of slope^2 in the prediction; q has the rest
 
 
-def alignment(slope: Tensor, q: Tensor, typical: float) -> Tensor:
+def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
     """``()`` how much larger than usual a step's KL is for its K-FAC form, from the loss's slope along the step.
 
     Layers and tokens that lower the loss together move the predictions together: from one step to the next, the KL

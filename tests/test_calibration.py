@@ -29,8 +29,10 @@ from support import (
 )
 from torch import Tensor, nn
 
-from ctr_optim.calibration import gauss_newton_kl, kl_divergence, moved
+from ctr_optim.calibration import MOST_TOKENS, _evenly, gauss_newton_kl, kl_divergence, moved
 from ctr_optim.trust_region import SLOPE_EXPONENT
+
+ALL = torch.ones(20, dtype=torch.bool)
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ def test_gauss_newton_is_the_kl_to_second_order(seed: int, sharpness: float) -> 
     z, d = sharpness * torch.randn(20, 9, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)
     errors = []
     for epsilon in (1e-2, 5e-3):
-        total, count = gauss_newton_kl(z + epsilon * d, z - epsilon * d)
+        total, count = gauss_newton_kl(z + epsilon * d, z - epsilon * d, ALL[:20])
         assert float(count) == 20
         # there and back: the third-order term cancels, and half the step leaves a quarter of the error
         exact = (exact_kl(z, z + epsilon * d) + exact_kl(z, z - epsilon * d)).sum() / 2
@@ -52,21 +54,57 @@ def test_gauss_newton_is_the_kl_to_second_order(seed: int, sharpness: float) -> 
 def test_gauss_newton_ignores_a_constant_added_to_logits() -> None:
     z, d = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     shift = torch.randn(5, 1, dtype=torch.float64)
-    torch.testing.assert_close(gauss_newton_kl(z + d + shift, z - d)[0], gauss_newton_kl(z + d, z - d)[0])
+    plain = gauss_newton_kl(z + d, z - d, ALL[:5])
+    torch.testing.assert_close(gauss_newton_kl(z + d + shift, z - d, ALL[:5]), plain)
 
 
 def test_a_single_output_is_a_unit_gaussian() -> None:
     z, d = torch.randn(6, 1, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
-    total, count = gauss_newton_kl(z + d, z - d)
+    total, count = gauss_newton_kl(z + d, z - d, ALL[:6])
     torch.testing.assert_close(total, 0.5 * d.square().sum())
     assert float(count) == 6
 
 
 def test_kl_divergence_is_exact() -> None:
     p, q = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
-    total, count = kl_divergence(p, q)
+    total, count = kl_divergence(p, q, ALL[:8])
     torch.testing.assert_close(total, exact_kl(p, q).sum())
     assert float(count) == 8
+
+
+def test_only_tokens_that_count_are_summed_over_all_pieces() -> None:
+    p, q = torch.randn(700, 5, dtype=torch.float64), torch.randn(700, 5, dtype=torch.float64)
+    counts = torch.rand(700) < 0.3
+    for form, expected in (
+        (kl_divergence, exact_kl(p, q)),
+        (
+            gauss_newton_kl,
+            torch.stack([gauss_newton_kl(a[None], b[None], ALL[:1])[0] for a, b in zip(p, q, strict=True)]),
+        ),
+    ):
+        total, count = form(p, q, counts)
+        torch.testing.assert_close(total, expected[counts].sum())
+        assert float(count) == int(counts.sum())
+
+
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 300), share=st.floats(0, 1), most=st.integers(1, 40))
+def test_rows_are_loss_tokens_evenly_spaced(seed: int, size: int, share: float, most: int) -> None:
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
+    rows, counts = _evenly(mask, most)
+    tokens, chosen = mask.nonzero()[:, 0].tolist(), rows[counts].tolist()
+    assert len(rows) == min(most, size) and mask[rows].tolist() == [r in tokens for r in rows.tolist()]
+    spacing = -(-len(tokens) // most) or 1
+    assert chosen == tokens[::spacing]  # all of them where there is room
+
+
+def test_a_slice_of_many_tokens_is_measured_on_some() -> None:
+    model, (ids, labels) = net(), batch(n=2, length=2 * MOST_TOKENS, ignored=0)
+    opt = optimizer(model, calibration_interval=1, lr=1.0, max_kl=1e-4)
+    backward(model, (ids, labels))
+    found = opt._layers.probe.logits()
+    assert found is not None and found[0].shape[0] == MOST_TOKENS and bool(found[1].all())
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

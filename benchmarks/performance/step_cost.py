@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.performance.common import Clock, Report, kind_of, spread, state_bytes, table, tensor_bytes
-from ctr_optim import CTROptimizer
+from ctr_optim import CTROptimizer, RankScheduler
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": dict(
@@ -368,16 +368,20 @@ def one_peer(
 
 
 def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int) -> None:
-    """Whole steps with a rank schedule running: ``steps`` with their events."""
+    """Whole steps with a rank schedule running: ``steps`` with their events, after a first event.
+
+    Steps that follow the first one compile kernels for its ranks, once a machine.
+    """
     adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
     run_round(bench, adamw, 2)
     reference = run_round(bench, adamw, min(steps, 20))
     waiting = resumable.bytes
     del adamw
     bench.free()
-    taken = resumable.saved["param_groups"][0]["ctr"]["steps"] if resumable.saved is not None else 0
-    plan = dict(interval=interval, window=min(8, interval), total_steps=taken + steps, until=1.0)
-    optimizer = resumable.open(rank_scheduler=plan)
+    optimizer = resumable.open(rank_scheduler={"interval": 10, "window": 4})
+    first = run_round(bench, optimizer, 10 + min(10, steps))
+    plan = dict(interval=interval, window=min(8, interval), total_steps=optimizer.steps + steps, until=1.0)
+    optimizer.rank_scheduler = RankScheduler(**plan)
     events: list[Any] = []
     optimizer.on_rank_event(events.append)
     found = run_round(bench, optimizer, steps, lambda: rank_kind(optimizer, plan))
@@ -396,6 +400,7 @@ def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int)
         peak_bytes=found.peak,
         adamw_peak_bytes=reference.peak - waiting,
         by_kind=by_kind,
+        first_step_ms=max(first.step_ms),
         changes=len(events),
         ranks=sorted({pair.rank for pair in optimizer.pairs}),
         plan=plan,
@@ -459,8 +464,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
-    parser.add_argument("--rank-steps", type=int, default=80)
-    parser.add_argument("--rank-interval", type=int, default=40)
+    parser.add_argument("--rank-steps", type=int, default=200)
+    parser.add_argument("--rank-interval", type=int, default=100)
     parser.add_argument("--peer-seconds", type=float, default=5.0, help="the most that a peer's steps may take")
     parser.add_argument("--wide-soap", action="store_true", help="also SOAP at its defaults, on one block's layers")
     parser.add_argument("--out")

@@ -8,6 +8,13 @@ from collections.abc import Iterable
 from torch import nn
 
 
+def live_modules(kind: type[nn.Module] = nn.Module) -> list[nn.Module]:
+    """Every module of a kind that is alive; by type(), for weak proxies in the heap raise when asked for their class."""
+    objects = gc.get_objects()
+    kinds = {t for t in set(map(type, objects)) if issubclass(t, kind)}
+    return [o for o in objects if type(o) in kinds] if kinds else []
+
+
 def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     """The outermost modules that hold any of ``parameters``, by a scan of the live modules.
 
@@ -15,8 +22,7 @@ def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     ``_parameters`` and ``_modules``, costs about a tenth of a second, and runs once, at construction.
     """
     wanted = {id(p) for p in parameters}
-    # type(), not isinstance(): weak proxies in the heap raise when asked for their class
-    modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "_modules" in o.__dict__]
+    modules = [module for module in live_modules() if "_modules" in module.__dict__]
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
         for child in module._modules.values():

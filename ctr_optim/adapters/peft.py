@@ -24,6 +24,7 @@ class PeftLibrary:
     def __init__(self, root: nn.Module) -> None:
         self._configs = [m for m in root.modules() if isinstance(getattr(m, "peft_config", None), dict)]
         self.layers: list[tuple[str, nn.Module]] = []  # every LoRA layer, those whose rank cannot move included
+        self._written: list[tuple[Any, Any]] = []  # patterns that are ours
 
     def scaling(self, pair: LoRAPair) -> float:
         return float(pair.layer.scaling[pair.adapter])  # type: ignore[index,operator]
@@ -39,6 +40,8 @@ class PeftLibrary:
         layer.lora_alpha[adapter] = old_scaling * (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
         if config is not None:
             self._write_patterns(config, adapter)
+            config.rank_pattern[_exactly(pair.name)] = rank
+            config.alpha_pattern[_exactly(pair.name)] = layer.lora_alpha[adapter]
 
     def _config(self, adapter: str | None) -> Any:
         return next((m.peft_config[adapter] for m in self._configs if adapter in m.peft_config), None)  # type: ignore
@@ -49,9 +52,17 @@ class PeftLibrary:
         PEFT takes the first key that matches and may sort the keys, so that a user's own, broader pattern could
         hide ours: the whole dict is ours from the first change on.
         """
-        mine: dict[str, Any] = {"^" + re.escape(name): layer for name, layer in self.layers if adapter in layer.r}  # type: ignore
+        if any(config.rank_pattern is ranks and config.alpha_pattern is alphas for ranks, alphas in self._written):
+            return
+        mine: dict[str, Any] = {_exactly(name): layer for name, layer in self.layers if adapter in layer.r}  # type: ignore
         config.rank_pattern = {key: layer.r[adapter] for key, layer in mine.items()}
         config.alpha_pattern = {key: layer.lora_alpha[adapter] for key, layer in mine.items()}
+        self._written.append((config.rank_pattern, config.alpha_pattern))
+
+
+def _exactly(name: str) -> str:
+    """The pattern that matches one layer."""
+    return "^" + re.escape(name)
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
