@@ -9,7 +9,7 @@ from torch import nn
 
 
 def live_modules(kind: type[nn.Module] = nn.Module) -> list[nn.Module]:
-    """Every module of a kind that is alive; by type(), for weak proxies in the heap raise when asked for their class."""
+    """Every module of a kind that is alive; by type(): weak proxies in the heap raise when asked for their class."""
     objects = gc.get_objects()
     kinds = {t for t in set(map(type, objects)) if issubclass(t, kind)}
     return [o for o in objects if type(o) in kinds] if kinds else []
