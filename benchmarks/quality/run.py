@@ -169,6 +169,8 @@ def _work(queue: Any, out: str, data: str, models: str, deadline: float) -> None
             result = train(spec, data, models, device)
         except Exception as error:  # one failed run must not lose the others
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
         pace = max(pace, result.get("total_seconds", 0.0) / cost(spec))
         append(out, {"spec": spec, **result, "versions": versions})
 
