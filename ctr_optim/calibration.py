@@ -1,15 +1,15 @@
 """Measure, on the model itself, how far a step moves its predictions.
 
-Two forward passes of a slice of the last batch, at theta + delta and theta - delta, give the logits' derivative along
-the step, and with it the exact Gauss-Newton form ``Var_p(J delta)``: twice the KL divergence per loss token, to second
-order, over all layers and positions together. The re-run leaves no trace: no gradients, random state forked, taps off,
-training mode and autocast as in the user's own forward, norm statistics and parameters restored bit for bit.
+A forward pass of a slice of the last batch at theta + delta, beside what the training's own forward said at theta,
+gives the KL divergence of that step, over all layers and positions together. The re-run leaves no trace: no gradients,
+random state forked, taps off, training mode and autocast as in the user's own forward, norm statistics and parameters
+restored bit for bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ctr_optim import distributed
 from ctr_optim.hooks import Hook
 
-MOST_TOKENS = 1024  # of a slice that are looked at; a mean over more of them tells no more
+MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over more of them tells no more
 _PIECE = 256  # tokens at a time: vocabularies are large
 
 
@@ -32,20 +32,27 @@ class CannotRerun(Exception):
 
 @dataclass
 class _Call:
-    """One training forward of the outermost module: what a re-run needs."""
+    """One training forward of the outermost module: what a re-run needs, and what it said."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    batch: int
     sequences: int
     autocast: tuple[str, torch.dtype] | None
+    random_state: list[Tensor]
+    logits: Tensor | None = None  # None where a re-run would not have said the same
     loss_masks: dict[int, Tensor] = field(default_factory=dict)  # of each chunk of the logits
+
+    def __post_init__(self) -> None:
+        self.norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
+        self.fsdp = distributed.fsdp_modules([self.module])
 
 
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.125) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.2) -> None:
         self.enabled = False
         self.paused = False
         self.share = share
@@ -93,6 +100,10 @@ class Probe:
         if logits is None:
             self._call, self.refused = None, "the model's output holds no logits"
         elif logits.requires_grad:
+            # chance, and statistics of the whole batch, would say something else the next time
+            drawn = not all(map(torch.equal, call.random_state, _random_state()))
+            if not drawn and not call.norms and logits.shape[0] == call.batch:
+                call.logits = _some_rows(logits.detach()[: call.sequences]).clone()
 
             def remember(index: int, grad: Tensor) -> None:
                 call.loss_masks[index] = (grad[: call.sequences] != 0).any(-1)
@@ -106,27 +117,30 @@ class Probe:
         device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
         autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         kept_args, kept_kwargs = _take((args, kwargs), size, keep)
-        return _Call(module, kept_args, kept_kwargs, keep, autocast)
+        return _Call(module, kept_args, kept_kwargs, size, keep, autocast, _random_state())
 
     @torch.no_grad()
-    def logits(self) -> tuple[Tensor, Tensor] | None:
-        """Logits ``(n, V)`` of the slice's loss tokens, with the parameters as they are now; nothing waits for them.
-
-        And ``(n,)`` which rows count: n must not depend on what the device alone knows, and other rows fill it up.
-        """
+    def logits(self) -> Tensor | None:
+        """Logits ``(n, V)`` of some of the slice's tokens, evenly spaced, with the parameters as they are now."""
         call = self._call
         if call is None:
             return None
         with self._without_trace(call):
             logits = logits_of(call.module(*call.args, **call.kwargs))
-        if logits is None:
-            return None
-        masks = [call.loss_masks[index] for index in sorted(call.loss_masks)]
-        mask = masks[0] if len(masks) == 1 else torch.cat(masks, 1) if masks else None
-        if mask is None or mask.shape != logits.shape[:-1]:
-            mask = logits.new_ones(logits.shape[:-1], dtype=torch.bool)
-        rows, counts = _evenly(mask.flatten(), MOST_TOKENS)
-        return logits.flatten(0, -2)[rows], counts
+        return None if logits is None else _some_rows(logits)
+
+    def logits_in_training(self) -> Tensor | None:
+        """The same as the training's own forward had them; by a re-run where they depended on chance or the batch."""
+        return self.logits() if self._call is None or self._call.logits is None else self._call.logits
+
+    def loss_tokens(self, logits: Tensor) -> Tensor:
+        """``(n,)`` which of these tokens the loss looks at."""
+        masks = self._call.loss_masks if self._call is not None else {}
+        if masks:
+            mask = _some_rows(torch.cat([masks[index] for index in sorted(masks)], -1).unsqueeze(-1)).squeeze(-1)
+            if mask.shape == logits.shape[:-1]:
+                return mask
+        return logits.new_ones(logits.shape[:-1], dtype=torch.bool)
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients of the slice's own loss for ``params``, with the parameters as they are now.
@@ -146,12 +160,10 @@ class Probe:
 
     @contextmanager
     def _without_trace(self, call: _Call) -> Iterator[None]:
-        devices = sorted({p.device.index or 0 for p in call.module.parameters() if p.is_cuda})
-        norms = [m for m in call.module.modules() if isinstance(m, _NormBase) and m.training]
-        buffers = [(b, b.clone()) for m in norms for b in m.buffers()]
-        fsdp = distributed.fsdp_modules([call.module])
+        devices = range(len(call.random_state) - 1)
+        buffers = [(b, b.clone()) for m in call.norms for b in m.buffers()]
         self.paused = True
-        distributed.reshard(fsdp)
+        distributed.reshard(call.fsdp)
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.random.fork_rng(devices))
@@ -163,7 +175,7 @@ class Probe:
                 yield
         finally:
             self.paused = False
-            distributed.reshard(fsdp)
+            distributed.reshard(call.fsdp)
             for buffer, before in buffers:
                 buffer.copy_(before)
 
@@ -187,54 +199,36 @@ def moved(
             torch._foreach_copy_(params, values)
 
 
-def gauss_newton_kl(plus: Tensor, minus: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed over tokens: ``Var_p(d) / 2`` with ``d = (plus - minus) / 2``; and the number of tokens.
+def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(here || there)`` summed over the tokens that count, and their number; in float32 at least.
 
     Args:
-        plus, minus: logits ``(n, V)`` at theta + delta and theta - delta.
+        here, there: logits ``(n, V)``. A single one (regression) is the mean of a Gaussian of unit variance.
         counts: ``(n,)`` whether a token counts.
-
-    A single output (regression) is taken as the mean of a Gaussian of unit variance.
     """
+    dtype = torch.promote_types(torch.promote_types(here.dtype, there.dtype), torch.float32)
 
-    def form(above: Tensor, below: Tensor) -> Tensor:
-        derivative = (above - below) / 2
-        if above.shape[-1] == 1:
-            return derivative.square().squeeze(-1)
-        p = ((above + below) / 2).softmax(-1)
-        return (p * derivative.square()).sum(-1) - (p * derivative).sum(-1).square()
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        if p.shape[-1] == 1:
+            return 0.5 * (p - q).square().squeeze(-1)
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)
 
-    total, number = _sum_over_tokens(form, plus, minus, counts)
-    return 0.5 * total, number
-
-
-def kl_divergence(new: Tensor, base: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(new || base)`` summed over tokens that count, and their number, from logits ``(n, V)``."""
-
-    def divergence(here: Tensor, there: Tensor) -> Tensor:
-        log_here, log_there = here.log_softmax(-1), there.log_softmax(-1)
-        return (log_here.exp() * (log_here - log_there)).sum(-1)
-
-    return _sum_over_tokens(divergence, new, base, counts)
-
-
-def _sum_over_tokens(
-    of_tokens: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, counts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What two tensors of logits give, summed over the tokens that count; in float32 at least, piece by piece."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    pieces = zip(*(torch.split(t, _PIECE) for t in (x, y, counts)), strict=True)
-    sums = [torch.where(some, of_tokens(a.to(dtype), b.to(dtype)), 0).sum() for a, b, some in pieces]
+    pieces = zip(*(torch.split(t, _PIECE) for t in (here, there, counts)), strict=True)
+    sums = [torch.where(some, divergence(p.to(dtype), q.to(dtype)), 0).sum() for p, q, some in pieces]
     return torch.stack(sums).sum(), counts.sum(dtype=dtype)
 
 
-def _evenly(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """``(n,)`` rows that hold at most ``most`` of those in a mask, evenly spaced, and ``(n,)`` which are in it."""
-    order = mask.cumsum(0) - 1
-    spacing = (order[-1:] + most).div(most, rounding_mode="floor").clamp_min(1)
-    chosen = mask & (order % spacing == 0)
-    rows = chosen.byte().argsort(descending=True, stable=True)[:most]
-    return rows, chosen[rows]
+def _some_rows(logits: Tensor) -> Tensor:
+    """``(n, V)`` rows of logits ``(..., V)``, evenly spaced."""
+    rows = logits.flatten(0, -2)
+    return rows[:: max(1, -(-len(rows) // MOST_TOKENS))]
+
+
+def _random_state() -> list[Tensor]:
+    """Of every generator that a forward may draw from."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctr_optim import distributed
-from ctr_optim.calibration import Probe, gauss_newton_kl, kl_divergence, moved
+from ctr_optim.calibration import Probe, kl_divergence, moved
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.precondition import Stack
@@ -18,9 +18,9 @@ from ctr_optim.settings import Settings
 from ctr_optim.trust_region import adapted_bound, alignment, scale_within
 
 Steps = Mapping[Stack, Tensor]
-Logits = tuple[Tensor, Tensor, Tensor]  # at theta + epsilon delta and theta - epsilon delta, and which tokens count
 
 _COUPLING_GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
+_LEAST_MOVE = 1e-3  # nats per token; below, logits in half precision would measure their own rounding
 _NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
 
 
@@ -127,31 +127,36 @@ class TrustRegion:
         found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)
         if found is None:
             return
-        coupling, logits = found
+        coupling, here = found
         explained = float(aligned)
         shared["coupling"] = _mixed(shared["coupling"], coupling / explained, newest)
         shared["alignment"] = float(typical) or None
         shared["calibrations"] += 1
         if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
-            self._calibrate_base(logits, blocks, shared)
+            self._calibrate_base(here, blocks, shared)
 
-    def _measure(self, deltas: Steps, q: Tensor, guess: Tensor, tries: int) -> tuple[float, Logits | None] | None:
-        """The coupling along a step and the logits that tell it; None where none can be had.
+    def _measure(self, deltas: Steps, q: Tensor, guess: Tensor, tries: int) -> tuple[float, Tensor | None] | None:
+        """The coupling along a step, and the logits before it; None where none can be had.
 
-        Until it is known, nothing waits for the device: the passes are short, and it should not run out of work.
+        Until it is known, nothing waits for the device: the pass is short, and it should not run out of work.
 
         Args:
             guess: ``()`` of the coupling; the model is pushed about as far as the step will go if it is right.
             tries: where it was off by more than a factor of two, push again.
         """
-        target = max(self.bound or 0.0, 1e-4)
+        assert self.probe is not None
+        target = max(self.bound or 0.0, _LEAST_MOVE)
+        changes = [stack.parts(delta) for stack, delta in deltas.items()]
+        with self.taps.paused():
+            here = self.probe.logits_in_training()
         for _ in range(tries):
             # no further than the step itself goes (or a trace of a move): a model that cannot reach the target would
             # look flatter the further one pushes it
             unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
             epsilon = torch.minimum(unit * target**0.5, (unit * 1e-2).clamp_min(1.0)).nan_to_num(0.0, 0.0)
-            logits = self._logits_along(deltas, epsilon)
-            measured = distributed.mean(gauss_newton_kl(*logits) if logits else None, q)
+            with self.taps.paused(), moved(changes, epsilon):
+                there = self.probe.logits()
+            measured = distributed.mean(self._kl(here, there), q)
             found = measured / (0.5 * epsilon.square() * q)
             coupling, off = torch.stack([found, found / guess]).tolist()
             if not (math.isfinite(coupling) and coupling > 0):
@@ -159,19 +164,16 @@ class TrustRegion:
             if 0.5 < off < 2:
                 break
             guess = found
-        return coupling, logits
+        return coupling, here
 
-    def _logits_along(self, deltas: Steps, epsilon: Tensor) -> Logits | None:
+    def _kl(self, here: Tensor | None, there: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Summed over loss tokens, and their number; None in a process that has nothing to compare."""
         assert self.probe is not None
-        changes = [stack.parts(delta) for stack, delta in deltas.items()]
-        found = []
-        for factor in (epsilon, -epsilon):
-            with self.taps.paused(), moved(changes, factor):
-                found.append(self.probe.logits())
-        plus, minus = found
-        return None if plus is None or minus is None else (plus[0], minus[0], plus[1])
+        if here is None or there is None or here.shape != there.shape:
+            return None
+        return kl_divergence(here, there, self.probe.loss_tokens(here))
 
-    def _calibrate_base(self, logits: Logits | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
+    def _calibrate_base(self, here: Tensor | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.probe is not None
         total = float(sum(block.kl_from_base().sum() for block in blocks))
@@ -180,12 +182,7 @@ class TrustRegion:
         b = [distributed.local(pair.B) for block in blocks for pair in block.pairs]
         with self.taps.paused(), moved([(b, None)]):
             base = self.probe.logits()
-        here = None
-        if logits is not None and base is not None:
-            plus, minus, counts = logits
-            middle = plus.to(torch.promote_types(plus.dtype, torch.float32)).add(minus).div(2)
-            here = kl_divergence(middle, base[0], counts)
-        shared["base_coupling"] = float(distributed.mean(here, blocks[0].H)) / total
+        shared["base_coupling"] = float(distributed.mean(self._kl(here, base), blocks[0].H)) / total
 
     # -- the adaptive bound -------------------------------------------------------------------------------------
 
