@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,19 +40,25 @@ class _Call:
     batch: int
     sequences: int
     autocast: tuple[str, torch.dtype] | None
-    random_state: list[Tensor]
+    random_state: list[Tensor] | None
     logits: Tensor | None = None  # None where a re-run would not have said the same
     loss_masks: dict[int, Tensor] = field(default_factory=dict)  # of each chunk of the logits
 
-    def __post_init__(self) -> None:
-        self.norms = [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
-        self.fsdp = distributed.fsdp_modules([self.module])
+    @cached_property
+    def norms(self) -> list[nn.Module]:
+        """Those that take statistics of the batch."""
+        return [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
+
+    @cached_property
+    def fsdp(self) -> list[Any]:
+        """What FSDP2 wraps."""
+        return distributed.fsdp_modules([self.module])
 
 
 class Probe:
     """Remembers a slice of the last training batch, and re-runs the model on it."""
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.2) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
         self.enabled = False
         self.paused = False
         self.share = share
@@ -101,8 +107,7 @@ class Probe:
             self._call, self.refused = None, "the model's output holds no logits"
         elif logits.requires_grad:
             # chance, and statistics of the whole batch, would say something else the next time
-            drawn = not all(map(torch.equal, call.random_state, _random_state()))
-            if not drawn and not call.norms and logits.shape[0] == call.batch:
+            if _nothing_drawn(call.random_state) and not call.norms and logits.shape[0] == call.batch:
                 call.logits = _some_rows(logits.detach()[: call.sequences]).clone()
 
             def remember(index: int, grad: Tensor) -> None:
@@ -160,7 +165,7 @@ class Probe:
 
     @contextmanager
     def _without_trace(self, call: _Call) -> Iterator[None]:
-        devices = range(len(call.random_state) - 1)
+        devices = range(len(_random_state() or ()) - 1)
         buffers = [(b, b.clone()) for m in call.norms for b in m.buffers()]
         self.paused = True
         distributed.reshard(call.fsdp)
@@ -225,8 +230,10 @@ def _some_rows(logits: Tensor) -> Tensor:
     return rows[:: max(1, -(-len(rows) // MOST_TOKENS))]
 
 
-def _random_state() -> list[Tensor]:
-    """Of every generator that a forward may draw from."""
+def _random_state() -> list[Tensor] | None:
+    """Of every generator that a forward may draw from; None within a graph, which cannot look."""
+    if torch.compiler.is_compiling():
+        return None
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
 
@@ -254,6 +261,12 @@ def _chunks(output: Any) -> list[Tensor] | None:
     if not all(isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() for t in output):
         return None
     return output if len({(t.shape[0], t.shape[2], t.dtype) for t in output}) == 1 else None
+
+
+def _nothing_drawn(since: list[Tensor] | None) -> bool:
+    """Whether all generators are known to be in the state that they were in."""
+    now = _random_state()
+    return since is not None and now is not None and all(map(torch.equal, since, now))
 
 
 def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

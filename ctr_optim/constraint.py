@@ -20,6 +20,7 @@ from ctr_optim.trust_region import adapted_bound, alignment, scale_within
 Steps = Mapping[Stack, Tensor]
 
 _COUPLING_GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
+_BASE_EVERY = 4  # measurements; the way from the base model is only told to the user
 _LEAST_MOVE = 1e-3  # nats per token; below, logits in half precision would measure their own rounding
 _NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
 
@@ -132,7 +133,7 @@ class TrustRegion:
         shared["coupling"] = _mixed(shared["coupling"], coupling / explained, newest)
         shared["alignment"] = float(typical) or None
         shared["calibrations"] += 1
-        if shared["base_coupling"] is None or _measures_base(shared["calibrations"]):
+        if shared["base_coupling"] is None or shared["calibrations"] % _BASE_EVERY == 0:
             self._calibrate_base(here, blocks, shared)
 
     def _measure(self, deltas: Steps, q: Tensor, guess: Tensor, tries: int) -> tuple[float, Tensor | None] | None:
@@ -150,10 +151,10 @@ class TrustRegion:
         with self.taps.paused():
             here = self.probe.logits_in_training()
         for _ in range(tries):
-            # no further than the step itself goes (or a trace of a move): a model that cannot reach the target would
-            # look flatter the further one pushes it
+            # no further than the step itself goes, or the least move: a model that cannot reach the target would look
+            # flatter the further one pushes it
             unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
-            epsilon = torch.minimum(unit * target**0.5, (unit * 1e-2).clamp_min(1.0)).nan_to_num(0.0, 0.0)
+            epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(1.0)).nan_to_num(0.0, 0.0)
             with self.taps.paused(), moved(changes, epsilon):
                 there = self.probe.logits()
             measured = distributed.mean(self._kl(here, there), q)
@@ -169,7 +170,10 @@ class TrustRegion:
     def _kl(self, here: Tensor | None, there: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Summed over loss tokens, and their number; None in a process that has nothing to compare."""
         assert self.probe is not None
-        if here is None or there is None or here.shape != there.shape:
+        if here is None or there is None:
+            return None
+        if here.shape != there.shape:
+            self.probe.refused = "the model's logits have another shape for a part of the batch"
             return None
         return kl_divergence(here, there, self.probe.loss_tokens(here))
 
@@ -203,8 +207,3 @@ class TrustRegion:
 def _mixed(before: float | None, new: float, weight: float) -> float:
     """Geometric mean of what was known and what was measured, ``weight`` for the latter."""
     return new if before is None else before ** (1 - weight) * new**weight
-
-
-def _measures_base(calibrations: int) -> bool:
-    """The way from the base model is only told to the user: every other measurement will do, later every fourth."""
-    return calibrations % (2 if calibrations < 8 else 4) == 0

@@ -382,3 +382,25 @@ def test_a_model_may_return_a_tuple_a_dict_or_chunks_of_logits() -> None:
         couplings.append(opt.metrics()["trust/coupling"])
     assert couplings[0] == couplings[1] == couplings[2]
     assert model(ids)[0].shape[-1] == VOCAB
+
+
+def test_a_model_that_shapes_its_output_by_the_batch_is_not_measured_and_says_so() -> None:
+    class Trimmed(nn.Module):
+        """Cuts the batch to its longest sequence (0 is padding)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.net(ids[:, : int((ids != 0).sum(1).max())])
+
+    model, (ids, labels) = Trimmed(), batch(ignored=0)
+    ids = ids.clamp_min(1)
+    ids[0, 3:] = 0  # the slice is the first sequence
+    opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
+    loss_of(model(ids), labels).backward()
+    opt.step()
+    found = opt.metrics()
+    assert found["trust/source"].startswith("assumed (") and "another shape" in found["trust/source"]
+    assert found["trust/predicted_kl"] == pytest.approx(1e-3)
