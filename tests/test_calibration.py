@@ -188,16 +188,17 @@ def test_only_loss_tokens_count() -> None:
 @pytest.mark.parametrize("kind", ["plain", "dropout", "norm", "transformers"])
 def test_what_the_training_said_is_used_where_a_second_forward_would_say_the_same(kind: str) -> None:
     if kind == "transformers":
-        model, data = tiny_llama(), llama_batch()
+        model, data = tiny_llama(), llama_batch(n=8)
         opt = optimizer(model, calibration_interval=1)
         llama_loss(model, data).backward()
     else:
-        model, data = net(dropout=0.3 if kind == "dropout" else 0.0, norm=kind == "norm"), batch()
+        model, data = net(dropout=0.3 if kind == "dropout" else 0.0, norm=kind == "norm"), batch(n=8)
         opt = optimizer(model, calibration_interval=1)
         backward(model, data)
     probe = opt._layers.probe
     again, calls = probe.logits(), []
     assert again is not None
+    assert probe._call.sequences == (1 if kind in ("dropout", "norm") else 2)  # two passes of half as much
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(probe.logits_in_training(), again)  # dropout: the random state is the same
     assert bool(calls) == (kind in ("dropout", "norm"))

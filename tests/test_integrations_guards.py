@@ -161,3 +161,23 @@ def test_a_model_that_is_moved_after_construction() -> None:
         results.append(snapshot(model))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name])
+
+
+def test_the_state_goes_where_the_model_goes() -> None:
+    """To torch's device without memory, which every machine has: shapes and sharing, though no values."""
+    model = net(dtype=torch.float32)
+    opt = CTROptimizer([*trainable(model), nn.Parameter(torch.zeros(3))], max_kl=1e-3, model=model)
+    train(model, opt, 2)
+    opt.param_groups[0]["params"][-1].grad = torch.ones(3)
+    opt.step()
+    shapes = {id(p): {k: v.shape for k, v in opt.state[p].items()} for p in opt.state}
+    for p in opt.param_groups[0]["params"]:
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().to("meta")))
+    opt._layers.follow_devices(opt.state)
+    for p, state in opt.state.items():
+        assert {t.device.type for t in state.values()} == {"meta"}
+        assert {k: v.shape for k, v in state.items()} == shapes[id(p)]
+    for block in opt.blocks:
+        assert {t.device.type for t in (block.H, block.D, *block.C.tensors, *block.S.tensors)} == {"meta"}
+        assert block.b is not None and block.b.tensors["rank_input"] is block.H
+    assert not any(block.follow_(opt.state) for block in opt.blocks)
