@@ -405,3 +405,26 @@ def test_a_model_that_shapes_its_output_by_the_batch_is_not_measured_and_says_so
     found = opt.metrics()
     assert found["trust/source"].startswith("assumed (") and "another shape" in found["trust/source"]
     assert found["trust/predicted_kl"] == pytest.approx(1e-3)
+
+
+def test_a_measurement_that_is_no_number_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
+    train(model, opt, 1)
+    before, probe = opt.metrics()["trust/coupling"], opt._layers.probe
+    logits = probe.logits
+    monkeypatch.setattr(probe, "logits", lambda: torch.full_like(logits(), torch.nan))
+    usual = opt._shared["coupling"]
+    train(model, opt, 1, 1)
+    assert opt._shared["coupling"] == usual and opt._shared["calibrations"] == 1 and before > 0
+    assert opt.metrics()["trust/predicted_kl"] <= 1e-3 * (1 + 1e-6)
+
+
+def test_a_fresh_adapter_is_the_base_model() -> None:
+    """B = 0: there is no way from the base to measure in the first step, and there is one in the second."""
+    model = net(b_std=0.0)
+    opt = optimizer(model, lr=1e-2, max_kl=1e-3, calibration_interval=1)
+    train(model, opt, 1)
+    assert opt._shared["coupling"] is not None and opt._shared["base_coupling"] is None
+    train(model, opt, 1, 1)
+    assert opt._shared["base_coupling"] is not None
