@@ -407,13 +407,14 @@ def test_a_model_that_shapes_its_output_by_the_batch_is_not_measured_and_says_so
     assert found["trust/predicted_kl"] == pytest.approx(1e-3)
 
 
-def test_a_measurement_that_is_no_number_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["nan", "nothing"])
+def test_a_measurement_that_is_no_number_is_dropped(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
     train(model, opt, 1)
     before, probe = opt.metrics()["trust/coupling"], opt._layers.probe
     logits = probe.logits
-    monkeypatch.setattr(probe, "logits", lambda: torch.full_like(logits(), torch.nan))
+    monkeypatch.setattr(probe, "logits", lambda: torch.full_like(logits(), torch.nan) if what == "nan" else None)
     usual = opt._shared["coupling"]
     train(model, opt, 1, 1)
     assert opt._shared["coupling"] == usual and opt._shared["calibrations"] == 1 and before > 0

@@ -318,6 +318,21 @@ def test_the_adaptive_bound_compares_promise_and_fact(lr: float, max_kl: float, 
     assert opt.metrics()["trust/max_kl"] == pytest.approx(max_kl * expected)
 
 
+def test_without_a_bound_there_is_nothing_to_adapt() -> None:
+    model, (ids, labels), calls = net(), batch(), []
+    opt = optimizer(model, lr=1e-2, max_kl=None, kl_schedule="adaptive")
+
+    def closure() -> Tensor:
+        calls.append(1)
+        opt.zero_grad()
+        loss = loss_of(model(ids), labels)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert len(calls) == 1 and opt.metrics()["trust/max_kl"] is None
+
+
 def test_both_branches_of_the_adaptive_bound_are_reached() -> None:
     bounds = {}
     for lr, max_kl in ((1e-3, 1e-3), (100.0, 3e3)):
