@@ -300,7 +300,7 @@ def test_the_adaptive_bound_compares_promise_and_fact(lr: float, max_kl: float, 
         loss.backward()
         return loss
 
-    before = closure()
+    before = closure().detach()
     grads = [p.grad.clone() for p in trainable(model)]
     start = [p.detach().clone() for p in trainable(model)]
     opt.step(closure)
