@@ -246,6 +246,12 @@ def _random_state() -> list[Tensor] | None:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
 
 
+def _nothing_drawn(since: list[Tensor] | None) -> bool:
+    """Whether all generators are known to be in the state that they were in."""
+    now = _random_state()
+    return since is not None and now is not None and all(map(torch.equal, since, now))
+
+
 def logits_of(output: Any) -> Tensor | None:
     """The logits in a model's output: ``.logits``, a tensor, or the first float tensor of two or more dimensions.
 
@@ -269,12 +275,6 @@ def _chunks(output: Any) -> list[Tensor] | None:
     if not all(isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() for t in output):
         return None
     return output if len({(t.shape[0], t.shape[2], t.dtype) for t in output}) == 1 else None
-
-
-def _nothing_drawn(since: list[Tensor] | None) -> bool:
-    """Whether all generators are known to be in the state that they were in."""
-    now = _random_state()
-    return since is not None and now is not None and all(map(torch.equal, since, now))
 
 
 def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:

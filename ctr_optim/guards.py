@@ -139,17 +139,17 @@ def check_ranks_belong_to_us(groups: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def shapes_must_stay(roots: Sequence[nn.Module]) -> bool:
+def shapes_must_stay(roots: Iterable[nn.Module]) -> bool:
     """Whether the layers of these models cannot change their shapes: in several processes, or in a compiled model.
 
-    ``torch.compile(model)`` is a module of its own, which may have come after the optimizer, and is looked for.
+    What was compiled may be a part of them, or hold them, and be younger than the optimizer: all that lives is asked.
     """
     if distributed.world_size() > 1:
         return True
-    modules = {id(module): module for root in roots for module in root.modules()}
-    if any(module._compiled_call_impl is not None for module in modules.values()):
-        return True
-    return any(id(wrapper._orig_mod) in modules for wrapper in live_modules(torch._dynamo.eval_frame.OptimizedModule))
+    wrapper = torch._dynamo.eval_frame.OptimizedModule
+    compiled = [m for m in live_modules() if isinstance(m, wrapper) or m._compiled_call_impl is not None]
+    ours = {id(module) for root in roots for module in root.modules()} if compiled else set()
+    return any(id(module) in ours for outer in compiled for module in outer.modules())
 
 
 def warn_if_full() -> None:

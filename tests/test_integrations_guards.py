@@ -181,3 +181,19 @@ def test_the_state_goes_where_the_model_goes() -> None:
         assert {t.device.type for t in (block.H, block.D, *block.C.tensors, *block.S.tensors)} == {"meta"}
         assert block.b is not None and block.b.tensors["rank_input"] is block.H
     assert not any(block.follow_(opt.state) for block in opt.blocks)
+
+
+@pytest.mark.parametrize("how", ["around a holder", "in place", "of a part", "not at all"])
+def test_what_was_compiled_later_keeps_its_shapes(how: str) -> None:
+    model = net()
+    opt = optimizer(model, rank_scheduler=RankScheduler())
+    holder = nn.ModuleDict({"model": model})
+    compiled = None
+    if how == "around a holder":
+        compiled = torch.compile(holder, backend="eager")
+    elif how == "in place":
+        holder.compile(backend="eager")
+    elif how == "of a part":
+        compiled = torch.compile(model.up, backend="eager")
+    assert opt._masked() == (how != "not at all")
+    del compiled

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def live_modules(kind: type[nn.Module] = nn.Module) -> list[nn.Module]:
-    """Every module of a kind that is alive; by type(): weak proxies in the heap raise when asked for their class."""
+def live_modules() -> list[nn.Module]:
+    """Every module that is alive; by type(): weak proxies in the heap raise when asked for their class."""
     objects = gc.get_objects()
-    kinds = {t for t in set(map(type, objects)) if issubclass(t, kind)}
-    return [o for o in objects if type(o) in kinds] if kinds else []
+    kinds = {t for t in set(map(type, objects)) if issubclass(t, nn.Module)}
+    return [o for o in objects if type(o) in kinds and "_modules" in o.__dict__]
 
 
 def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
@@ -22,7 +22,7 @@ def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     ``_parameters`` and ``_modules``, costs about a tenth of a second, and runs once, at construction.
     """
     wanted = {id(p) for p in parameters}
-    modules = [module for module in live_modules() if "_modules" in module.__dict__]
+    modules = live_modules()
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
         for child in module._modules.values():
