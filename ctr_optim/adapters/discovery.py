@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from itertools import compress
 
 from torch import nn
 
@@ -11,8 +12,9 @@ from torch import nn
 def live_modules() -> list[nn.Module]:
     """Every module that is alive; by type(): weak proxies in the heap raise when asked for their class."""
     objects = gc.get_objects()
-    kinds = {t for t in set(map(type, objects)) if issubclass(t, nn.Module)}
-    return [o for o in objects if type(o) in kinds and "_modules" in o.__dict__]
+    types = list(map(type, objects))
+    kinds = {t for t in set(types) if issubclass(t, nn.Module)}
+    return [o for o in compress(objects, map(kinds.__contains__, types)) if "_modules" in o.__dict__]
 
 
 def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
