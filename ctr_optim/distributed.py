@@ -53,7 +53,10 @@ def of_first(value: T) -> T:
 def copy_first_(tensors: Sequence[Tensor]) -> None:
     """Overwrite each tensor with the first process's: rounding must not tell processes apart."""
     for t in tensors if world_size() > 1 else ():
-        dist.broadcast(t, 0)
+        sent = t.contiguous()  # NCCL takes nothing else
+        dist.broadcast(sent, 0)
+        if sent is not t:
+            t.copy_(sent)
 
 
 def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class Fused:
     def move_(self, deltas: Mapping[Stack, Tensor], scale: Tensor) -> list[Stack]:
         """``p <- p + scale delta``, as ``Stack.move_``; returns the stacks that have moved."""
         moved: list[Stack] = []
+        scale = scale.to(self._table.device)
         with self._trying():
             for stack in () if _broken else self.stacks:
                 numel = stack.params[0].numel()

@@ -13,7 +13,7 @@ from processes import needs_gloo, spawn
 from support import batch, loss_of, net, same, snapshot, trainable
 from torch.nn.parallel import DistributedDataParallel
 
-from ctr_optim import CTROptimizer, RankScheduler
+from ctr_optim import CTROptimizer, RankScheduler, distributed
 from ctr_optim.events import EventLog, read_events
 
 pytestmark = needs_gloo
@@ -172,6 +172,20 @@ def test_an_adaptive_bound_is_one_bound(tmp_path: Path) -> None:
     (first, numbers), (second, others) = spawn(_adapt, tmp_path)
     assert same(first, second) and numbers == others
     assert numbers["trust/max_kl"] != 1e-2  # it did move
+
+
+def test_what_is_sent_lies_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes nothing else; gloo does not mind."""
+
+    def broadcast(t: torch.Tensor, source: int) -> None:
+        assert t.is_contiguous()
+        t.fill_(7)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    whole = torch.zeros(2, 3)
+    distributed.copy_first_([whole[:, 0], whole[:, 1:].T])
+    assert (whole == 7).all()
 
 
 def _disagree(rank: int, folder: Path) -> list[str]:

@@ -163,6 +163,32 @@ def test_a_model_that_is_moved_after_construction() -> None:
         torch.testing.assert_close(value, results[1][name])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two devices to spread a model over")
+@pytest.mark.parametrize("foreach", [None, True], ids=["kernels", "torch"])
+def test_a_model_over_two_devices_trains_as_on_one(foreach: bool | None) -> None:
+    results = []
+    for second in ("cuda:0", "cuda:1"):
+        model = net(dtype=torch.float32, rank=4).to("cuda:0")
+        model.down.to(second)
+        model.down.register_forward_pre_hook(lambda _, args, device=second: args[0].to(device))
+        model.down.register_forward_hook(lambda _, __, out: out.to("cuda:0"))
+        scheduler = RankScheduler(interval=4, window=2, sketch_rank=2)
+        opt = CTROptimizer(
+            trainable(model), lr=0.05, max_kl=1e-3, model=model, foreach=foreach, rank_scheduler=scheduler
+        )
+        for step in range(8):
+            ids, labels = (t.to("cuda:0") for t in batch(step))
+            loss_of(model(ids), labels).backward()
+            opt.step()
+            opt.zero_grad()
+        metrics = opt.metrics()
+        assert metrics["trust/source"] == "measured" and metrics["kl_from_base"] > 0
+        results.append(({k: v.cpu() for k, v in snapshot(model).items()}, opt.ranks))
+    assert results[0][1] == results[1][1]
+    for name, value in results[0][0].items():
+        torch.testing.assert_close(value, results[1][0][name], rtol=1e-3, atol=1e-5)
+
+
 def test_the_state_goes_where_the_model_goes() -> None:
     """To torch's device without memory, which every machine has: shapes and sharing, though no values."""
     model = net(dtype=torch.float32)
