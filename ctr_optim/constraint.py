@@ -13,9 +13,10 @@ from ctr_optim import distributed
 from ctr_optim.calibration import Probe, kl_divergence, moved
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import Taps
+from ctr_optim.devices import together
 from ctr_optim.precondition import Stack
 from ctr_optim.settings import Settings
-from ctr_optim.trust_region import adapted_bound, alignment, scale_within
+from ctr_optim.trust_region import SLOPE_EXPONENT, adapted_bound, alignment, scale_within
 
 Steps = Mapping[Stack, Tensor]
 
@@ -117,21 +118,22 @@ class TrustRegion:
     ) -> None:
         """Measure the coupling along this step, at about the length that the step will have.
 
-        Measurements are averaged geometrically, since one in a hundred is off by a factor of ten; what this step's
-        slope explains (:func:`alignment`) is taken out before.
+        Measurements are averaged by their square roots, since one in a hundred is off by a factor of ten. What this
+        step's slope explains (:func:`alignment`) is taken out before, and what is usual moves with the average.
         """
-        newest = max(_NEWEST, 2 / (2 + shared["calibrations"]))  # all count at first, the later the more
-        typical, known = slope.square() / q, shared["alignment"]
-        if known is not None:
-            typical = torch.where(typical > 0, known ** (1 - newest) * typical**newest, known)
-        aligned = torch.where(typical > 0, alignment(slope, q, typical), 1.0)
+        newest = max(_NEWEST, 3 / (3 + shared["calibrations"]))  # the first counts least: models change fastest then
+        typical, usual = slope.square() / q, shared["alignment"]
+        aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
         found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)
         if found is None:
             return
         coupling, here = found
-        explained = float(aligned)
-        shared["coupling"] = _mixed(shared["coupling"], coupling / explained, newest)
-        shared["alignment"] = float(typical) or None
+        shared["coupling"] = _mixed(shared["coupling"], coupling / float(aligned), newest)
+        if typical > 0:
+            now = float(typical)
+            shared["alignment"] = now if usual is None else usual ** (1 - newest) * now**newest
+            if usual is not None:  # the coupling of a usual step: it follows what is usual
+                shared["coupling"] *= (shared["alignment"] / usual) ** SLOPE_EXPONENT
         shared["calibrations"] += 1
         if shared["base_coupling"] is None or shared["calibrations"] % _BASE_EVERY == 0:
             self._calibrate_base(here, blocks, shared)
@@ -180,7 +182,7 @@ class TrustRegion:
     def _calibrate_base(self, here: Tensor | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.probe is not None
-        total = float(sum(block.kl_from_base().sum() for block in blocks))
+        total = float(together([block.kl_from_base().sum() for block in blocks]).sum())
         if not total > 0:
             return
         b = [distributed.local(pair.B) for block in blocks for pair in block.pairs]
@@ -205,5 +207,5 @@ class TrustRegion:
 
 
 def _mixed(before: float | None, new: float, weight: float) -> float:
-    """Geometric mean of what was known and what was measured, ``weight`` for the latter."""
-    return new if before is None else before ** (1 - weight) * new**weight
+    """Mean, as lengths, of what was known and what was measured, ``weight`` for the latter."""
+    return new if before is None else ((1 - weight) * before**0.5 + weight * new**0.5) ** 2
