@@ -146,6 +146,8 @@ def shapes_must_stay(roots: Iterable[nn.Module]) -> bool:
     """
     if distributed.world_size() > 1:
         return True
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing can have been compiled
+        return False
     wrapper = torch._dynamo.eval_frame.OptimizedModule
     compiled = [m for m in live_modules() if isinstance(m, wrapper) or m._compiled_call_impl is not None]
     ours = {id(module) for root in roots for module in root.modules()} if compiled else set()

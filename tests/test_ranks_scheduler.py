@@ -91,6 +91,34 @@ def test_at_equal_costs_the_fill_is_optimal(problem: dict[str, Any]) -> None:
     assert worth(problem, new) == pytest.approx(best)
 
 
+@given(problems(), st.integers(1, 4))
+def test_ranks_are_multiples(problem: dict[str, Any], multiple: int) -> None:
+    """But for layers that cannot hold one; and none is lost that the budget pays for."""
+    costs = dict.fromkeys(problem["costs"], 7)
+    utilities = problem["utilities"]
+    new = RankScheduler(budget=6.0, max_rank=9, multiple=multiple).allocate(utilities, costs)
+    most = {n: min(9, len(us)) for n, us in utilities.items()}
+    assert all(r % multiple == 0 or r == most[n] < multiple for n, r in new.items())
+    left = 6 * len(costs) - sum(new.values())
+    assert 0 <= left and (left < multiple or all(new[n] + multiple > most[n] for n in new))
+    taken = [sum(us[k : k + multiple]) for n, us in utilities.items() for k in range(multiple, new[n], multiple)]
+    open_ = [sum(us[new[n] : new[n] + multiple]) for n, us in utilities.items() if new[n] + multiple <= most[n]]
+    assert not taken or not open_ or min(taken) >= max(open_) * (1 - 1e-12)
+
+
+def test_a_multiple_fits_into_one_event() -> None:
+    assert [RankScheduler(multiple=m, max_change=c).most_change for m, c in ((1, 2), (4, 2), (4, 6), (4, None))] == [
+        2,
+        4,
+        6,
+        None,
+    ]
+    with pytest.raises(ValueError, match="multiple: got 16, expected at most sketch_rank=8"):
+        RankScheduler(multiple=16)
+    with pytest.raises(ValueError, match="in multiples of 4"):
+        RankScheduler(multiple=4).allocate({"a": [1.0] * 8}, {"a": 3}, {"a": 3})
+
+
 def test_ranks_stay_where_nothing_is_gained() -> None:
     nothing = {"a": [0.0] * 8, "b": [0.0] * 8}
     ranks = {"a": 2, "b": 4}

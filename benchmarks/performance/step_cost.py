@@ -367,7 +367,7 @@ def one_peer(
 # -- ranks that move ---------------------------------------------------------------------------------------------
 
 
-def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int) -> None:
+def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int, multiple: int) -> None:
     """Whole steps with a rank schedule running: ``steps`` with their events, after a first event.
 
     Steps that follow the first one compile kernels for its ranks, once a machine.
@@ -378,9 +378,10 @@ def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int)
     waiting = resumable.bytes
     del adamw
     bench.free()
-    optimizer = resumable.open(rank_scheduler={"interval": 10, "window": 4})
+    optimizer = resumable.open(rank_scheduler={"interval": 10, "window": 4, "multiple": multiple})
     first = run_round(bench, optimizer, 10 + min(10, steps))
-    plan = dict(interval=interval, window=min(8, interval), total_steps=optimizer.steps + steps, until=1.0)
+    plan = dict(interval=interval, window=min(8, interval), multiple=multiple)
+    plan |= dict(total_steps=optimizer.steps + steps, until=1.0)
     optimizer.rank_scheduler = RankScheduler(**plan)
     events: list[Any] = []
     optimizer.on_rank_event(events.append)
@@ -466,6 +467,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
     parser.add_argument("--rank-steps", type=int, default=200)
     parser.add_argument("--rank-interval", type=int, default=100)
+    parser.add_argument("--rank-multiple", type=int, default=1)
     parser.add_argument("--peer-seconds", type=float, default=5.0, help="the most that a peer's steps may take")
     parser.add_argument("--wide-soap", action="store_true", help="also SOAP at its defaults, on one block's layers")
     parser.add_argument("--out")
@@ -490,7 +492,7 @@ def main() -> None:
         step_alone(bench, resumable, args.peer_seconds, args.wide_soap)
     if "ranks" in parts:
         bench.free()
-        rank_schedule(bench, resumable, args.rank_steps, args.rank_interval)
+        rank_schedule(bench, resumable, args.rank_steps, args.rank_interval, args.rank_multiple)
     report.say("done")
     summary(report)
 

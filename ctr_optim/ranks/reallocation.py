@@ -72,7 +72,7 @@ class Survey:
         have = [((1 + scheduler.hysteresis) * u, True) for u in existing]
         lack = [(u, False) for u in absent]
         ordered = sorted(have + lack, key=lambda c: (-c[0], not c[1]))
-        most = scheduler.max_change
+        most = scheduler.most_change
         return ordered if most is None else ordered[: self.rank + most]
 
 
@@ -217,7 +217,7 @@ def reallocate(
         {name: s.pair.cost for name, s in by_name.items()},
         ranks,
         {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()},
-        {} if fresh or scheduler.max_change is None else {n: r - scheduler.max_change for n, r in ranks.items()},
+        {} if fresh or (most := scheduler.most_change) is None else {n: r - most for n, r in ranks.items()},
     )
     events, changes = [], dict[Any, list[Survey]]()
     for name, s in by_name.items():

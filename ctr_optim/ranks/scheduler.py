@@ -55,7 +55,9 @@ class RankScheduler:
             swing to and fro on noise.
         absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
             own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
-        max_change: the most by which a rank rises or falls at one event; None for no limit.
+        max_change: the most by which a rank rises or falls at one event, ``multiple`` at least; None for no limit.
+        multiple: ranks are multiples of this. A large model multiplies faster by ranks of 8, 16 and 24 than by odd ones
+            in half precision, and layers of one shape and rank are worked on at once.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.
     """
@@ -71,6 +73,7 @@ class RankScheduler:
     hysteresis: float = 3.0
     absent: str = "spectrum"
     max_change: int | None = 2
+    multiple: int = 1
     window: int = 8
     sketch_rank: int = 8
 
@@ -80,7 +83,7 @@ class RankScheduler:
         if not 0.0 <= self.start <= self.until <= 1.0:
             raise ValueError(f"start, until: got {self.start!r}, {self.until!r}, expected 0 <= start <= until <= 1")
         optional = ("max_rank", "total_steps", "max_change")
-        for name in ("interval", "min_rank", "window", "sketch_rank", *optional):
+        for name in ("interval", "min_rank", "multiple", "window", "sketch_rank", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -96,10 +99,20 @@ class RankScheduler:
             raise ValueError("budget: got 0, expected a mean rank above 0")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
+        if self.multiple > self.sketch_rank:
+            raise ValueError(
+                f"multiple: got {self.multiple!r}, expected at most sketch_rank={self.sketch_rank}, the directions that "
+                "a layer may gain at one event; raise sketch_rank with it"
+            )
         if self.absent not in ("spectrum", "sketch"):
             raise ValueError(f"absent: got {self.absent!r}, expected 'spectrum' or 'sketch'")
         if not self.hysteresis >= 0:
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
+
+    @property
+    def most_change(self) -> int | None:
+        """``max_change``, and room for one multiple."""
+        return None if self.max_change is None else max(self.max_change, self.multiple)
 
     @staticmethod
     def of(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
@@ -184,26 +197,33 @@ class RankScheduler:
         mean = total / sum(costs.values())
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
-        least = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
+        most = {n: rank - rank % self.multiple or rank for n, rank in most.items()}
+        least = {n: max(self.min_rank, (floors or {}).get(n, 0)) for n in costs}
+        least = {n: min(rank + -rank % self.multiple, most[n]) for n, rank in least.items()}
         new = dict(least)
         left = total - sum(new[n] * costs[n] for n in costs)
         if left < 0 and floors:
             return self.allocate(utilities, costs, ranks, limits)  # a shrunken budget wins over gradual change
         if left < 0:
             raise ValueError(
-                f"budget: {total} parameters do not hold min_rank={self.min_rank} in each of {len(costs)} layers "
-                f"({total - left} needed); raise the budget or lower min_rank"
+                f"budget: {total} parameters do not hold min_rank={self.min_rank} in each of {len(costs)} layers, in "
+                f"multiples of {self.multiple} ({total - left} needed); raise the budget or lower min_rank or multiple"
             )
-        queue = [(-utilities[n][new[n]] / costs[n], n) for n in sorted(costs) if new[n] < most[n]]
+
+        def next_of(name: str) -> tuple[float, str]:
+            """Minus the worth per parameter of a layer's next directions, so that the smallest comes first."""
+            return -sum(utilities[name][new[name] : new[name] + self.multiple]) / (self.multiple * costs[name]), name
+
+        queue = [next_of(n) for n in sorted(costs) if new[n] + self.multiple <= most[n]]
         heapq.heapify(queue)
         while queue:
             _, name = heapq.heappop(queue)
-            if costs[name] > left:
+            if self.multiple * costs[name] > left:
                 continue  # this layer is full; a cheaper one may still fit
-            left -= costs[name]
-            new[name] += 1
-            if new[name] < most[name]:
-                heapq.heappush(queue, (-utilities[name][new[name]] / costs[name], name))
+            left -= self.multiple * costs[name]
+            new[name] += self.multiple
+            if new[name] + self.multiple <= most[name]:
+                heapq.heappush(queue, next_of(name))
         fits = ranks is not None and sum(ranks[n] * costs[n] for n in costs) <= total
         if ranks is not None and fits and all(least[n] <= ranks[n] <= most[n] for n in costs):
             before, after = (math.fsum(u for n in costs for u in utilities[n][: r[n]]) for r in (ranks, new))
