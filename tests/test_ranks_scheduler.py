@@ -107,16 +107,21 @@ def test_ranks_are_multiples(problem: dict[str, Any], multiple: int) -> None:
 
 
 def test_a_multiple_fits_into_one_event() -> None:
-    assert [RankScheduler(multiple=m, max_change=c).most_change for m, c in ((1, 2), (4, 2), (4, 6), (4, None))] == [
-        2,
-        4,
-        6,
-        None,
-    ]
+    for multiple, change, expected in ((1, 2, 2), (4, 2, 4), (4, 6, 6), (4, None, None), (None, 2, 8)):
+        assert RankScheduler(multiple=multiple, max_change=change).most_change(mean=32.0) == expected
     with pytest.raises(ValueError, match="multiple: got 16, expected at most sketch_rank=8"):
         RankScheduler(multiple=16)
     with pytest.raises(ValueError, match="in multiples of 4"):
         RankScheduler(multiple=4).allocate({"a": [1.0] * 8}, {"a": 3}, {"a": 3})
+
+
+def test_multiples_are_a_quarter_of_the_mean() -> None:
+    means = {0.0: 1, 2.0: 1, 7.9: 1, 8.0: 2, 15.9: 2, 16.0: 4, 32.0: 8, 256.0: 8}
+    assert {mean: RankScheduler().multiple_at(mean) for mean in means} == means
+    assert RankScheduler(sketch_rank=3).multiple_at(64.0) == 2 and RankScheduler(multiple=3).multiple_at(64.0) == 3
+    ranks = {"a": 16, "b": 16}
+    new = RankScheduler().allocate({"a": [1.0] * 32, "b": [9.0] * 32}, {"a": 5, "b": 5}, ranks)
+    assert new == {"a": 4, "b": 28}
 
 
 def test_ranks_stay_where_nothing_is_gained() -> None:

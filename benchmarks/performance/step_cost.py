@@ -367,7 +367,7 @@ def one_peer(
 # -- ranks that move ---------------------------------------------------------------------------------------------
 
 
-def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int, multiple: int) -> None:
+def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int, multiple: int | None) -> None:
     """Whole steps with a rank schedule running: ``steps`` with their events, after a first event.
 
     Steps that follow the first one compile kernels for its ranks, once a machine.
@@ -467,7 +467,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
     parser.add_argument("--rank-steps", type=int, default=200)
     parser.add_argument("--rank-interval", type=int, default=100)
-    parser.add_argument("--rank-multiple", type=int, default=1)
+    parser.add_argument("--rank-multiple", type=int, help="what ranks are multiples of; as the scheduler chooses")
     parser.add_argument("--peer-seconds", type=float, default=5.0, help="the most that a peer's steps may take")
     parser.add_argument("--wide-soap", action="store_true", help="also SOAP at its defaults, on one block's layers")
     parser.add_argument("--out")

@@ -81,7 +81,7 @@ def initialize(
             return reallocate(surveys, scheduler, scout.state.get, step=0, fresh=True)
         events = []
         for s in surveys:
-            one = RankScheduler(min_rank=s.pair.rank, max_rank=s.pair.rank)
+            one = RankScheduler(min_rank=s.pair.rank, max_rank=s.pair.rank, multiple=1)
             events += reallocate([s], one, scout.state.get, step=0, fresh=True)
         return events
     finally:

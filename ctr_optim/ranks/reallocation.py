@@ -59,12 +59,13 @@ class Survey:
     inner: Tensor
     typical: Sequence[Tensor | None]
 
-    def candidates(self, scheduler: RankScheduler, exchange: float) -> list[tuple[float, bool]]:
+    def candidates(self, scheduler: RankScheduler, exchange: float, change: int | None) -> list[tuple[float, bool]]:
         """Utilities, largest first, and whether the direction exists; what exists is favoured by hysteresis.
 
         Args:
             exchange: what one unit of the sketch's utility is worth in those of existing directions; for layers that
                 have no spectrum to go by.
+            change: the most directions that a layer may gain; None for no limit.
         """
         existing, absent = self.existing.utility.tolist(), self.absent.tolist()
         if scheduler.absent == "spectrum":
@@ -72,8 +73,7 @@ class Survey:
         have = [((1 + scheduler.hysteresis) * u, True) for u in existing]
         lack = [(u, False) for u in absent]
         ordered = sorted(have + lack, key=lambda c: (-c[0], not c[1]))
-        most = scheduler.most_change
-        return ordered if most is None else ordered[: self.rank + most]
+        return ordered if change is None else ordered[: self.rank + change]
 
 
 def exchange_rate(surveys: Sequence[Survey]) -> float:
@@ -206,18 +206,20 @@ def reallocate(
         masked: layers keep the shapes that they were allocated with.
     """
     by_name = {s.pair.name: s for s in lend_second_moments(surveys)}
+    ranks = {name: s.rank for name, s in by_name.items()}
+    costs = {name: s.pair.cost for name, s in by_name.items()}
+    change = scheduler.most_change(scheduler.parameters(costs, ranks) / sum(costs.values()))
     exchange = exchange_rate(surveys)
-    candidates = {name: s.candidates(scheduler, exchange) for name, s in by_name.items()}
+    candidates = {name: s.candidates(scheduler, exchange, change) for name, s in by_name.items()}
     if fresh:
         candidates = {name: [(u, False) for u in s.absent.tolist()] for name, s in by_name.items()}
     candidates = of_first(candidates)
-    ranks = {name: s.rank for name, s in by_name.items()}
     new = scheduler.allocate(
         {name: [u for u, _ in cs] for name, cs in candidates.items()},
-        {name: s.pair.cost for name, s in by_name.items()},
+        costs,
         ranks,
         {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()},
-        {} if fresh or (most := scheduler.most_change) is None else {n: r - most for n, r in ranks.items()},
+        {} if fresh or change is None else {name: rank - change for name, rank in ranks.items()},
     )
     events, changes = [], dict[Any, list[Survey]]()
     for name, s in by_name.items():

@@ -56,8 +56,9 @@ class RankScheduler:
         absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
             own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
         max_change: the most by which a rank rises or falls at one event, ``multiple`` at least; None for no limit.
-        multiple: ranks are multiples of this. A large model multiplies faster by ranks of 8, 16 and 24 than by odd ones
-            in half precision, and layers of one shape and rank are worked on at once.
+        multiple: ranks are multiples of this; None for a quarter of the mean rank, as a power of two: 1 below 8, 2 at 8,
+            4 at 16. Layers of one shape and rank are worked on at once, and half precision multiplies slower by odd
+            ranks than by multiples of 8.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.
     """
@@ -73,7 +74,7 @@ class RankScheduler:
     hysteresis: float = 3.0
     absent: str = "spectrum"
     max_change: int | None = 2
-    multiple: int = 1
+    multiple: int | None = None
     window: int = 8
     sketch_rank: int = 8
 
@@ -82,8 +83,8 @@ class RankScheduler:
             raise ValueError(f"budget: got {self.budget!r}, expected a mean rank of at least min_rank={self.min_rank}")
         if not 0.0 <= self.start <= self.until <= 1.0:
             raise ValueError(f"start, until: got {self.start!r}, {self.until!r}, expected 0 <= start <= until <= 1")
-        optional = ("max_rank", "total_steps", "max_change")
-        for name in ("interval", "min_rank", "multiple", "window", "sketch_rank", *optional):
+        optional = ("max_rank", "total_steps", "max_change", "multiple")
+        for name in ("interval", "min_rank", "window", "sketch_rank", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -99,7 +100,7 @@ class RankScheduler:
             raise ValueError("budget: got 0, expected a mean rank above 0")
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
-        if self.multiple > self.sketch_rank:
+        if self.multiple is not None and self.multiple > self.sketch_rank:
             raise ValueError(
                 f"multiple: got {self.multiple!r}, expected at most sketch_rank={self.sketch_rank}, the directions that "
                 "a layer may gain at one event; raise sketch_rank with it"
@@ -109,10 +110,16 @@ class RankScheduler:
         if not self.hysteresis >= 0:
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
 
-    @property
-    def most_change(self) -> int | None:
-        """``max_change``, and room for one multiple."""
-        return None if self.max_change is None else max(self.max_change, self.multiple)
+    def multiple_at(self, mean: float) -> int:
+        """What ranks are multiples of, at a mean rank."""
+        if self.multiple is not None:
+            return self.multiple
+        most = min(mean / 4, self.sketch_rank)
+        return 1 << int(math.log2(most)) if most >= 1 else 1
+
+    def most_change(self, mean: float) -> int | None:
+        """``max_change``, and room for one multiple, at a mean rank."""
+        return None if self.max_change is None else max(self.max_change, self.multiple_at(mean))
 
     @staticmethod
     def of(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
@@ -197,9 +204,10 @@ class RankScheduler:
         mean = total / sum(costs.values())
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
-        most = {n: rank - rank % self.multiple or rank for n, rank in most.items()}
+        multiple = self.multiple_at(mean)
+        most = {n: rank - rank % multiple or rank for n, rank in most.items()}
         least = {n: max(self.min_rank, (floors or {}).get(n, 0)) for n in costs}
-        least = {n: min(rank + -rank % self.multiple, most[n]) for n, rank in least.items()}
+        least = {n: min(rank + -rank % multiple, most[n]) for n, rank in least.items()}
         new = dict(least)
         left = total - sum(new[n] * costs[n] for n in costs)
         if left < 0 and floors:
@@ -207,22 +215,22 @@ class RankScheduler:
         if left < 0:
             raise ValueError(
                 f"budget: {total} parameters do not hold min_rank={self.min_rank} in each of {len(costs)} layers, in "
-                f"multiples of {self.multiple} ({total - left} needed); raise the budget or lower min_rank or multiple"
+                f"multiples of {multiple} ({total - left} needed); raise the budget or lower min_rank or multiple"
             )
 
         def next_of(name: str) -> tuple[float, str]:
             """Minus the worth per parameter of a layer's next directions, so that the smallest comes first."""
-            return -sum(utilities[name][new[name] : new[name] + self.multiple]) / (self.multiple * costs[name]), name
+            return -sum(utilities[name][new[name] : new[name] + multiple]) / (multiple * costs[name]), name
 
-        queue = [next_of(n) for n in sorted(costs) if new[n] + self.multiple <= most[n]]
+        queue = [next_of(n) for n in sorted(costs) if new[n] + multiple <= most[n]]
         heapq.heapify(queue)
         while queue:
             _, name = heapq.heappop(queue)
-            if self.multiple * costs[name] > left:
+            if multiple * costs[name] > left:
                 continue  # this layer is full; a cheaper one may still fit
-            left -= self.multiple * costs[name]
-            new[name] += self.multiple
-            if new[name] + self.multiple <= most[name]:
+            left -= multiple * costs[name]
+            new[name] += multiple
+            if new[name] + multiple <= most[name]:
                 heapq.heappush(queue, next_of(name))
         fits = ranks is not None and sum(ranks[n] * costs[n] for n in costs) <= total
         if ranks is not None and fits and all(least[n] <= ranks[n] <= most[n] for n in costs):
