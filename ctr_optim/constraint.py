@@ -182,7 +182,7 @@ class TrustRegion:
     def _calibrate_base(self, here: Tensor | None, blocks: Sequence[Block], shared: dict[str, Any]) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.probe is not None
-        total = float(together([block.kl_from_base().sum() for block in blocks]).sum())
+        total = float(together([block.kl_from_base().sum() for block in blocks]).sum()) if blocks else 0.0
         if not total > 0:
             return
         b = [distributed.local(pair.B) for block in blocks for pair in block.pairs]

@@ -204,9 +204,9 @@ class RankScheduler:
         mean = total / sum(costs.values())
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
-        multiple = self.multiple_at(mean)
-        most = {n: rank - rank % multiple or rank for n, rank in most.items()}
-        least = {n: max(self.min_rank, (floors or {}).get(n, 0)) for n in costs}
+        least = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
+        multiple = self.multiple_at(mean)  # layers that have no room for one get all they have
+        most = {n: max(rank - rank % multiple or rank, least[n]) for n, rank in most.items()}
         least = {n: min(rank + -rank % multiple, most[n]) for n, rank in least.items()}
         new = dict(least)
         left = total - sum(new[n] * costs[n] for n in costs)
