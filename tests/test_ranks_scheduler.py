@@ -100,7 +100,7 @@ def test_ranks_are_multiples(problem: dict[str, Any], multiple: int) -> None:
     most = {n: min(9, len(us)) for n, us in utilities.items()}
     assert all(r % multiple == 0 or r == most[n] < multiple for n, r in new.items())
     left = 6 * len(costs) - sum(new.values())
-    assert 0 <= left and (left < multiple or all(new[n] + multiple > most[n] for n in new))
+    assert left >= 0 and (left < multiple or all(new[n] + multiple > most[n] for n in new))
     taken = [sum(us[k : k + multiple]) for n, us in utilities.items() for k in range(multiple, new[n], multiple)]
     open_ = [sum(us[new[n] : new[n] + multiple]) for n, us in utilities.items() if new[n] + multiple <= most[n]]
     assert not taken or not open_ or min(taken) >= max(open_) * (1 - 1e-12)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.ranks.plan causes > causes.json
     python -m benchmarks.ranks.plan table --lines tuning.jsonl > table.json
+    python -m benchmarks.ranks.plan multiples > multiples.json
     python -m benchmarks.quality.run table.json --data DIR --models DIR --out ranks.jsonl
 
 ``table``: mean ranks 2, 4, 8, test loss; uniform, scheduled, with start directions, both, pruned from twice the rank,
@@ -10,6 +11,8 @@ and the peers that choose ranks or directions, at the best rate of the nearest t
 ``causes``: all of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8, what the pruned ones begin with): uniform;
 scheduled; pruned from twice the rank, slowly, in one late event, or after the last step; layers dropped altogether;
 capacity by kind of layer, set by hand; with and without the optimizer's state carried over.
+
+``multiples``: mean ranks 8 and 16, seeds 0 to 2: uniform, and ranks that move by 1, 4 and 8.
 """
 
 from __future__ import annotations
@@ -85,12 +88,24 @@ def table(lines: plans.Lines) -> list[Spec]:
     return specs
 
 
+def multiples() -> list[Spec]:
+    """Whether ranks that move in larger steps cost quality."""
+    specs = []
+    for seed in range(3):
+        for rank, choices in ((8, (1, 4)), (16, (1, 4, 8))):
+            options: list[Spec] = [{}, *({"rank_scheduler": {**SCHEDULE, "multiple": m}} for m in choices)]
+            common = {**plans.E2E, "method": "ctr", "split": "test", "rank": rank, "seed": seed}
+            specs += [{**common, "options": o} for o in options]
+    return specs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", choices=["causes", "table"])
+    parser.add_argument("plan", choices=["causes", "table", "multiples"])
     parser.add_argument("--lines", nargs="*", default=[], help="results files with tuning runs, for peers' rates")
     args = parser.parse_args()
-    print(json.dumps(causes() if args.plan == "causes" else table(plans.Lines(plans.read(args.lines)))))
+    made = {"causes": causes, "multiples": multiples, "table": lambda: table(plans.Lines(plans.read(args.lines)))}
+    print(json.dumps(made[args.plan]()))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ class RankScheduler:
         absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
             own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
         max_change: the most by which a rank rises or falls at one event, ``multiple`` at least; None for no limit.
-        multiple: ranks are multiples of this; None for a quarter of the mean rank, as a power of two: 1 below 8, 2 at 8,
-            4 at 16. Layers of one shape and rank are worked on at once, and half precision multiplies slower by odd
+        multiple: ranks are multiples of this; None for a quarter of the mean rank, as a power of two: 1 below 8, 2 at
+            8, 4 at 16. Layers of one shape and rank are worked on at once, and half precision multiplies slower by odd
             ranks than by multiples of 8.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.
@@ -102,8 +102,8 @@ class RankScheduler:
             raise ValueError(f"max_rank: got {self.max_rank!r}, expected at least min_rank={self.min_rank}")
         if self.multiple is not None and self.multiple > self.sketch_rank:
             raise ValueError(
-                f"multiple: got {self.multiple!r}, expected at most sketch_rank={self.sketch_rank}, the directions that "
-                "a layer may gain at one event; raise sketch_rank with it"
+                f"multiple: got {self.multiple!r}, expected at most sketch_rank={self.sketch_rank}, the directions "
+                "that a layer may gain at one event; raise sketch_rank with it"
             )
         if self.absent not in ("spectrum", "sketch"):
             raise ValueError(f"absent: got {self.absent!r}, expected 'spectrum' or 'sketch'")
