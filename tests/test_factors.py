@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import relative_error
+from support import LoRALinear, net, relative_error, train, trainable
 
+from ctr_optim import CTROptimizer
+from ctr_optim.curvature.blocks import refresh_bases
 from ctr_optim.curvature.factors import STRUCTURES, Dense, Diagonal, Factor, LowRank, eigenbasis
 
 WIDTH = 40
@@ -139,3 +141,24 @@ def test_eigenbasis_keeps_the_previous_one_where_the_decomposition_fails(monkeyp
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     previous = torch.linalg.qr(torch.randn(2, 3, 3))[0]
     assert torch.equal(eigenbasis(torch.eye(3).expand(2, 3, 3), previous), previous)
+
+
+def test_bases_of_many_ranks_are_each_layers_own() -> None:
+    """Found together, filled up to one size, and cut: unused directions and factors that are not finite among them."""
+    model = net(rank=5)
+    model.down = LoRALinear(10, 7, 2, 1.0).double()
+    opt = CTROptimizer(trainable(model), lr=0.05, max_kl=1e-3, model=model, factor_interval=1)
+    train(model, opt, 2)
+    stacks = [pair for block in opt.blocks for pair in block.bases()]
+    (up_a, up_d), (_, up_h), (down_a, down_d), _ = stacks
+    up_d[:, 3] = up_d[:, :, 3] = 0
+    down_d[0, 0, 0] = float("nan")
+    up_h.copy_(up_h @ up_h)
+    before = {stack: stack.tensors["basis"].clone() for stack, _ in stacks}
+    assert refresh_bases(opt.blocks) == 0
+    for stack, factor in stacks:
+        basis, own = stack.tensors["basis"], eigenbasis(factor, before[stack])
+        overlap = basis.mT @ own
+        torch.testing.assert_close(overlap.abs(), torch.eye(basis.shape[-1]).double().expand_as(overlap))
+    assert torch.equal(down_a.tensors["basis"], before[down_a])
+    assert up_a.tensors["basis"][0, 3].tolist() == [0, 0, 0, 0, 1]

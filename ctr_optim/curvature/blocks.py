@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctr_optim import distributed
 from ctr_optim.curvature.capture import Sketch, Stage, Sums
 from ctr_optim.curvature.factors import Factor, eigenbasis
-from ctr_optim.lora import LoRAPair
+from ctr_optim.lora import LoRAPair, sized
 from ctr_optim.precondition import Stack, initial_state
 from ctr_optim.trust_region import penalty_gradients, quadratic
 
@@ -166,24 +166,25 @@ class Block:
         """
         rows, h, d, *wide = self.staged
         n = len(self.structure.fields)
-        targets = [self.H, self.D, *self.C.tensors, *self.S.tensors]
-        seen = (rows > 0) & finite & _finite([t for t in self.staged if t.dim() > 1])
-        sound = _finite(targets)
+        targets = [self.H, *self.C.tensors, self.D, *self.S.tensors]
+        # side by side, for a launch takes longer than the arithmetic
+        averages = _side_by_side(targets)
+        of_inputs = _side_by_side([h, *wide[:n]]) / rows.clamp_min(1).unsqueeze(-1)
+        of_gradients = _side_by_side([d, *wide[n : 2 * n]]) * (scale.grad**2 / scale.tokens)
+        means = torch.cat([of_inputs, of_gradients], 1)
+        seen = (rows > 0) & finite & _finite([means, *wide[2 * n :]])
+        sound = _finite([averages])
         updates = self.b.tensors["factor_updates"]
         updates.mul_(sound).add_(seen)
         weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
-        grad_square = scale.grad**2 / scale.tokens
-        per_row = 1 / rows.clamp_min(1)
-        factors = [per_row, grad_square, *[per_row] * n, *[grad_square] * n]
+        averages = averages.masked_fill(~sound.unsqueeze(-1), 0)
+        averages.lerp_(means.masked_fill(~seen.unsqueeze(-1), 0), weight.unsqueeze(-1))
+        for target, average in zip(targets, torch.split(averages, [t[0].numel() for t in targets], 1), strict=True):
+            target.copy_(average.view_as(target))
         sketch_sums = self._sums.sketch if self._sums is not None and self.sketch else None
         sketched = () if sketch_sums is None else sketch_sums.whitened()
         for sketch, new in zip(self.sketch, sketched, strict=True):
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
-        for old, new, factor in zip(targets, (h, d, *wide[: 2 * n]), factors, strict=True):
-            wide_view = (-1,) + (1,) * (old.dim() - 1)
-            factor = factor.view(wide_view) if factor.dim() else factor
-            old.masked_fill_(~sound.view(wide_view), 0)
-            old.lerp_(torch.where(seen.view(wide_view), new * factor, 0), weight.view(wide_view))
 
     def bases(self) -> list[tuple[Stack, Tensor]]:
         """Whose eigenbasis comes of what: A's of D, B's of H."""
@@ -215,19 +216,26 @@ def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, 
 
 
 def refresh_bases(blocks: Iterable[Block]) -> int:
-    """New eigenbases for all stacks, all of one rank at once; returns how many failed and kept the old ones."""
+    """New eigenbases for all stacks, many ranks at once; returns how many failed and kept the old ones."""
     alike: dict[Any, list[tuple[Stack, Tensor]]] = {}
     for stack, factor in (pair for block in blocks for pair in block.bases()):
-        alike.setdefault((factor.shape[1:], factor.dtype, factor.device), []).append((stack, factor))
+        # smaller ranks are filled up with directions that nothing is known of: a call takes longer than its arithmetic
+        room = max(16, 1 << (factor.shape[-1] - 1).bit_length())
+        alike.setdefault((room, factor.dtype, factor.device), []).append((stack, factor))
     failed = 0
     for some in alike.values():
+        room = max(factor.shape[-1] for _, factor in some)
         previous = [stack.tensors["basis"] for stack, _ in some]
-        old = torch.cat(previous)
-        new = eigenbasis(torch.cat([factor for _, factor in some]), old)
+        old, matrices = (
+            torch.cat([sized(t, (-2, -1), room) for t in stacked])
+            for stacked in (previous, [factor for _, factor in some])
+        )
+        new = eigenbasis(matrices, old)
         if new is old:  # one that does not converge takes all others with it: each by itself
             found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]
         else:
-            found = list(torch.split(new, [len(basis) for basis in previous]))
+            parts = torch.split(new, [len(basis) for basis in previous])
+            found = [sized(part, (-2, -1), basis.shape[-1]) for part, basis in zip(parts, previous, strict=True)]
         for (stack, _), basis, before in zip(some, found, previous, strict=True):
             if basis is before:
                 failed += 1
@@ -272,6 +280,11 @@ def stack_all(
                 kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
                 others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
     return stacks + [Stack(some, group_of[id(some[0])], state, None) for some in others.values()], blocks
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """``(L, *)`` all that L layers have, a row each."""
+    return torch.cat([t.flatten(1) for t in tensors], 1)
 
 
 def _finite(tensors: Sequence[Tensor]) -> Tensor:
