@@ -129,11 +129,12 @@ class TrustRegion:
             return
         coupling, here = found
         shared["coupling"] = _mixed(shared["coupling"], coupling / float(aligned), newest)
-        if typical > 0:
-            now = float(typical)
-            shared["alignment"] = now if usual is None else usual ** (1 - newest) * now**newest
-            if usual is not None:  # the coupling of a usual step: it follows what is usual
-                shared["coupling"] *= (shared["alignment"] / usual) ** SLOPE_EXPONENT
+        now = float(typical)
+        if now > 0:
+            usual = usual or now
+            shared["alignment"] = usual ** (1 - newest) * now**newest
+            # the coupling of a usual step: it follows what is usual
+            shared["coupling"] *= (shared["alignment"] / usual) ** SLOPE_EXPONENT
         shared["calibrations"] += 1
         if shared["base_coupling"] is None or shared["calibrations"] % _BASE_EVERY == 0:
             self._calibrate_base(here, blocks, shared)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ctr_optim import distributed
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.factors import Diagonal, Factor
+from ctr_optim.lora import padded_rank
 from ctr_optim.precondition import Stack
 from ctr_optim.trust_region import combine
 
@@ -149,7 +150,7 @@ class Fused:
         t, group, is_a = stack.tensors, stack.group, stack.rank_dim == -2
         delta = torch.empty_like(t["exp_avg"])
         rank, wide = delta.shape[1:] if is_a else delta.shape[:0:-1]
-        room = max(16, 1 << (rank - 1).bit_length())
+        room = padded_rank(rank)
         tile, warps = TILES[room]
         beta1, beta2 = map(float, group["betas"])
         lr = group["lr"] if isinstance(group["lr"], Tensor) and group["lr"].is_cuda else float(group["lr"])

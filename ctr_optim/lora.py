@@ -137,6 +137,11 @@ def ranks_in_use(pairs: Sequence[LoRAPair]) -> list[int]:
     return torch.stack([c.to(counts[0].device) for c in counts]).tolist() if counts else []
 
 
+def padded_rank(rank: int) -> int:
+    """What a rank is filled up to where many are worked on alike: a power of two, 16 at least."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def sized(x: Tensor, dims: Sequence[int], size: int) -> Tensor:
     """``x`` cut, or filled up with zeros, to ``size`` along ``dims``."""
     for dim in dims:

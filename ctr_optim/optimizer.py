@@ -198,9 +198,8 @@ class CTROptimizer(Optimizer):
         fused = self._layers.fused
         found = fused.look()
         finite = all_finite(self.param_groups, fused.params if found is not None else (), found)
-        self._skipped = (
-            (~finite).long() if self._skipped is None else self._skipped + (~finite).to(self._skipped.device)
-        )
+        skip = (~finite).long()
+        self._skipped = skip if self._skipped is None else self._skipped + skip.to(self._skipped.device)
         deltas, forms = self._directions(finite, found is not None)
         scale = None
         if forms is not None:

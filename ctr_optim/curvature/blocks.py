@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctr_optim import distributed
 from ctr_optim.curvature.capture import Sketch, Stage, Sums
 from ctr_optim.curvature.factors import Factor, eigenbasis
-from ctr_optim.lora import LoRAPair, sized
+from ctr_optim.lora import LoRAPair, padded_rank, sized
 from ctr_optim.precondition import Stack, initial_state
 from ctr_optim.trust_region import penalty_gradients, quadratic
 
@@ -177,8 +177,8 @@ class Block:
         updates = self.b.tensors["factor_updates"]
         updates.mul_(sound).add_(seen)
         weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
-        averages = averages.masked_fill(~sound.unsqueeze(-1), 0)
-        averages.lerp_(means.masked_fill(~seen.unsqueeze(-1), 0), weight.unsqueeze(-1))
+        averages.masked_fill_(~sound.unsqueeze(-1), 0)
+        averages.lerp_(means.masked_fill_(~seen.unsqueeze(-1), 0), weight.unsqueeze(-1))
         for target, average in zip(targets, torch.split(averages, [t[0].numel() for t in targets], 1), strict=True):
             target.copy_(average.view_as(target))
         sketch_sums = self._sums.sketch if self._sums is not None and self.sketch else None
@@ -220,17 +220,14 @@ def refresh_bases(blocks: Iterable[Block]) -> int:
     alike: dict[Any, list[tuple[Stack, Tensor]]] = {}
     for stack, factor in (pair for block in blocks for pair in block.bases()):
         # smaller ranks are filled up with directions that nothing is known of: a call takes longer than its arithmetic
-        room = max(16, 1 << (factor.shape[-1] - 1).bit_length())
-        alike.setdefault((room, factor.dtype, factor.device), []).append((stack, factor))
+        kind = (padded_rank(factor.shape[-1]), factor.dtype, factor.device)
+        alike.setdefault(kind, []).append((stack, factor))
     failed = 0
     for some in alike.values():
         room = max(factor.shape[-1] for _, factor in some)
         previous = [stack.tensors["basis"] for stack, _ in some]
-        old, matrices = (
-            torch.cat([sized(t, (-2, -1), room) for t in stacked])
-            for stacked in (previous, [factor for _, factor in some])
-        )
-        new = eigenbasis(matrices, old)
+        old = torch.cat([sized(basis, (-2, -1), room) for basis in previous])
+        new = eigenbasis(torch.cat([sized(factor, (-2, -1), room) for _, factor in some]), old)
         if new is old:  # one that does not converge takes all others with it: each by itself
             found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]
         else:

@@ -208,7 +208,7 @@ def reallocate(
     by_name = {s.pair.name: s for s in lend_second_moments(surveys)}
     ranks = {name: s.rank for name, s in by_name.items()}
     costs = {name: s.pair.cost for name, s in by_name.items()}
-    change = scheduler.most_change(scheduler.parameters(costs, ranks) / sum(costs.values()))
+    change = scheduler.most_change(scheduler.mean_rank(costs, ranks))
     exchange = exchange_rate(surveys)
     candidates = {name: s.candidates(scheduler, exchange, change) for name, s in by_name.items()}
     if fresh:

@@ -168,6 +168,10 @@ class RankScheduler:
             return sum(ranks[name] * cost for name, cost in costs.items())
         return int(self.budget * sum(costs.values()) + 1e-6)
 
+    def mean_rank(self, costs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
+        """The budget as a mean rank, each layer counting with its own cost."""
+        return self.parameters(costs, ranks) / sum(costs.values())
+
     def allocate(
         self,
         utilities: Mapping[str, Sequence[float]],
@@ -201,7 +205,7 @@ class RankScheduler:
         if ranks is None and self.budget is None:
             raise ValueError("budget: None means today's parameters; pass ranks, or set RankScheduler(budget=...)")
         total = self.parameters(costs, ranks or {})
-        mean = total / sum(costs.values())
+        mean = self.mean_rank(costs, ranks or {})
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
         least = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
