@@ -146,12 +146,21 @@ def shapes_must_stay(roots: Iterable[nn.Module]) -> bool:
     """
     if distributed.world_size() > 1:
         return True
-    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing can have been compiled
+    if not _anything_compiled():
         return False
     wrapper = torch._dynamo.eval_frame.OptimizedModule
     compiled = [m for m in live_modules() if isinstance(m, wrapper) or m._compiled_call_impl is not None]
     ours = {id(module) for root in roots for module in root.modules()} if compiled else set()
     return any(id(module) in ours for outer in compiled for module in outer.modules())
+
+
+def _anything_compiled() -> bool:
+    """Whether torch.compile may have compiled anything that still counts: the search for it takes a tenth of a second.
+
+    Of frames it keeps count, from the last ``torch.compiler.reset()`` on; a torch that does not is taken to have.
+    """
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and getattr(dynamo, "FRAME_COUNTER", 1) != 0
 
 
 def warn_if_full() -> None:

@@ -221,5 +221,8 @@ def test_what_was_compiled_later_keeps_its_shapes(how: str) -> None:
         holder.compile(backend="eager")
     elif how == "of a part":
         compiled = torch.compile(model.up, backend="eager")
+    torch.compiler.reset()
+    assert not opt._masked()  # nothing has run compiled yet: what will may have any shapes
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
     assert opt._masked() == (how != "not at all")
     del compiled

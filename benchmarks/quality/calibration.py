@@ -68,7 +68,7 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
     model.to(device)
     examples = tasks.encode(tasks.load_rows(Path(args.data), task, "train"), tokenizer)
     stream = list(tasks.batches(examples, batch, steps + 1, args.seed, device))
-    optimizer = CTROptimizer(model.parameters(), max_kl=args.max_kl)
+    optimizer = CTROptimizer(model.parameters(), max_kl=args.max_kl, calibration_interval=args.interval)
     rerun = Counted(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
     ratios: dict[str, list[float]] = {
@@ -100,8 +100,10 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
         schedule.step()
     return {
         "base": base, "task": task, "steps": steps, "batch": batch, "seed": args.seed, "max_kl": args.max_kl,
+        "interval": args.interval,
         "violations": violations, "forward_passes_per_step": round(rerun.sequences / batch / steps, 4),
-        "same": [round(r, 3) for r in ratios["same batch"]], "from_base": [round(r, 3) for r in ratios["from base"]],
+        "same": [round(r, 3) for r in ratios["same batch"]], "fresh": [round(r, 3) for r in ratios["fresh batch"]],
+        "from_base": [round(r, 3) for r in ratios["from base"]],
         "ratios": {name: quantiles(values) for name, values in ratios.items()}, "final_loss": sum(losses[-10:]) / 10,
         "versions": {"torch": torch.__version__, "device": device.type},
     }  # fmt: skip
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-kl", type=float, default=0.1)
+    parser.add_argument("--interval", type=int, default=50, help="most steps between measurements of the coupling")
     parser.add_argument("--tasks", default="e2e,gsm8k")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

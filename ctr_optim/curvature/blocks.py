@@ -257,10 +257,10 @@ def stack_all(
         key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
         for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
-            if id(p) in group_of:  # a half that was trained alone until now has state, and no basis
+            if id(p) in group_of and "basis" not in state[p]:  # a half that was trained alone has all else
                 state[p].update({**initial_state(p, rank_dim), **state[p]})
-        for name, tensor in factor_state(pair, structure).items():
-            state[pair.B].setdefault(name, tensor)
+        if "factor_updates" not in state[pair.B]:
+            state[pair.B].update(factor_state(pair, structure))
     stacks, blocks = [], []
     for indices in alike.values():
         some = [pairs[i] for i in indices]
