@@ -121,7 +121,7 @@ class TrustRegion:
         Measurements are averaged by their square roots, since one in a hundred is off by a factor of ten. What this
         step's slope explains (:func:`alignment`) is taken out before, and what is usual moves with the average.
         """
-        newest = max(_NEWEST, 3 / (3 + shared["calibrations"]))  # the first counts least: models change fastest then
+        newest = max(_NEWEST, 5 / (5 + shared["calibrations"]))  # the first counts least: models change fastest then
         typical, usual = slope.square() / q, shared["alignment"]
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
         found = self._measure(deltas, q, self.coupling(shared) * aligned, tries=1 if shared["calibrations"] else 3)

@@ -63,14 +63,14 @@ def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: 
     return 2 * C.matmul((D @ a).mT).mT, 2 * S.matmul(b @ H)
 
 
-SLOPE_EXPONENT = 0.7  # of slope^2 in the prediction; q has the rest
+SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
 
 
 def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
     """``()`` how much larger than usual a step's KL is for its K-FAC form, from the loss's slope along the step.
 
     Layers and tokens that lower the loss together move the predictions together: from one step to the next, the KL
-    follows ``q^0.3 slope^1.4`` far better than q alone, and kappa drifts less, too (benchmarks/README.md). The
+    follows ``q^0.4 slope^1.2`` far better than q alone, and kappa drifts less, too (benchmarks/README.md). The
     ratio of ``slope^2 / q`` to its usual value counts within a factor of 9: a step along which the loss is level moves
     the predictions, too.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LoRALinear, net, relative_error, train, trainable
 
 from ctr_optim import CTROptimizer
+from ctr_optim.curvature import eigen
 from ctr_optim.curvature.blocks import refresh_bases
-from ctr_optim.curvature.factors import STRUCTURES, Dense, Diagonal, Factor, LowRank, eigenbasis
+from ctr_optim.curvature.eigen import block_jacobi, eigenbasis
+from ctr_optim.curvature.factors import STRUCTURES, Dense, Diagonal, Factor, LowRank
 
 WIDTH = 40
 
@@ -120,6 +122,53 @@ def test_eigenbasis_is_orthonormal_and_diagonalises(seed: int, rank: int) -> Non
     inner = Q.mT @ matrix @ Q
     off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-9 * matrix.abs().max()
+
+
+@given(seed=st.integers(0, 1000), size=st.sampled_from([32, 64, 96]), fall=st.floats(0, 1.5), known=st.integers(1, 96))
+@settings(max_examples=15)
+def test_block_jacobi_is_the_eigendecomposition(seed: int, size: int, fall: float, known: int) -> None:
+    """From the identity, from the last basis, from directions without any rank left over; equal eigenvalues, too."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, size + 1, dtype=torch.float64) ** -fall
+    scales[known:] *= 0 if seed % 3 == 0 else 1
+    turn = torch.linalg.qr(torch.randn(3, size, size, generator=generator, dtype=torch.float64))[0]
+    matrix, eye = turn * scales @ turn.mT, torch.eye(size, dtype=torch.float64).expand(3, size, size)
+    Q = block_jacobi(matrix, eye)
+    assert Q is not None
+    torch.testing.assert_close(Q.mT @ Q, eye, rtol=0, atol=1e-12)
+    inner = Q.mT @ matrix @ Q
+    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() <= 1e-12 * size
+    torch.testing.assert_close(
+        inner.diagonal(dim1=-2, dim2=-1), torch.linalg.eigvalsh(matrix), rtol=0, atol=1e-12 * size
+    )
+    moved = matrix + 1e-3 * torch.randn(3, size, size, generator=generator, dtype=torch.float64)
+    moved = 0.5 * (moved + moved.mT)
+    again = block_jacobi(moved, Q)
+    assert again is not None
+    inner = again.mT @ moved @ again
+    torch.testing.assert_close(inner, torch.diag_embed(torch.linalg.eigvalsh(moved)), rtol=0, atol=1e-11 * size)
+
+
+def test_wide_bases_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 40 in room for 64; one direction is unused, and one layer's factor is not finite."""
+    x = torch.randn(3, 200, 64, dtype=torch.float64) * torch.linspace(1, 0.2, 64).double()
+    x[..., 7] = x[..., 40:] = 0
+    matrix, last = x.mT @ x, torch.zeros(3, 64, 64, dtype=torch.float64)
+    last[:, :40, :40] = torch.linalg.qr(torch.randn(3, 40, 40, dtype=torch.float64))[0]
+    matrix[2, 5, 5] = float("nan")
+    expected = eigenbasis(matrix, last)
+    monkeypatch.setattr(eigen, "_one_by_one", lambda _: True)
+    got = eigenbasis(matrix, last)
+    overlap = got[:2].mT @ expected[:2]
+    torch.testing.assert_close(overlap.abs(), torch.eye(64).double().expand_as(overlap), rtol=0, atol=1e-8)
+    assert torch.equal(got[:2, :, 39:], expected[:2, :, 39:])  # the silent ones, exactly
+    assert torch.equal(got[2], last[2])
+
+
+def test_block_jacobi_says_where_it_has_not_come_to_an_end() -> None:
+    x = torch.randn(2, 64, 64, dtype=torch.float64)
+    assert block_jacobi(x @ x.mT, torch.eye(64, dtype=torch.float64).expand(2, 64, 64), most_sweeps=1) is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ctr_optim import distributed
 from ctr_optim.curvature.capture import Sketch, Stage, Sums
-from ctr_optim.curvature.factors import Factor, eigenbasis
+from ctr_optim.curvature.eigen import eigenbasis
+from ctr_optim.curvature.factors import Factor
 from ctr_optim.lora import LoRAPair, padded_rank, sized
 from ctr_optim.precondition import Stack, initial_state
 from ctr_optim.trust_region import penalty_gradients, quadratic

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctr_optim.curvature.factors import Factor
+from ctr_optim.devices import FullPrecision
 from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 
@@ -86,7 +87,7 @@ class Sums:
             layers, *tokens = zip(*self._waiting, strict=True)
             index = torch.tensor(layers).to(self.rows.device, non_blocking=True)
             x, h, z, g = (torch.stack(t) for t in tokens)
-            with torch.autocast(self.rows.device.type, enabled=False), _NoTF32(self.rows.device):
+            with torch.autocast(self.rows.device.type, enabled=False), FullPrecision(self.rows.device):
                 self._sum(index, x, h, z, g, self._stride)
         self._drop()
 
@@ -170,22 +171,6 @@ class Stage:
 
     sums: Sums
     layer: int
-
-
-class _NoTF32:
-    """Full float32 products for Gram matrices, whatever the user chose for the model (a compiled graph keeps it)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.active = device.type == "cuda" and not torch.compiler.is_compiling()
-
-    def __enter__(self) -> None:
-        if self.active:
-            self.tf32 = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.active:
-            torch.backends.cuda.matmul.allow_tf32 = self.tf32
 
 
 class _Tap(torch.autograd.Function):

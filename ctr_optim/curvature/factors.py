@@ -210,31 +210,3 @@ def _test_matrix(width: int, like: Tensor) -> Tensor:
     """The same Gaussian ``(d, k)`` on every process and in every run; never stored."""
     generator = torch.Generator().manual_seed(width)
     return torch.randn(width, min(LowRank.columns, width), generator=generator).to(like)
-
-
-def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of symmetric ``(..., r, r)`` matrices, in columns.
-
-    A direction of which the matrix knows nothing (a row of exact zeros) is an eigenvector, exactly. These come
-    last, in the order of the rows: directions that a masked layer does not use never mix with those that it does.
-    A layer whose matrix is not finite keeps its previous basis. Where the decomposition fails, ``previous`` itself is
-    returned, the same object: every layer keeps what it has.
-    """
-    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
-    size = matrix.shape[-1]
-    columns = torch.arange(size, device=matrix.device)
-    eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    matrix = torch.where(finite, matrix, eye)
-    silent = (matrix == 0).all(-1)  # (..., r)
-    # eigenvalues above all others, rising with the row, put the silent directions last
-    above = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * (2 + columns / size)
-    try:
-        vectors = torch.linalg.eigh(matrix + torch.diag_embed(above * silent))[1]
-    except LinAlgError:
-        return previous
-    heard = size - silent.sum(-1, keepdim=True)
-    place = heard + silent.cumsum(-1) - 1  # the column of each silent row
-    alone = (place[..., None] == columns) & silent[..., None]
-    among = ~silent[..., None] & (columns < heard)[..., None, :]
-    vectors = torch.where(alone, 1.0, torch.where(among, vectors, 0.0))
-    return torch.where(finite & torch.isfinite(vectors).all(-1).all(-1)[..., None, None], vectors, previous)

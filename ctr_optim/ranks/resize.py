@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.factors import eigenbasis
+from ctr_optim.curvature.eigen import eigenbasis
 from ctr_optim.lora import sized
 from ctr_optim.ranks.utility import Existing
 
