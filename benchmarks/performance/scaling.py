@@ -102,11 +102,14 @@ def plot(report: Report, path: str) -> None:
         lines = [line for line in report.lines if line.get("axis") == name]
         for kind in lines[0]["ms"]:
             panel.loglog([line[name] for line in lines], [line["ms"][kind] for line in lines], "o-", ms=3, label=kind)
+        values = [line[name] for line in lines]
+        panel.set_xticks(values, [str(value) for value in values], fontsize=8)
+        panel.minorticks_off()
         panel.set_xlabel(name)
     axes[0][0].set_ylabel("ms")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def numbers(text: str) -> list[int]:
