@@ -1,8 +1,9 @@
-"""What devices ask for: a model may lie on several of them, and a GPU may multiply in less than float32."""
+"""What devices ask for: a model may lie on several of them, and autocast or TF32 may be on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,17 +16,32 @@ def together(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack([s.to(home, non_blocking=True) for s in scalars])
 
 
-class FullPrecision:
-    """Products of float32 matrices in float32, whatever the user chose for the model (a compiled graph keeps that)."""
+@contextmanager
+def exact(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the user chose for the model: neither autocast nor TF32."""
+    with ExitStack() as stack:
+        for kind in sorted({device.type for device in devices}):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            if kind == "cuda":
+                stack.enter_context(_no_tf32())
+        yield
 
-    def __init__(self, device: torch.device) -> None:
-        self.active = device.type == "cuda" and not torch.compiler.is_compiling()
 
-    def __enter__(self) -> None:
-        if self.active:
-            self.tf32 = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.active:
-            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    matmul: Any = torch.backends.cuda.matmul
+    switch: tuple[str, Any] = "allow_tf32", False
+    try:
+        before = matmul.allow_tf32
+    except RuntimeError:  # where torch's newer switch was used, the older one refuses to be read
+        switch, before = ("fp32_precision", "ieee"), matmul.fp32_precision
+    name, off = switch
+    if before == off:
+        yield
+        return
+    setattr(matmul, name, off)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

@@ -15,6 +15,7 @@ from ctr_optim import distributed, guards
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
 from ctr_optim.curvature.blocks import Block, drop_sketches, refresh_bases
+from ctr_optim.devices import exact
 from ctr_optim.gradients import all_finite, warn_failed, warn_skipped
 from ctr_optim.hooks import weakly
 from ctr_optim.layers import Layers
@@ -200,7 +201,8 @@ class CTROptimizer(Optimizer):
         finite = all_finite(self.param_groups, fused.params if found is not None else (), found)
         skip = (~finite).long()
         self._skipped = skip if self._skipped is None else self._skipped + skip.to(self._skipped.device)
-        deltas, forms = self._directions(finite, found is not None)
+        with exact(stack.device for stack in self._stack()):
+            deltas, forms = self._directions(finite, found is not None)
         scale = None
         if forms is not None:
             scale = self._trust.constrain(deltas, *forms, self._layers.blocks, self.param_groups, self._shared)
@@ -255,7 +257,8 @@ class CTROptimizer(Optimizer):
             guards.check_single_process()
         blocks = self.blocks
         distributed.reshard(self._layers.fsdp)
-        self._ranks.event(blocks, self.state, self._shared, masked)
+        with exact(block.H.device for block in blocks):
+            self._ranks.event(blocks, self.state, self._shared, masked)
         self._layers.restack()
 
     def _masked(self) -> bool:

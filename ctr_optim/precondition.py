@@ -96,7 +96,7 @@ class Stack:
 
     def to_(self, device: torch.device, state: Any) -> None:
         """Move the state to ``device``, unless it is there."""
-        if device != self.tensors["step"].device:
+        if device != self.device:
             self.tensors = {key: stacked.to(device) for key, stacked in self.tensors.items()}
             self._share(state)
 
@@ -105,6 +105,11 @@ class Stack:
         self.tensors[key] = stacked
         for p, tensor in zip(self.params, stacked.unbind(0), strict=True):
             state[p][key] = tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is."""
+        return self.tensors["step"].device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ctr_optim.curvature.factors import Factor
-from ctr_optim.devices import FullPrecision
+from ctr_optim.devices import exact
 from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 
@@ -87,7 +87,7 @@ class Sums:
             layers, *tokens = zip(*self._waiting, strict=True)
             index = torch.tensor(layers).to(self.rows.device, non_blocking=True)
             x, h, z, g = (torch.stack(t) for t in tokens)
-            with torch.autocast(self.rows.device.type, enabled=False), FullPrecision(self.rows.device):
+            with exact([self.rows.device]):
                 self._sum(index, x, h, z, g, self._stride)
         self._drop()
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ctr_optim.devices import FullPrecision
-
 _AT_ONCE = 32  # the widest matrices of which a GPU's library decomposes many in one launch
 _MOST_SWEEPS = 10
 
@@ -85,27 +83,26 @@ def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS)
         """Rows ``(L, r, *)``, each pair of blocks turned by its own ``(L, r / 32, 32, 32)``."""
         return (turns @ x.reshape(*turns.shape[:-1], -1)).view(x.shape)
 
-    with FullPrecision(matrix.device):
-        rows = start.mT
-        for _ in range(most_sweeps):
-            inner = rows @ matrix @ rows.mT
-            diagonal = torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
-            off = torch.linalg.matrix_norm(inner - diagonal)
-            if bool((off <= enough * torch.linalg.matrix_norm(inner)).all()):
-                break
-            for order in orders:
-                order = order.to(matrix.device, non_blocking=True)
-                rows, inner = rows[:, order], inner[:, order][:, :, order]
-                pairs = inner.view(-1, size // width, width, size // width, width)
-                turns = torch.linalg.eigh(pairs.diagonal(dim1=1, dim2=3).movedim(-1, 1))[1].mT
-                rows, inner = turned(rows, turns), turned(turned(inner, turns).mT, turns)
-            rows = rows[:, back.to(matrix.device, non_blocking=True)]
-        else:
-            return None
-        # thousands of turns add up: one step of Newton and Schulz makes the rows orthonormal to rounding
-        rows = 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
-        rising = (rows @ matrix * rows).sum(-1).argsort(-1)
-        return rows.gather(1, rising.unsqueeze(-1).expand_as(rows)).mT
+    rows = start.mT
+    for _ in range(most_sweeps):
+        inner = rows @ matrix @ rows.mT
+        diagonal = torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+        off = torch.linalg.matrix_norm(inner - diagonal)
+        if bool((off <= enough * torch.linalg.matrix_norm(inner)).all()):
+            break
+        for order in orders:
+            order = order.to(matrix.device, non_blocking=True)
+            rows, inner = rows[:, order], inner[:, order][:, :, order]
+            pairs = inner.view(-1, size // width, width, size // width, width)
+            turns = torch.linalg.eigh(pairs.diagonal(dim1=1, dim2=3).movedim(-1, 1))[1].mT
+            rows, inner = turned(rows, turns), turned(turned(inner, turns).mT, turns)
+        rows = rows[:, back.to(matrix.device, non_blocking=True)]
+    else:
+        return None
+    # thousands of turns add up: one step of Newton and Schulz makes the rows orthonormal to rounding
+    rows = 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
+    rising = (rows @ matrix * rows).sum(-1).argsort(-1)
+    return rows.gather(1, rising.unsqueeze(-1).expand_as(rows)).mT
 
 
 @lru_cache(maxsize=8)
