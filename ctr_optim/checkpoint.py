@@ -203,7 +203,9 @@ def _checked_entry(
         )
     checked = {}
     for name, value in entry.items():
-        tensor = torch.tensor(float(value)) if name == "step" and isinstance(value, (int, float)) else value
+        tensor = value
+        if name == "step" and isinstance(value, (int, float)):
+            tensor = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided):
             raise ValueError(f"checkpoint: {name} of parameter {key} is not a dense tensor of real numbers")
         if tensor.shape != expected[name].shape:

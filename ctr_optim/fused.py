@@ -178,7 +178,7 @@ class Fused:
                     return False
                 addresses += (p.data_ptr(), g.data_ptr())
         if addresses != self._addresses:
-            new = torch.tensor(addresses).view(-1, 2)
+            new = torch.tensor(addresses, device="cpu").view(-1, 2)
             self._addresses, self._aligned = addresses, not (new & 15).any()
             self._table.copy_(new.pin_memory() if self._table.is_cuda else new, non_blocking=True)
         return True

@@ -136,7 +136,7 @@ class Stack:
         live = finite.to(self.tensors["step"]).expand(len(self.params))
         live = live if self.gate is None else live * self.gate
         present = [p.grad is not None for p in self.params]
-        return live if all(present) else live * torch.tensor(present, dtype=live.dtype).to(live.device)
+        return live if all(present) else live * torch.tensor(present, dtype=live.dtype, device="cpu").to(live.device)
 
     def direction(self, finite: Tensor) -> Tensor | None:
         """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``; None without gradients."""

@@ -1,10 +1,11 @@
-"""What the user chose for the model's products, autocast or TF32, is not for the optimizer's own."""
+"""What is on around the optimizer - autocast, TF32, a default device or dtype - is not for its own tensors."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -23,23 +24,48 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(autocast: bool, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Weights, state and metrics after some steps, each within autocast or not."""
-    options = dict(options)
+def trained(around: Callable[[], Any], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Weights, state and metrics after some steps; all that the optimizer is asked for happens within ``around``."""
+    options, measured = dict(options), dict(calibration_interval=2)
     model = net(dtype=torch.float32, dropout=options.pop("dropout", 0.0))
-    opt = optimizer(model, lr=0.05, weight_decay=0.1, max_kl=1e-2, factor_interval=2, **options)
+    with around():
+        opt = optimizer(model, lr=0.05, weight_decay=0.1, max_kl=1e-2, factor_interval=2, **measured | options)
     torch.manual_seed(1)
     for step in range(9):
         opt.zero_grad()
         backward(model, batch(step))
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        with around():
             opt.step()
-    return [*model.parameters(), *(t for state in opt.state.values() for t in state.values())], opt.metrics()
+            if step == 5:
+                opt.load_state_dict(opt.state_dict())
+    with around():
+        return [*model.parameters(), *(t for state in opt.state.values() for t in state.values())], opt.metrics()
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """``dtype`` for floats of which nobody says what they are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AROUND: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default float64": lambda: default_dtype(torch.float64),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_step_within_autocast_is_the_same_step(name: str) -> None:
-    (plain, told), (within, said) = (trained(autocast, OPTIONS[name]) for autocast in (False, True))
+def test_what_is_on_around_the_optimizer_is_not_for_its_own_tensors(name: str, around: str) -> None:
+    """``meta`` stands for a GPU: what was made there could not be used."""
+    (plain, told), (within, said) = (trained(context, OPTIONS[name]) for context in (nullcontext, AROUND[around]))
     assert all(torch.equal(a, b) for a, b in zip(plain, within, strict=True))
     assert told == said
 

@@ -83,7 +83,7 @@ class SavedAdapter:
                 scaling,
             )
             for name, scaling in self.scalings.items()
-            if self.weights.get(f"{name}.lora_A.weight", torch.empty(0)).dim() == 2
+            if self.weights.get(f"{name}.lora_A.weight", torch.empty(0, device="cpu")).dim() == 2
         ]
 
 

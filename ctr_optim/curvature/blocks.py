@@ -213,7 +213,9 @@ class Block:
 def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, Tensor]:
     """Omega and Psi of layers of one shape, on the host: drawing them takes longer than all that is done with them."""
     generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
-    return torch.randn(d_in, columns, generator=generator), torch.randn(d_out, rows, generator=generator)
+    shapes = (d_in, columns), (d_out, rows)
+    omega, psi = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
+    return omega, psi
 
 
 def refresh_bases(blocks: Iterable[Block]) -> int:

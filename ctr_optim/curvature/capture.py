@@ -85,7 +85,7 @@ class Sums:
         """Sum what was set aside."""
         if self._waiting:
             layers, *tokens = zip(*self._waiting, strict=True)
-            index = torch.tensor(layers).to(self.rows.device, non_blocking=True)
+            index = torch.tensor(layers, device="cpu").to(self.rows.device, non_blocking=True)
             x, h, z, g = (torch.stack(t) for t in tokens)
             with exact([self.rows.device]):
                 self._sum(index, x, h, z, g, self._stride)

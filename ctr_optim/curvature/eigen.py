@@ -33,7 +33,7 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
     matrix = torch.where(finite, matrix, eye)
     silent = (matrix == 0).all(-1)  # (..., r)
     # eigenvalues above all others, rising with the row, put the silent directions last
-    above = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * (2 + columns / size)
+    above = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * (2 + columns.to(matrix.dtype) / size)
     try:
         vectors = _eigenvectors(matrix + torch.diag_embed(above * silent), previous)
     except LinAlgError:
@@ -118,5 +118,5 @@ def _tournament(blocks: int, width: int) -> list[Tensor]:
         orders.append([place[block] for block in order])
         place = [order.index(block) for block in range(blocks)]
         players = [players[0], players[-1], *players[1:-1]]
-    steps = torch.arange(width)
-    return [(torch.tensor(order).unsqueeze(-1) * width + steps).flatten() for order in [*orders, place]]
+    steps = torch.arange(width, device="cpu")
+    return [(torch.tensor(order, device="cpu").unsqueeze(-1) * width + steps).flatten() for order in [*orders, place]]

@@ -209,4 +209,5 @@ def _safe_rsqrt(x: Tensor) -> Tensor:
 def _test_matrix(width: int, like: Tensor) -> Tensor:
     """The same Gaussian ``(d, k)`` on every process and in every run; never stored."""
     generator = torch.Generator().manual_seed(width)
-    return torch.randn(width, min(LowRank.columns, width), generator=generator).to(like)
+    shape = width, min(LowRank.columns, width)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)

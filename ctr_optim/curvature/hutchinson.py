@@ -43,7 +43,7 @@ def sample_diagonal(
     signs = []
     for stack in stacks:
         shape = stack.tensors["exp_avg"].shape
-        z = torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1)
+        z = torch.randint(0, 2, shape, generator=generator, device="cpu").mul_(2).sub_(1)
         signs.append(z.to(stack.tensors["exp_avg"]))
     params: list[Tensor] = [p for stack in stacks for p in stack.params]
     changes = [(list(stack.params), list(z.unbind(0))) for stack, z in zip(stacks, signs, strict=True)]

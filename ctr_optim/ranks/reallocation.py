@@ -170,7 +170,7 @@ def _survey_alike(
         (None if side is None else side.tensors["exp_avg_sq"][at].sum(dim) / max(1, rank))
         for side, dim in ((block.a, -2), (block.b, -1))
     ]
-    eye = torch.eye(rank, dtype=H.dtype).expand(len(layers), -1, -1)
+    eye = torch.eye(rank, dtype=H.dtype, device=H.device).expand(len(layers), -1, -1)
     bases = (eye if side is None else host(side.tensors["basis"][at, :rank, :rank]) for side in (block.a, block.b))
     core = Core(H, D, *bases)
     return [

@@ -56,7 +56,7 @@ def shrink(core: Core, on: Projection) -> tuple[Core, list[Tensor]]:
     n, m = on.keep, on.restore
     h, d = n @ core.H @ n.mT, m.mT @ core.D @ m
     h, d = 0.5 * (h + h.mT), 0.5 * (d + d.mT)
-    eye = torch.eye(h.shape[-1], dtype=h.dtype).expand_as(h)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
     bases = eigenbasis(d, eye), eigenbasis(h, eye)
     turns = bases[0].mT @ m.mT @ core.basis_a, bases[1].mT @ n @ core.basis_b
     maps = [torch.stack([move, turn, turn.square()], -3) for move, turn in zip((n, m.mT), turns, strict=True)]
@@ -66,7 +66,7 @@ def shrink(core: Core, on: Projection) -> tuple[Core, list[Tensor]]:
 def unchanged(core: Core) -> tuple[Core, list[Tensor]]:
     """What :func:`shrink` returns where every direction stays as it is."""
     *layers, rank, _ = core.H.shape
-    eye = torch.eye(rank, dtype=core.H.dtype).expand(*layers, 3, -1, -1)
+    eye = torch.eye(rank, dtype=core.H.dtype, device=core.H.device).expand(*layers, 3, -1, -1)
     return core, [eye, eye]
 
 
