@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ctr_optim import distributed, guards
@@ -178,6 +179,7 @@ class CTROptimizer(Optimizer):
 
     # -- the step -----------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # as torch's own: what is compiled around a step breaks its graph here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step. A step with a gradient that is not finite changes nothing, and is counted.
@@ -377,6 +379,7 @@ class CTROptimizer(Optimizer):
         self._layers.follow_devices(self.state)
         self._layers.forget_dropped(self.param_groups)
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
         super().zero_grad(set_to_none)

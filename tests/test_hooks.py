@@ -13,6 +13,7 @@ import torch
 from support import (
     Net,
     assert_factors,
+    backward,
     batch,
     factors_of,
     llama_batch,
@@ -68,4 +69,29 @@ def test_a_compiled_model_stays_one_graph() -> None:
             opt.zero_grad()
         found.append(factors_of(opt))
     assert_factors(found[1], found[0], 1e-5)
+    torch.compiler.reset()
+
+
+@needs_newer_compiler
+@pytest.mark.parametrize("what", ["step", "training"])
+def test_steps_within_a_compiled_function_are_the_same_steps(what: str) -> None:
+    """Of ``step()`` itself, or of all that a loop does; the graph breaks at the optimizer, as it does at torch's."""
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        model = net(dtype=torch.float32)
+        opt = optimizer(model, calibration_interval=2, factor_interval=2)
+
+        def training(step: int, model: Any = model, opt: Any = opt) -> None:
+            backward(model, batch(step))
+            opt.step()
+            opt.zero_grad()
+
+        if compiled and what == "step":
+            opt.step = torch.compile(opt.step, backend="eager")
+        call = torch.compile(training, backend="eager") if compiled and what == "training" else training
+        for step in range(6):
+            call(step)
+        found.append((snapshot(model), opt.metrics()))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     torch.compiler.reset()
