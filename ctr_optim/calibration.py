@@ -39,7 +39,7 @@ class _Call:
     kwargs: dict[str, Any]
     batch: int
     sequences: int
-    autocast: tuple[str, torch.dtype, bool]
+    autocast: tuple[str, torch.dtype, bool] | None  # None where the device knows none
     random_state: list[Tensor] | None
     logits: Tensor | None = None  # None where a re-run would not have said the same
     loss_masks: dict[int, Tensor] = field(default_factory=dict)  # of each chunk of the logits
@@ -128,7 +128,9 @@ class Probe:
         size = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), 0)
         keep = max(1, int(size * self.share))
         device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
-        autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        autocast = None
+        if torch.amp.is_autocast_available(device):
+            autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         kept_args, kept_kwargs = _take((args, kwargs), size, keep)
         return _Call(module, kept_args, kept_kwargs, size, keep, autocast, _random_state())
 
@@ -183,8 +185,9 @@ class Probe:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-                kind, dtype, enabled = call.autocast
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+                if call.autocast is not None:
+                    kind, dtype, enabled = call.autocast
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
                 yield
         finally:
             self.paused = False

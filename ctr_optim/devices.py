@@ -21,7 +21,7 @@ def exact(devices: Iterable[torch.device]) -> Iterator[None]:
     """Products of float32 matrices in float32, whatever the user chose for the model: neither autocast nor TF32."""
     with ExitStack() as stack:
         for kind in sorted({device.type for device in devices}):
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             if kind == "cuda":
                 stack.enter_context(_no_tf32())
