@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from ctr_optim.hooks import Hook
 
 MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over more of them tells no more
 _PIECE = 256  # tokens at a time: vocabularies are large
+_IGNORED = -100  # the label of tokens that the loss leaves out
+_NO_LOGITS = "the model's output holds no logits"
+_FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
 
 
 class CannotRerun(Exception):
@@ -43,12 +47,35 @@ class _Call:
     random_state: list[Tensor] | None
     logits: Tensor | None = None  # None where a re-run would not have said the same
     loss_masks: dict[int, Tensor] = field(default_factory=dict)  # of each chunk of the logits
+    fused: bool = False  # whether the training's forward gave its loss alone
 
     def halve(self) -> None:
         """Keep half of the sequences: two passes of them cost what one of all would."""
         keep = max(1, self.sequences // 2)
         self.args, self.kwargs = _take((self.args, self.kwargs), self.sequences, keep)
         self.sequences = keep
+
+    def ask_for_logits(self) -> bool:
+        """Run again without labels, for a model that gives its loss or its logits; False where it was given none.
+
+        Liger's forwards and TRL's fuse the last layer with the loss, so that no logits take up memory: only as many
+        rows are asked for as are looked at. Which of them the loss looks at, the labels tell: those of the next token.
+        """
+        given = {name: self.kwargs.pop(name) for name in _FOR_THE_LOSS if name in self.kwargs}
+        shifted, labels = given.get("shift_labels"), given.get("labels")
+        if isinstance(shifted, Tensor) and shifted.dim() == 2:
+            counts = shifted != _IGNORED
+        elif isinstance(labels, Tensor) and labels.dim() == 2:
+            counts = torch.nn.functional.pad(labels[:, 1:] != _IGNORED, (0, 1))
+        else:
+            return False
+        self.fused = True
+        if any("logits_to_keep" in signature(type(m).forward).parameters for m in self.module.modules()):
+            step = max(1, -(-counts.numel() // MOST_TOKENS))
+            rows = torch.arange(0, counts.shape[1], step, device=counts.device)
+            self.kwargs["logits_to_keep"], counts = rows, counts[:, rows]
+        self.loss_masks[0] = counts
+        return True
 
     @cached_property
     def norms(self) -> list[nn.Module]:
@@ -110,7 +137,9 @@ class Probe:
         if call is None:
             return
         if logits is None:
-            self._call, self.refused = None, "the model's output holds no logits"
+            call.halve()
+            if not call.ask_for_logits():
+                self._call, self.refused = None, _NO_LOGITS
         elif logits.requires_grad:
             # chance, and statistics of the whole batch, would say something else the next time
             if _nothing_drawn(call.random_state) and not call.norms and logits.shape[0] == call.batch:
@@ -140,8 +169,15 @@ class Probe:
         call = self._call
         if call is None:
             return None
-        with self._without_trace(call):
-            logits = logits_of(call.module(*call.args, **call.kwargs))
+        try:
+            with self._without_trace(call):
+                logits = logits_of(call.module(*call.args, **call.kwargs))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            if not call.fused:
+                raise
+            logits, self.refused = None, f"{_NO_LOGITS}, and without labels: {error}"
+        else:
+            self.refused = _NO_LOGITS if logits is None else self.refused
         return None if logits is None else _some_rows(logits)
 
     def logits_in_training(self) -> Tensor | None:
@@ -256,18 +292,18 @@ def _nothing_drawn(since: list[Tensor] | None) -> bool:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in a model's output: ``.logits``, a tensor, or the first float tensor of two or more dimensions.
+    """The logits in a model's output: what is called so, the output itself, or a tuple's first float matrix.
 
-    A list of chunks along the tokens, as torchtune's models give, is put together.
+    A list of chunks along the tokens, as torchtune's models give, is put together. Nothing else in an output with names
+    is taken for logits: TRL's hold log-probabilities of single tokens.
     """
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and output.dim() >= 2 else None
     if chunks := _chunks(output):
         return torch.cat(chunks, 1)
-    if getattr(output, "logits", None) is not None:
-        logits: Tensor = output.logits
-        return logits
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    if isinstance(output, dict):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    values = output if isinstance(output, (tuple, list)) else (output,)
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
 
 

@@ -27,6 +27,7 @@ from support import (
 )
 from torch import Tensor, nn
 
+from ctr_optim import calibration
 from ctr_optim.calibration import MOST_TOKENS, kl_divergence, moved
 from ctr_optim.trust_region import SLOPE_EXPONENT
 
@@ -306,6 +307,68 @@ def test_measurements_happen_when_due() -> None:
         counts.append(calls.count(False))
     assert [step for step, count in enumerate(counts) if count] == [0, 1, 4, 8, 12, 16]  # squares, then every fourth
     assert set(counts[3:]) == {0, 1, 2}  # at theta + delta; now and then without the adapter
+
+
+# -- where the training's forward says no logits -----------------------------------------------------------------------
+
+
+def fused(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """What Liger makes of a forward that is trained on: no logits."""
+    if module.training and torch.is_grad_enabled() and (kwargs.keys() & {"labels", "shift_labels"}):
+        output["logits"] = None
+    return output
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_models_that_give_a_loss_or_logits_are_asked_again(shifted: bool) -> None:
+    """The last layer fused with the loss changes nothing; prompts still count for nothing."""
+    found = []
+    for fuse in (False, True):
+        model, data = tiny_llama(), repeated(llama_batch())
+        data["labels"][:, :4] = -100
+        if shifted:
+            ignored = torch.full_like(data["labels"][:, :1], -100)
+            data["shift_labels"] = torch.cat([data["labels"][:, 1:], ignored], 1)
+        if fuse:
+            model.get_base_model().register_forward_hook(fused, with_kwargs=True)
+        opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
+        for _ in range(2):
+            opt.zero_grad()
+            output = model(**data)
+            assert (output.logits is None) == fuse
+            output.loss.backward()
+            opt.step()
+        found.append(opt.metrics())
+    assert found[1]["trust/source"] == "measured"
+    assert found[1]["trust/coupling"] == pytest.approx(found[0]["trust/coupling"], rel=1e-5)
+    assert found[1]["kl_from_base"] == pytest.approx(found[0]["kl_from_base"], rel=1e-5)
+
+
+def test_no_more_logits_are_made_than_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST_TOKENS", 3)
+    model, data = tiny_llama(), repeated(llama_batch())
+    model.get_base_model().register_forward_hook(fused, with_kwargs=True)
+    opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
+    made: list[int] = []
+    model(**data).loss.backward()
+    model.get_base_model().lm_head.register_forward_hook(lambda *call: made.append(call[-1].shape[:-1].numel()))
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+    assert made and set(made) == {3}
+
+
+def test_a_model_that_cannot_do_without_labels_is_left_alone() -> None:
+    class Wants(LossOnly):
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            if labels is None:
+                raise ValueError("labels are wanted")
+            return super().forward(ids, labels)
+
+    ids, labels = batch(ignored=0)
+    opt = optimizer(model := Wants(), lr=1.0, max_kl=1e-3, calibration_interval=1)
+    model(ids, labels=labels)["loss"].backward()
+    opt.step()
+    assert "without labels: labels are wanted" in opt.metrics()["trust/source"]
 
 
 # -- where it cannot be done ------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import same
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support import exact_kl, same
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from ctr_optim.events import read_events
 from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
@@ -66,3 +66,27 @@ def test_resuming_after_rank_events_is_exact(tmp_path: Path) -> None:
     again = trainer_of(tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(adapter(whole), adapter(again))
+
+
+def test_the_bound_is_a_kl_though_the_trainer_makes_no_logits(tmp_path: Path) -> None:
+    """SFTTrainer fuses the last layer with the loss; its outputs hold log-probabilities of single tokens alone."""
+    trainer = trainer_of(tmp_path, max_steps=1, bf16=False, lr_scheduler_type="constant")
+    said: dict[str, Any] = {}
+
+    class Listener(TrainerCallback):
+        def on_step_end(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            said.update(getattr(optimizer, "optimizer", optimizer).metrics())
+
+    trainer.add_callback(Listener())
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.train()
+    assert said["trust/source"] == "measured" and said["trust/scale"] < 1
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        after = trainer.model(**inputs).logits
+        with trainer.model.disable_adapter():
+            before = trainer.model(**inputs).logits
+    counts = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    measured = float(exact_kl(before[counts], after[counts]).mean())
+    assert said["trust/predicted_kl"] == pytest.approx(1e-3, rel=1e-3)
+    assert 0.5 < measured / said["trust/predicted_kl"] < 2
