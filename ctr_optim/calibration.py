@@ -70,12 +70,19 @@ class _Call:
         else:
             return False
         self.fused = True
-        if any("logits_to_keep" in signature(type(m).forward).parameters for m in self.module.modules()):
+        if self._passes_on("logits_to_keep"):
             step = max(1, -(-counts.numel() // MOST_TOKENS))
             rows = torch.arange(0, counts.shape[1], step, device=counts.device)
             self.kwargs["logits_to_keep"], counts = rows, counts[:, rows]
         self.loss_masks[0] = counts
         return True
+
+    def _passes_on(self, name: str) -> bool:
+        """Whether the forward takes an argument, or takes any and a module within takes this one."""
+        outer = signature(type(self.module).forward).parameters
+        if name not in outer and not any(p.kind is p.VAR_KEYWORD for p in outer.values()):
+            return False
+        return any(name in signature(type(m).forward).parameters for m in self.module.modules())
 
     @cached_property
     def norms(self) -> list[nn.Module]:

@@ -357,6 +357,23 @@ def test_no_more_logits_are_made_than_are_looked_at(monkeypatch: pytest.MonkeyPa
     assert made and set(made) == {3}
 
 
+def test_a_wrapper_that_knows_no_rows_to_keep_is_asked_for_all() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_llama()
+            self.model.get_base_model().register_forward_hook(fused, with_kwargs=True)
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            return self.model(input_ids=input_ids, labels=labels)
+
+    data = llama_batch()
+    opt = optimizer(model := Wrapper(), lr=1.0, max_kl=1e-3, calibration_interval=1)
+    model(data["input_ids"], labels=data["labels"]).loss.backward()
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+
+
 def test_a_model_that_cannot_do_without_labels_is_left_alone() -> None:
     class Wants(LossOnly):
         def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
