@@ -27,6 +27,8 @@ MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over 
 _PIECE = 256  # tokens at a time: vocabularies are large
 _IGNORED = -100  # the label of tokens that the loss leaves out
 _NO_LOGITS = "the model's output holds no logits"
+# what transformers' models call them: most; those that answer questions, are pretrained, compare, or segment
+_LOGITS = ("logits", "start_logits", "prediction_logits", "logits_per_image", "class_queries_logits")
 _FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
 
 
@@ -306,11 +308,11 @@ def logits_of(output: Any) -> Tensor | None:
     """
     if chunks := _chunks(output):
         return torch.cat(chunks, 1)
-    if isinstance(output, dict):
-        output = output.get("logits")
-    elif hasattr(output, "logits"):
-        output = output.logits
     values = output if isinstance(output, (tuple, list)) else (output,)
+    if isinstance(output, dict):
+        values = [output[name] for name in _LOGITS if name in output]
+    elif hasattr(output, "logits"):
+        values = (output.logits,)
     return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
 
 

@@ -45,6 +45,11 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def answers() -> nn.Module:
+    config = transformers.BertConfig(**SMALL, vocab_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertForQuestionAnswering(config)
+
+
 def vit() -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=8, patch_size=4))
 
@@ -56,6 +61,11 @@ def text() -> dict[str, Tensor]:
 
 def sentences() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(2, 64, (8, 12)), "labels": torch.randint(0, 2, (8,))}
+
+
+def questions() -> dict[str, Tensor]:
+    where = {"start_positions": torch.randint(0, 6, (8,)), "end_positions": torch.randint(6, 12, (8,))}
+    return {"input_ids": torch.randint(2, 64, (8, 12)), **where}
 
 
 def pictures() -> dict[str, Tensor]:
@@ -82,6 +92,7 @@ ZOO = {
     "bias of B": Case(llama, text, dict(target_modules="all-linear", lora_bias=True), 14),
     "biases of the base": Case(bert, sentences, dict(target_modules=["query", "value"], bias="lora_only"), 4),
     "a head": Case(bert, sentences, dict(target_modules=["query", "value"], modules_to_save=["classifier"]), 4),
+    "answers": Case(answers, questions, dict(target_modules=["query", "value"], modules_to_save=["qa_outputs"]), 4),
     "an embedding": Case(llama, text, dict(target_modules=["embed_tokens", *SOME]), 6),
     "single tokens": Case(llama, text, dict(target_modules=SOME, trainable_token_indices=[5, 6]), 6),
     "a tied head": Case(lambda: llama(tie_word_embeddings=True), text, dict(target_modules=["q_proj", "lm_head"]), 3),
@@ -121,4 +132,5 @@ def test_it_trains_within_its_bound_and_loads_again(name: str, tmp_path: Path) -
     torch.manual_seed(0)
     again = peft.PeftModel.from_pretrained(case.model(), tmp_path).eval()
     with torch.no_grad():
-        torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=0, atol=1e-6)
+        torch.testing.assert_close(again(**batch)[1], model(**batch)[1], rtol=0, atol=1e-6)  # the logits
