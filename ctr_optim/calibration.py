@@ -73,8 +73,7 @@ class _Call:
             return False
         self.fused = True
         if self._passes_on("logits_to_keep"):
-            step = max(1, -(-counts.numel() // MOST_TOKENS))
-            rows = torch.arange(0, counts.shape[1], step, device=counts.device)
+            rows = torch.arange(0, counts.shape[1], _stride(counts.numel()), device=counts.device)
             self.kwargs["logits_to_keep"], counts = rows, counts[:, rows]
         self.loss_masks[0] = counts
         return True
@@ -180,14 +179,15 @@ class Probe:
             return None
         try:
             with self._without_trace(call):
-                logits = logits_of(call.module(*call.args, **call.kwargs))
+                logits, trouble = logits_of(call.module(*call.args, **call.kwargs)), _NO_LOGITS
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             if not call.fused:
                 raise
-            logits, self.refused = None, f"{_NO_LOGITS}, and without labels: {error}"
-        else:
-            self.refused = _NO_LOGITS if logits is None else self.refused
-        return None if logits is None else _some_rows(logits)
+            logits, trouble = None, f"{_NO_LOGITS}, and without labels: {error}"
+        if logits is None:
+            self.refused = trouble
+            return None
+        return _some_rows(logits)
 
     def logits_in_training(self) -> Tensor | None:
         """The same as the training's own forward had them; by a re-run where they depended on chance or the batch."""
@@ -283,7 +283,12 @@ def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, 
 def _some_rows(logits: Tensor) -> Tensor:
     """``(n, V)`` rows of logits ``(..., V)``, evenly spaced."""
     rows = logits.flatten(0, -2)
-    return rows[:: max(1, -(-len(rows) // MOST_TOKENS))]
+    return rows[:: _stride(len(rows))]
+
+
+def _stride(rows: int) -> int:
+    """From one row that is looked at to the next."""
+    return max(1, -(-rows // MOST_TOKENS))
 
 
 def _random_state() -> list[Tensor] | None:

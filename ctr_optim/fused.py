@@ -21,6 +21,7 @@ from torch import Tensor
 from ctr_optim import distributed
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.factors import Diagonal, Factor
+from ctr_optim.gradients import users_line
 from ctr_optim.lora import padded_rank
 from ctr_optim.precondition import Stack
 from ctr_optim.trust_region import combine
@@ -201,7 +202,7 @@ class Fused:
             warnings.warn(
                 f"CTROptimizer's Triton kernels do not run here ({type(error).__name__}: {error}); torch operations "
                 "take the same steps, a few milliseconds later. foreach=True asks for these from the start.",
-                stacklevel=5,
+                stacklevel=users_line(),
             )
 
 

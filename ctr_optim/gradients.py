@@ -46,12 +46,20 @@ def all_finite(groups: Iterable[dict[str, Any]], known: Container[int] = (), fou
     return finite
 
 
+def users_line() -> int:
+    """The ``stacklevel`` of a warning given by the caller: the first line that is neither torch's nor ours."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ctr_optim"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def warn_skipped() -> None:
     """Tell the user about a step that was not taken; Python shows it once."""
     warnings.warn(
         "CTROptimizer skipped a step: a gradient was not finite. Parameters, moments and factors are untouched; "
         "metrics()['skipped_steps'] counts such steps.",
-        stacklevel=5,
+        stacklevel=users_line(),
     )
 
 
@@ -59,7 +67,7 @@ def warn_failed(what: str, instead: str) -> None:
     """Tell the user about a matrix decomposition that did not converge; Python shows it once."""
     warnings.warn(
         f"CTROptimizer could not decompose {what}: {instead}. metrics()['failed_decompositions'] counts such failures.",
-        stacklevel=5,
+        stacklevel=users_line(),
     )
 
 
@@ -70,7 +78,7 @@ def grad_scale() -> float | Tensor:
     user unscaled early to clip. It is the caller of ``step()``, a few frames up.
     """
     frame = sys._getframe(2)
-    for _ in range(10):
+    for _ in range(20):
         # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
         scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
         if isinstance(scaler, torch.amp.GradScaler):

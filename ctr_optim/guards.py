@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ctr_optim import distributed
 from ctr_optim.adapters.discovery import live_modules
+from ctr_optim.gradients import users_line
 from ctr_optim.lora import LoRAPair
 from ctr_optim.settings import Settings
 
@@ -169,7 +170,7 @@ def warn_if_full() -> None:
         "rank_scheduler: the model's shapes stay as they are here (several processes, a compiled model, or "
         "resize='masked'), and the budget fills all of them, so that no layer can grow. Give the adapters a larger r, "
         "say twice the mean rank wanted, and RankScheduler(budget=...) the mean rank",
-        stacklevel=5,
+        stacklevel=users_line(),
     )
 
 
@@ -181,7 +182,7 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
             "as Adam does. Was the model compiled and run before the optimizer was built? Then call "
             "torch.compiler.reset() after building it. Is the model that runs a copy, or a replica (nn.DataParallel)? "
             "Then build the optimizer from that one.",
-            stacklevel=7,
+            stacklevel=users_line(),
         )
 
 

@@ -15,12 +15,12 @@ from ctr_optim import distributed, guards
 from ctr_optim.adapters import find_pairs, find_roots
 from ctr_optim.calibration import Probe
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, stack_all
+from ctr_optim.curvature.blocks import Block, TokenScale, refresh_bases, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.devices import together
 from ctr_optim.fused import Fused
-from ctr_optim.gradients import grad_scale
+from ctr_optim.gradients import grad_scale, users_line, warn_failed
 from ctr_optim.hooks import Hook
 from ctr_optim.lora import LoRAPair
 from ctr_optim.precondition import Stack, slope
@@ -201,6 +201,18 @@ class Layers:
             for block in self.blocks:
                 block.hold(some_seen.to(block.H.device))
 
+    def renew_bases(self, shared: dict[str, Any]) -> None:
+        """New eigenbases of the factors as they stand; ``shared``: the optimizer's numbers, which count failures."""
+        failed = refresh_bases(self.blocks)
+        if failed:
+            shared["failed"] += failed
+            warn_failed("an eigenbasis", "the layers keep the one that they have")
+
+    def penalize_(self, deltas: dict[Stack, Tensor], finite: Tensor) -> None:
+        """Add the decoupled step of the penalty on the way from the base model, where there is one, in place."""
+        for block in self.blocks if self.settings.trust_penalty else ():
+            block.penalize_(deltas, self.settings.trust_penalty, finite)
+
     def forms(
         self, deltas: dict[Stack, Tensor], known: tuple[Tensor, Tensor] | None, finite: Tensor, shared: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
@@ -263,7 +275,7 @@ def _find(
             "CTROptimizer found no LoRA layers that own any of its parameters: it will train them as AdamW does. "
             "Build the optimizer after the adapters have been added to the model, and pass their parameters "
             "(or name the model: CTROptimizer(params, model=model)).",
-            stacklevel=5,
+            stacklevel=users_line(),
         )
     return roots, pairs
 

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from ctr_optim import distributed, guards
 from ctr_optim.checkpoint import checked
 from ctr_optim.constraint import TrustRegion, initial_shared
-from ctr_optim.curvature.blocks import Block, drop_sketches, refresh_bases
+from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.devices import exact
-from ctr_optim.gradients import all_finite, warn_failed, warn_skipped
+from ctr_optim.gradients import all_finite, warn_skipped
 from ctr_optim.hooks import weakly
 from ctr_optim.layers import Layers
 from ctr_optim.lora import LoRAPair
@@ -197,14 +197,13 @@ class CTROptimizer(Optimizer):
                 loss = closure()
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             return loss
-        self._stack()
-        fused = self._layers.fused
+        stacks, fused = self._stack(), self._layers.fused
         found = fused.look()
         finite = all_finite(self.param_groups, fused.params if found is not None else (), found)
         skip = (~finite).long()
         self._skipped = skip if self._skipped is None else self._skipped + skip.to(self._skipped.device)
-        with exact(stack.device for stack in self._stack()):
-            deltas, forms = self._directions(finite, found is not None)
+        with exact(stack.device for stack in stacks):
+            deltas, forms = self._directions(stacks, finite, found is not None)
         scale = None
         if forms is not None:
             scale = self._trust.constrain(deltas, *forms, self._layers.blocks, self.param_groups, self._shared)
@@ -219,30 +218,27 @@ class CTROptimizer(Optimizer):
         self._arm()
         return loss
 
-    def _directions(self, finite: Tensor, fused: bool) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
+    def _directions(
+        self, stacks: list[Stack], finite: Tensor, fused: bool
+    ) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
         """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
 
         And ``()`` their quadratic form in the chosen curvature and their slope; None where there is no curvature.
         """
-        layers, stacks = self._layers, self._stack()
+        layers = self._layers
         layers.follow_devices(self.state)
         if layers.taps.enabled:
             layers.commit(finite, (self._settings, self._scheduler))
             self._shared["sketched"] += 1
         layers.hold()
         if due(self._shared["steps"], self._settings.basis_interval):
-            failed = refresh_bases(layers.blocks)
-            if failed:
-                self._shared["failed"] += failed
-                warn_failed("an eigenbasis", "the layers keep the one that they have")
+            layers.renew_bases(self._shared)
         deltas, known = layers.fused.directions(finite) if fused else ({}, None)
         rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
         deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
         if not deltas:
             raise RuntimeError(guards.REPLACED)
-        if self._settings.trust_penalty:
-            for block in layers.blocks:
-                block.penalize_(deltas, self._settings.trust_penalty, finite)
+        layers.penalize_(deltas, finite)
         return deltas, layers.forms(deltas, known, finite, self._shared)
 
     def _reallocate(self) -> None:
@@ -400,6 +396,5 @@ class CTROptimizer(Optimizer):
         super().__setstate__(state)
         if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
             return
-        self._model = self._ranks = None
-        self._attached = False
+        self._model, self._ranks, self._attached = None, None, False
         self._attach()

@@ -155,8 +155,7 @@ def test_wide_bases_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     """Rank 40 in room for 64; one direction is unused, and one layer's factor is not finite."""
     x = torch.randn(3, 200, 64, dtype=torch.float64) * torch.linspace(1, 0.2, 64).double()
     x[..., 7] = x[..., 40:] = 0
-    matrix, last = x.mT @ x, torch.zeros(3, 64, 64, dtype=torch.float64)
-    last[:, :40, :40] = torch.linalg.qr(torch.randn(3, 40, 40, dtype=torch.float64))[0]
+    matrix, last = x.mT @ x, eigen.padded_basis(torch.linalg.qr(torch.randn(3, 40, 40, dtype=torch.float64))[0], 64)
     matrix[2, 5, 5] = float("nan")
     expected = eigenbasis(matrix, last)
     monkeypatch.setattr(eigen, "_one_by_one", lambda _: True)

@@ -72,7 +72,6 @@ def test_a_compiled_model_stays_one_graph() -> None:
     torch.compiler.reset()
 
 
-@needs_newer_compiler
 @pytest.mark.parametrize("what", ["step", "training"])
 def test_steps_within_a_compiled_function_are_the_same_steps(what: str) -> None:
     """Of ``step()`` itself, or of all that a loop does; the graph breaks at the optimizer, as it does at torch's."""

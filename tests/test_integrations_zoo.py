@@ -40,14 +40,13 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **tokens, dropout_rate=0.0))
 
 
-def bert() -> nn.Module:
+def bert(task: str = "SequenceClassification") -> nn.Module:
     config = transformers.BertConfig(**SMALL, vocab_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformers.BertForSequenceClassification(config)
+    return getattr(transformers, f"BertFor{task}")(config)
 
 
 def answers() -> nn.Module:
-    config = transformers.BertConfig(**SMALL, vocab_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformers.BertForQuestionAnswering(config)
+    return bert("QuestionAnswering")
 
 
 def vit() -> nn.Module:

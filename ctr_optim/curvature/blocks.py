@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctr_optim import distributed
 from ctr_optim.curvature.capture import Sketch, Stage, Sums
-from ctr_optim.curvature.eigen import eigenbasis
+from ctr_optim.curvature.eigen import eigenbasis, padded_basis
 from ctr_optim.curvature.factors import Factor
 from ctr_optim.lora import LoRAPair, padded_rank, sized
 from ctr_optim.precondition import Stack, initial_state
@@ -229,7 +229,7 @@ def refresh_bases(blocks: Iterable[Block]) -> int:
     for some in alike.values():
         room = max(factor.shape[-1] for _, factor in some)
         previous = [stack.tensors["basis"] for stack, _ in some]
-        old = torch.cat([sized(basis, (-2, -1), room) for basis in previous])
+        old = torch.cat([padded_basis(basis, room) for basis in previous])
         new = eigenbasis(torch.cat([sized(factor, (-2, -1), room) for _, factor in some]), old)
         if new is old:  # one that does not converge takes all others with it: each by itself
             found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ctr_optim.lora import sized
+
 _AT_ONCE = 32  # the widest matrices of which a GPU's library decomposes many in one launch
 _MOST_SWEEPS = 10
 
@@ -46,11 +48,17 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
     return torch.where(finite & torch.isfinite(vectors).all(-1).all(-1)[..., None, None], vectors, previous)
 
 
+def padded_basis(basis: Tensor, room: int) -> Tensor:
+    """Bases ``(..., r, r)`` with room for more directions, which are their own basis."""
+    new = sized(basis, (-2, -1), room).clone()
+    new.diagonal(dim1=-2, dim2=-1)[..., basis.shape[-1] :] = 1
+    return new
+
+
 def _eigenvectors(matrix: Tensor, near: Tensor) -> Tensor:
     """Eigenvectors in columns, their eigenvalues rising; ``near``: a basis that may be nearly right."""
     if _one_by_one(matrix) and matrix.dim() == 3 and matrix.shape[-1] % _AT_ONCE == 0:
-        filled_up = (near == 0).all(-2)  # where a smaller rank has been given more room
-        found = block_jacobi(matrix, near + torch.diag_embed(filled_up.to(near.dtype)))
+        found = block_jacobi(matrix, near)
         if found is not None:
             return found
     vectors: Tensor = torch.linalg.eigh(matrix)[1]
@@ -76,7 +84,7 @@ def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS)
         None where ``most_sweeps`` did not do.
     """
     size, width = matrix.shape[-1], _AT_ONCE
-    *orders, back = _tournament(2 * size // width, width // 2)
+    *orders, back = (order.to(matrix.device) for order in _tournament(2 * size // width, width // 2))
     enough = 100 * torch.finfo(matrix.dtype).eps
 
     def turned(x: Tensor, turns: Tensor) -> Tensor:
@@ -91,12 +99,11 @@ def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS)
         if bool((off <= enough * torch.linalg.matrix_norm(inner)).all()):
             break
         for order in orders:
-            order = order.to(matrix.device, non_blocking=True)
             rows, inner = rows[:, order], inner[:, order][:, :, order]
             pairs = inner.view(-1, size // width, width, size // width, width)
             turns = torch.linalg.eigh(pairs.diagonal(dim1=1, dim2=3).movedim(-1, 1))[1].mT
             rows, inner = turned(rows, turns), turned(turned(inner, turns).mT, turns)
-        rows = rows[:, back.to(matrix.device, non_blocking=True)]
+        rows = rows[:, back]
     else:
         return None
     # thousands of turns add up: one step of Newton and Schulz makes the rows orthonormal to rounding

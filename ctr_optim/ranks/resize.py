@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.eigen import eigenbasis
+from ctr_optim.curvature.eigen import eigenbasis, padded_basis
 from ctr_optim.lora import sized
 from ctr_optim.ranks.utility import Existing
 
@@ -82,14 +82,8 @@ def grow(core: Core, cross: Tensor, inner: Tensor) -> Core:
 
 def padded(core: Core, room: int) -> Core:
     """A core with room for more directions: they have no factors, and are their own basis."""
-
-    def own(basis: Tensor) -> Tensor:
-        new = sized(basis, (-2, -1), room).clone()
-        new.diagonal(dim1=-2, dim2=-1)[..., basis.shape[-1] :] = 1
-        return new
-
     factors = sized(core.H, (-2, -1), room), sized(core.D, (-2, -1), room)
-    return Core(*factors, own(core.basis_a), own(core.basis_b))
+    return Core(*factors, padded_basis(core.basis_a, room), padded_basis(core.basis_b, room))
 
 
 def carry(old: Tensor, maps: Tensor, new: Tensor, room: int) -> Tensor:
