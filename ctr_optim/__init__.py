@@ -1,12 +1,14 @@
 """Curvature-aware, trust-region guided training of LoRA adapters, as a torch optimizer."""
 
-from ctr_optim.adapters.export import export_compact, export_uniform
-from ctr_optim.checkpoint import load_checkpoint, save_checkpoint
-from ctr_optim.lora import LoRAPair
+from ctr_optim.checkpoint.files import load_checkpoint, save_checkpoint
+from ctr_optim.checkpoint.matching import match_ranks
+from ctr_optim.export.compact import export_compact
+from ctr_optim.export.uniform import export_uniform
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
+from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.initialize import initialize
-from ctr_optim.ranks.matching import match_ranks
-from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
+from ctr_optim.ranks.scheduler import RankScheduler
 
 __all__ = [
     "CTROptimizer",

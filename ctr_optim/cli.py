@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ctr_optim.adapters.export import export_uniform_files
-from ctr_optim.adapters.files import read_adapter
-from ctr_optim.adapters.repair import fix_torchtune_adapter
+from ctr_optim.export.files import read_adapter
+from ctr_optim.export.repair import fix_torchtune_adapter
+from ctr_optim.export.uniform import export_uniform_files
 from ctr_optim.report import columns, read_run, save_page, save_picture, table
 
 

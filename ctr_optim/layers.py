@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim import distributed, guards
-from ctr_optim.adapters import find_pairs, find_roots
-from ctr_optim.calibration import Probe
 from ctr_optim.curvature import hutchinson
-from ctr_optim.curvature.blocks import Block, TokenScale, refresh_bases, stack_all
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.devices import together
-from ctr_optim.fused import Fused
-from ctr_optim.gradients import grad_scale, users_line, warn_failed
-from ctr_optim.hooks import Hook
-from ctr_optim.lora import LoRAPair
-from ctr_optim.precondition import Stack, slope
+from ctr_optim.curvature.kfac import Block, TokenScale, refresh_bases, stack_all
+from ctr_optim.direction.fused import Fused
+from ctr_optim.direction.stack import Stack, slope
+from ctr_optim.model import checks
+from ctr_optim.model.discovery import find_roots
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.model.registry import find_pairs
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.amp import grad_scale
+from ctr_optim.runtime.devices import together
+from ctr_optim.runtime.hooks import Hook
+from ctr_optim.runtime.messages import users_line, warn_failed
 from ctr_optim.settings import Settings
+from ctr_optim.trust_region.probe import Probe
 
 Groups = Sequence[dict[str, Any]]
 State = MutableMapping[Any, dict[str, Tensor]]
@@ -126,7 +129,7 @@ class Layers:
         ours = {id(p) for p in parameters}
         if groups[0]["ctr"]["steps"] or not all(id(pair.B) in ours for pair in self.pairs):
             return
-        guards.check_sharding(parameters, self.settings.curvature)
+        checks.check_sharding(parameters, self.settings.curvature)
         for p in self._held:
             state.pop(p, None)
         self._held, self.fsdp, before = parameters, fsdp, self.blocks
@@ -176,13 +179,13 @@ class Layers:
             agreed: options that all processes must share.
         """
         if not self._looked:
-            guards.check_agreement(agreed, self.blocks)
+            checks.check_agreement(agreed, self.blocks)
         world = distributed.add_up([t for block in self.blocks for t in block.staged])
         tokens = together([block.loss_tokens() for block in self.blocks]).amin()
         seen = torch.isfinite(tokens) & finite.to(tokens.device)
         if not self._looked:  # once: it waits for the device
             self._looked = True
-            guards.warn_if_blind(tokens, finite.to(tokens.device), self.pairs)
+            checks.warn_if_blind(tokens, finite.to(tokens.device), self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
         # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
         summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
@@ -264,9 +267,9 @@ def _find(
         ValueError, TypeError: for parameters and models that we cannot train.
     """
     roots = [model] if model is not None else find_roots(parameters)
-    guards.check_parameters(parameters)
-    guards.check_sharding(parameters, settings.curvature)
-    guards.check_models(roots)
+    checks.check_parameters(parameters)
+    checks.check_sharding(parameters, settings.curvature)
+    checks.check_models(roots)
     ours = {id(p) for p in parameters}
     found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
     pairs = [pair for pair in found.values() if id(pair.B) in ours]

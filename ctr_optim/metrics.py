@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctr_optim.constraint import TrustRegion
-from ctr_optim.curvature.blocks import Block
+from ctr_optim.curvature.kfac import Block
+from ctr_optim.trust_region.coupling import TrustRegion
 
 
 def metrics_of(

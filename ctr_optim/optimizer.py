@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ctr_optim import distributed, guards
-from ctr_optim.checkpoint import checked
-from ctr_optim.constraint import TrustRegion, initial_shared
-from ctr_optim.curvature.blocks import Block, drop_sketches
-from ctr_optim.devices import exact
-from ctr_optim.gradients import all_finite, warn_skipped
-from ctr_optim.hooks import weakly
+from ctr_optim.checkpoint.matching import resize_on_load
+from ctr_optim.checkpoint.validation import checked
+from ctr_optim.curvature.kfac import Block, drop_sketches
+from ctr_optim.direction.gradients import all_finite
+from ctr_optim.direction.stack import Stack
 from ctr_optim.layers import Layers
-from ctr_optim.lora import LoRAPair
 from ctr_optim.metrics import metrics_of
-from ctr_optim.precondition import Stack
+from ctr_optim.model import checks
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.ranks.controller import RankController
-from ctr_optim.ranks.matching import resize_on_load
-from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
+from ctr_optim.ranks.events import RankEvent
+from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.devices import exact
+from ctr_optim.runtime.hooks import weakly
+from ctr_optim.runtime.messages import warn_skipped
 from ctr_optim.settings import Settings, calibration_due, check_group, due
+from ctr_optim.trust_region.coupling import TrustRegion, initial_shared
 
 
 class CTROptimizer(Optimizer):
@@ -144,7 +147,7 @@ class CTROptimizer(Optimizer):
     def _rank_controller(self) -> RankController | None:
         if self._scheduler is None:
             return None
-        guards.check_ranks_can_move(self.pairs, self._layers.roots, self._settings)
+        checks.check_ranks_can_move(self.pairs, self._layers.roots, self._settings)
         listeners = self._ranks.listeners if self._ranks is not None else []
         return RankController(self._scheduler, self._settings.damping, self.pairs, listeners)
 
@@ -190,7 +193,7 @@ class CTROptimizer(Optimizer):
         Returns:
             the closure's loss.
         """
-        guards.check_outside_backward()
+        checks.check_outside_backward()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -237,7 +240,7 @@ class CTROptimizer(Optimizer):
         rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
         deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
         if not deltas:
-            raise RuntimeError(guards.REPLACED)
+            raise RuntimeError(checks.REPLACED)
         layers.penalize_(deltas, finite)
         return deltas, layers.forms(deltas, known, finite, self._shared)
 
@@ -245,14 +248,14 @@ class CTROptimizer(Optimizer):
         """Hold a rank event where one is due."""
         if self._ranks is None:
             return
-        guards.check_ranks_belong_to_us(self.param_groups)
+        checks.check_ranks_belong_to_us(self.param_groups)
         if self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
             return
         if not self._layers.taps.stages:  # closed: nothing new is known of the layers
             return
         masked = self._masked()
         if not masked:
-            guards.check_single_process()
+            checks.check_single_process()
         blocks = self.blocks
         distributed.reshard(self._layers.fsdp)
         with exact(block.H.device for block in blocks):
@@ -263,7 +266,7 @@ class CTROptimizer(Optimizer):
         """Whether layers keep their shapes when ranks move."""
         if self._settings.resize != "auto":
             return self._settings.resize == "masked"
-        return guards.shapes_must_stay(self._layers.roots)
+        return checks.shapes_must_stay(self._layers.roots)
 
     # -- what users read and save -------------------------------------------------------------------------------
 

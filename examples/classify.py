@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ctr_optim import CTROptimizer, RankScheduler
-from ctr_optim.events import EventLog
+from ctr_optim.report.log import EventLog
 
 Data = list[tuple[str, int]]
 

@@ -16,7 +16,7 @@ from common import ASSETS, batches, collate, encode, load_base, load_tokenizer, 
 from torch.nn.parallel import DistributedDataParallel
 
 from ctr_optim import CTROptimizer
-from ctr_optim.events import EventLog
+from ctr_optim.report.log import EventLog
 
 
 def main(argv: list[str] | None = None) -> None:

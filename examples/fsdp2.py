@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ctr_optim import CTROptimizer
-from ctr_optim.events import EventLog
+from ctr_optim.report.log import EventLog
 
 
 def main(argv: list[str] | None = None) -> None:

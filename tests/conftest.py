@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from support import net, optimizer, train
 
 from ctr_optim import RankScheduler
-from ctr_optim.events import EventLog
+from ctr_optim.report.log import EventLog
 
 settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck)

@@ -12,7 +12,8 @@ import torch
 from support import LoRALinear, optimizer, relative_error, same, snapshot, trainable
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, fused, kernels
+from ctr_optim import CTROptimizer, fused
+from ctr_optim.direction import kernels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

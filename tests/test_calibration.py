@@ -27,9 +27,10 @@ from support import (
 )
 from torch import Tensor, nn
 
-from ctr_optim import calibration
-from ctr_optim.calibration import MOST_TOKENS, kl_divergence, moved
-from ctr_optim.trust_region import SLOPE_EXPONENT
+from ctr_optim.trust_region import logits
+from ctr_optim.trust_region.logits import MOST_TOKENS, kl_divergence
+from ctr_optim.trust_region.region import SLOPE_EXPONENT
+from ctr_optim.trust_region.rerun import moved
 
 ALL = torch.ones(20, dtype=torch.bool)
 
@@ -345,7 +346,7 @@ def test_models_that_give_a_loss_or_logits_are_asked_again(shifted: bool) -> Non
 
 
 def test_no_more_logits_are_made_than_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "MOST_TOKENS", 3)
+    monkeypatch.setattr(logits, "MOST_TOKENS", 3)
     model, data = tiny_llama(), repeated(llama_batch())
     model.get_base_model().register_forward_hook(fused, with_kwargs=True)
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)

@@ -13,8 +13,8 @@ import torch
 from support import llama_batch, tiny_llama
 
 from ctr_optim.cli import main
-from ctr_optim.events import read_events
 from ctr_optim.report import read_run
+from ctr_optim.report.log import read_events
 
 
 @pytest.mark.parametrize("file", ["", "events.jsonl"])

@@ -6,7 +6,7 @@ from torch import nn
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature import hutchinson
-from ctr_optim.precondition import Stack
+from ctr_optim.direction.stack import Stack
 from tests.support import llama_batch, tiny_llama
 
 

@@ -13,8 +13,9 @@ from processes import needs_gloo, spawn
 from support import batch, loss_of, net, same, snapshot, trainable
 from torch.nn.parallel import DistributedDataParallel
 
-from ctr_optim import CTROptimizer, RankScheduler, distributed
-from ctr_optim.events import EventLog, read_events
+from ctr_optim import CTROptimizer, RankScheduler
+from ctr_optim.report.log import EventLog, read_events
+from ctr_optim.runtime import distributed
 
 pytestmark = needs_gloo
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ctr_optim.adapters.files import read_adapter
-from ctr_optim.events import read_events
+from ctr_optim.export.files import read_adapter
+from ctr_optim.report.log import read_events
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

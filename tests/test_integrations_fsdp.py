@@ -11,8 +11,9 @@ from processes import needs_fsdp2, needs_gloo, spawn
 from support import llama_batch, llama_loss, same, tiny_llama, trainable
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, distributed, export_compact
-from ctr_optim.adapters.files import read_adapter
+from ctr_optim import CTROptimizer, export_compact
+from ctr_optim.export.files import read_adapter
+from ctr_optim.runtime import distributed
 
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
 pytestmark = [needs_gloo, needs_fsdp2]

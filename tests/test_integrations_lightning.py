@@ -11,7 +11,7 @@ from support import batch, loss_of, net, same, snapshot, trainable
 from torch.utils.data import DataLoader
 
 from ctr_optim import CTROptimizer
-from ctr_optim.events import read_events
+from ctr_optim.report.log import read_events
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not a dependency")
 

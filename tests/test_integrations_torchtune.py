@@ -14,8 +14,8 @@ from support import llama_batch, llama_loss, tiny_llama, trainable
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, RankScheduler
-from ctr_optim.adapters.files import read_adapter
 from ctr_optim.cli import main
+from ctr_optim.export.files import read_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TORCHTUNE = importlib.util.find_spec("torchtune") is not None

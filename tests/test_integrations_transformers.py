@@ -11,7 +11,7 @@ import torch
 from support import llama_batch, same, tiny_llama
 
 from ctr_optim import CTROptimizer, RankScheduler
-from ctr_optim.events import read_events
+from ctr_optim.report.log import read_events
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face's Trainer is an extra")
 pytest.importorskip("peft", reason="the adapters are PEFT's")

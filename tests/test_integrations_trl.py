@@ -11,8 +11,8 @@ from support import exact_kl, same
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from ctr_optim import CTROptimizer
-from ctr_optim.events import read_events
 from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
+from ctr_optim.report.log import read_events
 
 trl = pytest.importorskip("trl", reason="TRL is not a dependency; its trainers are Trainers")
 datasets = pytest.importorskip("datasets", reason="TRL wants a Dataset")

@@ -26,7 +26,7 @@ from support import (
 from torch import nn
 
 from ctr_optim import CTROptimizer
-from ctr_optim.precondition import change_basis_, rotate, unrotate
+from ctr_optim.direction.adam import change_basis_, rotate, unrotate
 
 
 class Mixed(nn.Module):

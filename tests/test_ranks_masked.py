@@ -26,7 +26,7 @@ from torch import nn
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature.eigen import eigenbasis
-from ctr_optim.lora import ranks_in_use
+from ctr_optim.model.pair import ranks_in_use
 
 ROOM = 8
 RANKS: dict[str, Any] = dict(budget=4, interval=3, window=2, sketch_rank=4, hysteresis=0.0, max_change=3)

@@ -12,7 +12,7 @@ from test_discovery import TorchtuneLinear
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, export_compact, export_uniform
-from ctr_optim.adapters import find_pairs
+from ctr_optim.model.registry import find_pairs
 
 peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
 

@@ -14,9 +14,9 @@ from support import Net, backward, batch, factors_of, lora_layers, net, optimize
 from torch import Tensor
 
 from ctr_optim import CTROptimizer
-from ctr_optim.ranks.reallocation import Survey, resize, survey
+from ctr_optim.ranks.allocation import Survey, resize, survey
 from ctr_optim.ranks.resize import projection
-from ctr_optim.ranks.utility import existing_directions
+from ctr_optim.ranks.valuation import existing_directions
 
 SEEDS = st.integers(0, 10_000)
 

@@ -221,7 +221,7 @@ def test_match_ranks_reads_files_and_wrappers(tmp_path: Path) -> None:
 
 
 def _ranks(model: nn.Module) -> dict[str, int]:
-    from ctr_optim.adapters import find_pairs
+    from ctr_optim.model.registry import find_pairs
 
     return {pair.name: pair.rank for pair in find_pairs(model)}
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from support import net, optimizer
 
-from ctr_optim.events import EventLog, read_events
 from ctr_optim.report import Run, read_run, save_page, save_picture
 from ctr_optim.report.figures import ACCENT, INK, PAPER, drawn, figures
+from ctr_optim.report.log import EventLog, read_events
 from ctr_optim.report.run import place
 from ctr_optim.report.table import summary
 

@@ -26,7 +26,7 @@ from support import VOCAB, batch, loss_of, relative_error, same, snapshot
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer
-from ctr_optim.ranks import reallocation
+from ctr_optim.ranks import allocation
 
 peft = pytest.importorskip("peft", reason="the machine switches PEFT adapters")
 
@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.patch = mock.patch.object(reallocation, "resize", continuous(reallocation.resize))
+        self.patch = mock.patch.object(allocation, "resize", continuous(allocation.resize))
         self.patch.start()
         self.model = build()
         self.opt = optimizer_for(self.model)

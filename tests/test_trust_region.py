@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature.factors import STRUCTURES, Dense
-from ctr_optim.trust_region import (
+from ctr_optim.trust_region.region import (
     SLOPE_EXPONENT,
     adapted_bound,
     alignment,

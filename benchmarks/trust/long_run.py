@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import ctr_optim
 from ctr_optim import CTROptimizer
-from ctr_optim.ranks import reallocation
+from ctr_optim.ranks import allocation
 
 VOCAB, WIDTH = 24, 16
 COMMAND = "python -m benchmarks.trust.long_run"
@@ -210,7 +210,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def watching(resize: Callable[..., None], worst: Worst) -> Callable[..., None]:
-    """``reallocation.resize``, and what it does to a layer's function.
+    """``allocation.resize``, and what it does to a layer's function.
 
     Growth must change nothing. A cut must keep the best directions and nothing else: with the adapter's energy in the
     Fisher metric ``tr(D H)``, what is left of it is the sum of the largest eigenvalues of ``D H``.
@@ -254,7 +254,7 @@ def run(steps: int, every: int = 1000, interval: int = 50, seed: int = 0) -> dic
     budget = sum(p.numel() for p in trainable)
     opt.on_rank_event(events.append)
     looks, losses, violations, shortened, fewest, started = [], [], 0, 0, 1.0, time.perf_counter()
-    with mock.patch.object(reallocation, "resize", watching(reallocation.resize, worst)), warnings.catch_warnings():
+    with mock.patch.object(allocation, "resize", watching(allocation.resize, worst)), warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(steps):
             ids = batch(step, rule)

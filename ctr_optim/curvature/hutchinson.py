@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim import distributed
-from ctr_optim.calibration import moved
-from ctr_optim.precondition import Stack, initial_state
+from ctr_optim.direction.stack import Stack, initial_state
+from ctr_optim.runtime import distributed
+from ctr_optim.trust_region.rerun import moved
 
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
 

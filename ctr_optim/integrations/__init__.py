@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ctr_optim.adapters import find_pairs
+from ctr_optim.checkpoint.matching import resize_on_load
+from ctr_optim.model.registry import find_pairs
 from ctr_optim.optimizer import CTROptimizer
-from ctr_optim.ranks.matching import resize_on_load
 
 
 def unwrap(optimizer: Any) -> CTROptimizer:

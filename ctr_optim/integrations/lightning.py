@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ctr_optim.events import EventLog, scalars
 from ctr_optim.integrations import accept_ranks, set_length, unwrap
+from ctr_optim.report.log import EventLog, scalars
 
 
 class CTRCallback(pl.Callback):

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ctr_optim.events import EventLog, scalars
 from ctr_optim.integrations import accept_ranks, set_length, unwrap
 from ctr_optim.optimizer import CTROptimizer
+from ctr_optim.report.log import EventLog, scalars
 
 
 class CTRFactory:

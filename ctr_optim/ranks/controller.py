@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ctr_optim import guards
-from ctr_optim.curvature.blocks import Block, drop_sketches
-from ctr_optim.gradients import warn_failed
-from ctr_optim.lora import LoRAPair, ranks_in_use
-from ctr_optim.ranks.reallocation import reallocate, survey
-from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
+from ctr_optim.curvature.kfac import Block, drop_sketches
+from ctr_optim.model import checks
+from ctr_optim.model.pair import LoRAPair, ranks_in_use
+from ctr_optim.ranks.allocation import reallocate, survey
+from ctr_optim.ranks.events import RankEvent
+from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.runtime.messages import warn_failed
 
 
 class RankController:
@@ -81,7 +82,7 @@ class RankController:
         budget = self.scheduler.budget_at(shared["steps"], start)
         scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
         if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
-            guards.warn_if_full()
+            checks.warn_if_full()
         events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"], masked=masked)
         for event in events:
             ranks[event.name] = event.new_rank

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.optimizer import CTROptimizer
-from ctr_optim.ranks.reallocation import reallocate, survey
-from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
+from ctr_optim.ranks.allocation import reallocate, survey
+from ctr_optim.ranks.events import RankEvent
+from ctr_optim.ranks.scheduler import RankScheduler
 
 
 def initialize(

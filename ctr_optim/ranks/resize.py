@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ctr_optim.curvature.eigen import eigenbasis, padded_basis
-from ctr_optim.lora import sized
-from ctr_optim.ranks.utility import Existing
+from ctr_optim.model.pair import sized
+from ctr_optim.ranks.valuation import Existing
 
 State = dict[str, Tensor]
 

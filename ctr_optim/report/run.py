@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ctr_optim.events import read_events
+from ctr_optim.report.log import read_events
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctr_optim import distributed
-from ctr_optim.calibration import Probe, kl_divergence, moved
-from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.capture import Taps
-from ctr_optim.devices import together
-from ctr_optim.precondition import Stack
+from ctr_optim.curvature.kfac import Block
+from ctr_optim.direction.stack import Stack
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.devices import together
 from ctr_optim.settings import Settings
-from ctr_optim.trust_region import SLOPE_EXPONENT, adapted_bound, alignment, scale_within
+from ctr_optim.trust_region.logits import kl_divergence
+from ctr_optim.trust_region.probe import Probe
+from ctr_optim.trust_region.region import SLOPE_EXPONENT, adapted_bound, alignment, scale_within
+from ctr_optim.trust_region.rerun import moved
 
 Steps = Mapping[Stack, Tensor]
 

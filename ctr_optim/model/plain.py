@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ctr_optim.lora import LoRAPair
+from ctr_optim.model.pair import LoRAPair
 
 
 class PlainLibrary:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.adapters import find_pairs
-from ctr_optim.distributed import world_size
-from ctr_optim.hooks import Hook
-from ctr_optim.lora import LoRAPair, sized
+from ctr_optim.model.pair import LoRAPair, sized
+from ctr_optim.model.registry import find_pairs
+from ctr_optim.runtime.distributed import world_size
+from ctr_optim.runtime.hooks import Hook
 
 _PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")

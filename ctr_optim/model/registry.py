@@ -1,4 +1,4 @@
-"""Where LoRA pairs come from: one file per library that defines LoRA layers."""
+"""LoRA pairs of a model, found by every library that this package knows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ctr_optim.adapters import peft, plain, torchtune
-from ctr_optim.adapters.discovery import find_roots
-from ctr_optim.lora import LoRAPair
+from ctr_optim.model import peft, plain, torchtune
+from ctr_optim.model.pair import LoRAPair
 
 
 def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> list[LoRAPair]:
@@ -30,6 +29,3 @@ def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None
     return [
         pair if adapters_on[pair.name] == 1 else replace(pair, name=f"{pair.name}[{pair.adapter}]") for pair in pairs
     ]
-
-
-__all__ = ["find_pairs", "find_roots"]

@@ -9,7 +9,7 @@ restored bit for bit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,20 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ctr_optim import distributed
-from ctr_optim.hooks import Hook
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.hooks import Hook
+from ctr_optim.trust_region.logits import IGNORED, NO_LOGITS, chunks_of, logits_of, some_rows, stride_of
+from ctr_optim.trust_region.rerun import CannotRerun, common_ancestors, nothing_drawn, random_state, take, tensors_in
 
-MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over more of them tells no more
-_PIECE = 256  # tokens at a time: vocabularies are large
-_IGNORED = -100  # the label of tokens that the loss leaves out
-_NO_LOGITS = "the model's output holds no logits"
-# what transformers' models call them: most; those that answer questions, are pretrained, compare, or segment
-_LOGITS = ("logits", "start_logits", "prediction_logits", "logits_per_image", "class_queries_logits")
 _FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
-
-
-class CannotRerun(Exception):
-    """The inputs of the model's forward hold something that cannot safely be used twice."""
 
 
 @dataclass
@@ -54,7 +46,7 @@ class _Call:
     def halve(self) -> None:
         """Keep half of the sequences: two passes of them cost what one of all would."""
         keep = max(1, self.sequences // 2)
-        self.args, self.kwargs = _take((self.args, self.kwargs), self.sequences, keep)
+        self.args, self.kwargs = take((self.args, self.kwargs), self.sequences, keep)
         self.sequences = keep
 
     def ask_for_logits(self) -> bool:
@@ -66,14 +58,14 @@ class _Call:
         given = {name: self.kwargs.pop(name) for name in _FOR_THE_LOSS if name in self.kwargs}
         shifted, labels = given.get("shift_labels"), given.get("labels")
         if isinstance(shifted, Tensor) and shifted.dim() == 2:
-            counts = shifted != _IGNORED
+            counts = shifted != IGNORED
         elif isinstance(labels, Tensor) and labels.dim() == 2:
-            counts = torch.nn.functional.pad(labels[:, 1:] != _IGNORED, (0, 1))
+            counts = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
         else:
             return False
         self.fused = True
         if self._passes_on("logits_to_keep"):
-            rows = torch.arange(0, counts.shape[1], _stride(counts.numel()), device=counts.device)
+            rows = torch.arange(0, counts.shape[1], stride_of(counts.numel()), device=counts.device)
             self.kwargs["logits_to_keep"], counts = rows, counts[:, rows]
         self.loss_masks[0] = counts
         return True
@@ -107,7 +99,7 @@ class Probe:
         self._call: _Call | None = None
         self._depth: int | None = None
         self._handles = []
-        for depth, module in enumerate(_common_ancestors(root, layers)):
+        for depth, module in enumerate(common_ancestors(root, layers)):
             before, after = (Hook(partial(act, depth), id(module)) for act in (self.entered, self.left))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after))
@@ -147,29 +139,29 @@ class Probe:
         if logits is None:
             call.halve()
             if not call.ask_for_logits():
-                self._call, self.refused = None, _NO_LOGITS
+                self._call, self.refused = None, NO_LOGITS
         elif logits.requires_grad:
             # chance, and statistics of the whole batch, would say something else the next time
-            if _nothing_drawn(call.random_state) and not call.norms and logits.shape[0] == call.batch:
-                call.logits = _some_rows(logits.detach()[: call.sequences]).clone()
+            if nothing_drawn(call.random_state) and not call.norms and logits.shape[0] == call.batch:
+                call.logits = some_rows(logits.detach()[: call.sequences]).clone()
             else:
                 call.halve()
 
             def remember(index: int, grad: Tensor) -> None:
                 call.loss_masks[index] = (grad[: call.sequences] != 0).any(-1)
 
-            for index, chunk in enumerate(_chunks(output) or [logits]):
+            for index, chunk in enumerate(chunks_of(output) or [logits]):
                 chunk.register_hook(partial(remember, index))  # type: ignore[no-untyped-call]
 
     def _slice(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        size = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), 0)
+        size = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim() > 0), 0)
         keep = max(1, int(size * self.share))
-        device = next((t.device.type for t in _tensors((args, kwargs))), "cpu")
+        device = next((t.device.type for t in tensors_in((args, kwargs))), "cpu")
         autocast = None
         if torch.amp.is_autocast_available(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        kept_args, kept_kwargs = _take((args, kwargs), size, keep)
-        return _Call(module, kept_args, kept_kwargs, size, keep, autocast, _random_state())
+        kept_args, kept_kwargs = take((args, kwargs), size, keep)
+        return _Call(module, kept_args, kept_kwargs, size, keep, autocast, random_state())
 
     @torch.no_grad()
     def logits(self) -> Tensor | None:
@@ -179,15 +171,15 @@ class Probe:
             return None
         try:
             with self._without_trace(call):
-                logits, trouble = logits_of(call.module(*call.args, **call.kwargs)), _NO_LOGITS
+                logits, trouble = logits_of(call.module(*call.args, **call.kwargs)), NO_LOGITS
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             if not call.fused:
                 raise
-            logits, trouble = None, f"{_NO_LOGITS}, and without labels: {error}"
+            logits, trouble = None, f"{NO_LOGITS}, and without labels: {error}"
         if logits is None:
             self.refused = trouble
             return None
-        return _some_rows(logits)
+        return some_rows(logits)
 
     def logits_in_training(self) -> Tensor | None:
         """The same as the training's own forward had them; by a re-run where they depended on chance or the batch."""
@@ -197,7 +189,7 @@ class Probe:
         """``(n,)`` which of these tokens the loss looks at."""
         masks = self._call.loss_masks if self._call is not None else {}
         if masks:
-            mask = _some_rows(torch.cat([masks[index] for index in sorted(masks)], -1).unsqueeze(-1)).squeeze(-1)
+            mask = some_rows(torch.cat([masks[index] for index in sorted(masks)], -1).unsqueeze(-1)).squeeze(-1)
             if mask.shape == logits.shape[:-1]:
                 return mask
         return logits.new_ones(logits.shape[:-1], dtype=torch.bool)
@@ -220,7 +212,7 @@ class Probe:
 
     @contextmanager
     def _without_trace(self, call: _Call) -> Iterator[None]:
-        devices = range(len(_random_state() or ()) - 1)
+        devices = range(len(random_state() or ()) - 1)
         buffers = [(b, b.clone()) for m in call.norms for b in m.buffers()]
         self.paused = True
         distributed.reshard(call.fsdp)
@@ -239,132 +231,3 @@ class Probe:
             distributed.reshard(call.fsdp)
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-@contextmanager
-def moved(
-    changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float | Tensor = 1.0
-) -> Iterator[None]:
-    """Displace parameters by ``factor`` times their deltas (None: to zero) for a while; restored bit for bit."""
-    saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
-    try:
-        for (params, _), (_, delta) in zip(saved, changes, strict=True):
-            if delta is None:
-                torch._foreach_zero_(params)
-            else:
-                here = factor.to(delta[0].device) if isinstance(factor, Tensor) else factor
-                torch._foreach_add_(params, torch._foreach_mul(list(delta), here))
-        yield
-    finally:
-        for params, values in saved:
-            torch._foreach_copy_(params, values)
-
-
-def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(here || there)`` summed over the tokens that count, and their number; in float32 at least.
-
-    Args:
-        here, there: logits ``(n, V)``. A single one (regression) is the mean of a Gaussian of unit variance.
-        counts: ``(n,)`` whether a token counts.
-    """
-    dtype = torch.promote_types(torch.promote_types(here.dtype, there.dtype), torch.float32)
-
-    def divergence(p: Tensor, q: Tensor) -> Tensor:
-        if p.shape[-1] == 1:
-            return 0.5 * (p - q).square().squeeze(-1)
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
-
-    pieces = zip(*(torch.split(t, _PIECE) for t in (here, there, counts)), strict=True)
-    sums = [torch.where(some, divergence(p.to(dtype), q.to(dtype)), 0).sum() for p, q, some in pieces]
-    return torch.stack(sums).sum(), counts.sum(dtype=dtype)
-
-
-def _some_rows(logits: Tensor) -> Tensor:
-    """``(n, V)`` rows of logits ``(..., V)``, evenly spaced."""
-    rows = logits.flatten(0, -2)
-    return rows[:: _stride(len(rows))]
-
-
-def _stride(rows: int) -> int:
-    """From one row that is looked at to the next."""
-    return max(1, -(-rows // MOST_TOKENS))
-
-
-def _random_state() -> list[Tensor] | None:
-    """Of every generator that a forward may draw from; None within a graph, which cannot look."""
-    if torch.compiler.is_compiling():
-        return None
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
-
-
-def _nothing_drawn(since: list[Tensor] | None) -> bool:
-    """Whether all generators are known to be in the state that they were in."""
-    now = _random_state()
-    return since is not None and now is not None and all(map(torch.equal, since, now))
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The logits in a model's output: what is called so, the output itself, or a tuple's first float matrix.
-
-    A list of chunks along the tokens, as torchtune's models give, is put together. Nothing else in an output with names
-    is taken for logits: TRL's hold log-probabilities of single tokens.
-    """
-    if chunks := _chunks(output):
-        return torch.cat(chunks, 1)
-    values = output if isinstance(output, (tuple, list)) else (output,)
-    if isinstance(output, dict):
-        values = [output[name] for name in _LOGITS if name in output]
-    elif hasattr(output, "logits"):
-        values = (output.logits,)
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
-
-
-def _chunks(output: Any) -> list[Tensor] | None:
-    """Logits ``(sequences, tokens, V)`` in chunks of the tokens; None where the output is something else."""
-    if not isinstance(output, list):
-        return None
-    if not all(isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() for t in output):
-        return None
-    return output if len({(t.shape[0], t.shape[2], t.dtype) for t in output}) == 1 else None
-
-
-def _common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
-    """Modules that contain all ``layers``, outermost first."""
-    wanted = {id(m) for m in layers}
-    paths = [name.split(".") for name, module in root.named_modules() if id(module) in wanted]
-    chain, module = [root], root
-    for depth in range(min(map(len, paths), default=1) - 1):
-        if len({path[depth] for path in paths}) > 1:
-            break
-        module = getattr(module, paths[0][depth])
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            chain.append(module)
-    # a compiled model runs its own hooks eagerly and traces those inside: keep ours out of the graph
-    return chain[:1] if hasattr(root, "_orig_mod") else chain
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from _tensors(value)
-
-
-def _take(tree: Any, size: int, keep: int) -> Any:
-    """The first ``keep`` of ``size`` sequences of every tensor in nested inputs, as copies."""
-    if isinstance(tree, Tensor):
-        sliced = tree[:keep] if tree.dim() > 0 and tree.shape[0] == size else tree
-        return sliced.detach().clone()
-    if isinstance(tree, dict):
-        return {key: _take(value, size, keep) for key, value in tree.items()}
-    if (isinstance(tree, tuple) and type(tree) is tuple) or isinstance(tree, list):
-        return type(tree)(_take(value, size, keep) for value in tree)
-    if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
-        return tree
-    raise CannotRerun(f"an input of type {type(tree).__name__} cannot be run twice")

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.blocks import Block
-from ctr_optim.curvature.capture import of_layers
-from ctr_optim.distributed import copy_first_, of_first, stack_whole
-from ctr_optim.lora import LoRAPair
+from ctr_optim.curvature.kfac import Block
+from ctr_optim.curvature.sketch import of_layers
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.resize import Core, State, carry, grow, padded, projection, shrink, unchanged
-from ctr_optim.ranks.scheduler import RankEvent, RankScheduler
-from ctr_optim.ranks.utility import Existing, absent_directions, existing_directions, host
+from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.ranks.valuation import Existing, absent_directions, existing_directions, host
+from ctr_optim.runtime.distributed import copy_first_, of_first, stack_whole
 
 T = TypeVar("T")
 C = TypeVar("C", Core, Existing)

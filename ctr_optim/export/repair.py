@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ctr_optim.adapters.files import CONFIG, prefix_free, read_adapter
+from ctr_optim.export.files import CONFIG, prefix_free, read_adapter
 
 
 def fix_torchtune_adapter(directory: str | os.PathLike[str]) -> dict[str, int]:

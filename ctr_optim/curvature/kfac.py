@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim import distributed
-from ctr_optim.curvature.capture import Sketch, Stage, Sums
+from ctr_optim.curvature.capture import Stage
 from ctr_optim.curvature.eigen import eigenbasis, padded_basis
 from ctr_optim.curvature.factors import Factor
-from ctr_optim.lora import LoRAPair, padded_rank, sized
-from ctr_optim.precondition import Stack, initial_state
-from ctr_optim.trust_region import penalty_gradients, quadratic
+from ctr_optim.curvature.sketch import Sketch
+from ctr_optim.curvature.sums import Sums
+from ctr_optim.direction.stack import Stack, initial_state
+from ctr_optim.model.pair import LoRAPair, padded_rank, sized
+from ctr_optim.runtime import distributed
+from ctr_optim.trust_region.region import penalty_gradients, quadratic
 
 OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
 

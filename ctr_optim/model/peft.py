@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ctr_optim.lora import LoRAPair
+from ctr_optim.model.pair import LoRAPair
 
 _PREFIX = re.compile(r"^(?:.*\.)?base_model\.model\.")
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim import distributed
-from ctr_optim.adapters.discovery import live_modules
-from ctr_optim.gradients import users_line
-from ctr_optim.lora import LoRAPair
+from ctr_optim.model.discovery import live_modules
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")

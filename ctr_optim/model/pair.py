@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.distributed import whole, write_
+from ctr_optim.runtime.distributed import whole, write_
 
 
 class Library(Protocol):

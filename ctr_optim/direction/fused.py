@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctr_optim import distributed
-from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.factors import Diagonal, Factor
-from ctr_optim.gradients import users_line
-from ctr_optim.lora import padded_rank
-from ctr_optim.precondition import Stack
-from ctr_optim.trust_region import combine
+from ctr_optim.curvature.kfac import Block
+from ctr_optim.direction.stack import Stack
+from ctr_optim.model.pair import padded_rank
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.messages import users_line
+from ctr_optim.trust_region.region import combine
 
 SLICES = 32  # programs that share a layer's A or B
 # room for a rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
@@ -37,7 +37,7 @@ _broken = False
 def _kernels() -> Any:
     """The kernels' module; None where Triton is not installed."""
     try:
-        from ctr_optim import kernels
+        from ctr_optim.direction import kernels
     except ImportError:
         return None
     return kernels

@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, validated field by field, loaded exactly."""

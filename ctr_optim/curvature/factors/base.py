@@ -1,0 +1,59 @@
+"""The least that a structured second moment must implement."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Factor(ABC):
+    """A symmetric positive semi-definite matrix of shape ``(..., d, d)``, held in some structure."""
+
+    fields: tuple[str, ...]
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, index: int | Tensor) -> Factor:
+        """The factor of one layer, sharing memory; or of some."""
+        return type(self)(*(t[index] for t in self.tensors))
+
+    @staticmethod
+    @abstractmethod
+    def shapes(width: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the fields of one layer of width d."""
+
+    @staticmethod
+    @abstractmethod
+    def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``, summed in ``dtype``."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor) -> Tensor:
+        """``F x`` for x ``(..., d, n)``."""
+
+    @abstractmethod
+    def whitener(self, damping: float) -> Tensor | tuple[Tensor, ...]:
+        """What :meth:`whiten` needs, computed once; damping is relative to the mean eigenvalue."""
+
+    @staticmethod
+    @abstractmethod
+    def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
+        """``W x`` (or ``W^T x``) with ``W F W^T = I``, F damped, for x ``(..., d, n)``."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The matrix, ``(..., d, d)``."""
+
+
+def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of squares over rows ``(..., n, d)``: in one pass, nothing as large as the rows is written."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-2, dtype=dtype)
+    return norms.square()
+
+
+def safe_rsqrt(x: Tensor) -> Tensor:
+    """``x^-1/2``, and 0 where x is 0: a direction never seen is not amplified."""
+    return torch.where(x > 0, x.clamp_min(torch.finfo(x.dtype).tiny).rsqrt(), 0)

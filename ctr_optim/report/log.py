@@ -1,0 +1,96 @@
+"""The event log of a run: one JSON object a line, and the source of truth for every report.
+
+A line has an ``"event"`` and the ``"step"`` at which it was written. ``"start"`` carries the ranks that the run starts
+or resumes with, ``"rank"`` one :class:`~ctr_optim.RankEvent`, and ``"log"`` the optimizer's metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ctr_optim.optimizer import CTROptimizer
+from ctr_optim.ranks.events import RankEvent
+from ctr_optim.runtime import distributed
+
+FILE_NAME = "events.jsonl"
+
+
+class EventLog:
+    """Writes a run's events: ranks as they move, metrics whenever :meth:`log` is called.
+
+    A run that resumes appends to its file; readers drop what an interrupted run wrote beyond the step it resumed from.
+    Only the first of several processes writes.
+
+    Args:
+        optimizer: whose run it is.
+        path: a directory, for ``events.jsonl`` in it, or a file that ends in ``.jsonl``.
+    """
+
+    def __init__(self, optimizer: CTROptimizer, path: str | os.PathLike[str]) -> None:
+        self.path = event_file(path)
+        self.optimizer = optimizer
+        self._append = partial(_append, self.path if distributed.is_first() else None)
+        self._append("start", optimizer.steps, ranks=optimizer.ranks)
+        if optimizer.rank_scheduler is not None:
+            optimizer.on_rank_event(partial(_rank_moved, self._append))
+
+    def log(self, **values: Any) -> dict[str, Any]:
+        """Write the optimizer's metrics and ``values``, such as the loss; returns the metrics."""
+        metrics = self.optimizer.metrics()
+        self._append("log", self.optimizer.steps, **values, **metrics)
+        return metrics
+
+
+def event_file(path: str | os.PathLike[str]) -> Path:
+    """The log's own path, given its directory or itself."""
+    return Path(path) if Path(path).suffix == ".jsonl" else Path(path) / FILE_NAME
+
+
+def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """A run's events, without what came to nothing because the run resumed from an earlier step.
+
+    Raises:
+        FileNotFoundError: no log there.
+        ValueError: the file holds no start event, or a line that is no event.
+    """
+    file = event_file(path)
+    events: list[dict[str, Any]] = []
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no event log; CTRCallback and EventLog write one")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            event = json.loads(line)
+            kind, step = event["event"], event["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: not an event of this log ({error})") from None
+        if kind == "start":
+            events = [e for e in events if e["step"] <= step] if step else []
+        events.append(event)
+    if not events or events[0]["event"] != "start":
+        raise ValueError(f"{file}: no start event in it")
+    return events
+
+
+def scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    """What a logger can plot: the metrics of the run as a whole, and the mean, smallest and largest rank."""
+    shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
+    ranks = metrics["ranks"].values()
+    found = {f"ctr/{name}": float(metrics[name]) for name in shown if metrics[name] is not None}
+    if ranks:
+        found |= {"ctr/mean_rank": sum(ranks) / len(ranks), "ctr/min_rank": min(ranks), "ctr/max_rank": max(ranks)}
+    return found
+
+
+def _append(path: Path | None, event: str, step: int, **values: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+
+
+def _rank_moved(append: Any, event: RankEvent) -> None:
+    append("rank", **event.as_dict())

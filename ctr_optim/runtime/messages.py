@@ -1,0 +1,31 @@
+"""Warnings, each at the user's own line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def users_line() -> int:
+    """The ``stacklevel`` of a warning given by the caller: the first line that is neither torch's nor ours."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ctr_optim"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def warn_skipped() -> None:
+    """Tell the user about a step that was not taken; Python shows it once."""
+    warnings.warn(
+        "CTROptimizer skipped a step: a gradient was not finite. Parameters, moments and factors are untouched; "
+        "metrics()['skipped_steps'] counts such steps.",
+        stacklevel=users_line(),
+    )
+
+
+def warn_failed(what: str, instead: str) -> None:
+    """Tell the user about a matrix decomposition that did not converge; Python shows it once."""
+    warnings.warn(
+        f"CTROptimizer could not decompose {what}: {instead}. metrics()['failed_decompositions'] counts such failures.",
+        stacklevel=users_line(),
+    )
