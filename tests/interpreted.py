@@ -12,8 +12,8 @@ import torch
 from support import LoRALinear, optimizer, relative_error, same, snapshot, trainable
 from torch import Tensor, nn
 
-from ctr_optim import CTROptimizer, fused
-from ctr_optim.direction import kernels
+from ctr_optim import CTROptimizer
+from ctr_optim.direction import fused, kernels
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

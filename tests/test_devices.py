@@ -89,7 +89,7 @@ def test_tf32_is_off_for_a_while_however_it_was_asked_for(asked: str) -> None:
     """In a process of its own: torch's two switches do not go together. They work without a GPU, too."""
     code = f"""
 import torch
-from ctr_optim.devices import exact
+from ctr_optim.runtime.devices import exact
 
 def tf32():
     try:

@@ -41,7 +41,7 @@ def messages(file: str, least: int = 12) -> list[str]:
     return [max(found, key=len) for found in pieces if found and len(max(found, key=len)) > least]
 
 
-@pytest.mark.parametrize("file, least", [("checks.py", 40), ("gradients.py", 50)])
+@pytest.mark.parametrize("file, least", [("model/checks.py", 40), ("runtime/messages.py", 50)])
 def test_the_faq_knows_every_refusal_and_warning(file: str, least: int) -> None:
     quoted = re.findall(r'^### "(.*)"$', text("faq.md"), flags=re.M)
     found = messages(file, least)
