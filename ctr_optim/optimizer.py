@@ -1,10 +1,11 @@
-"""CTROptimizer: the conductor. Parameter groups, ``step()``, checkpoints; the maths lives in the other rooms."""
+"""CTROptimizer: parameter groups, ``step()`` and checkpoints. The packages beside this file hold the maths."""
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,23 +14,34 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ctr_optim.checkpoint.matching import resize_on_load
+from ctr_optim.checkpoint.numbers import Counters, pack, unpack
 from ctr_optim.checkpoint.validation import checked
-from ctr_optim.curvature.kfac import Block, drop_sketches
+from ctr_optim.curvature.base import Curvature
+from ctr_optim.curvature.blocks import Block, drop_sketches
+from ctr_optim.curvature.hutchinson import Hutchinson
+from ctr_optim.curvature.kfac import KFAC
+from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
-from ctr_optim.direction.stack import Stack
-from ctr_optim.layers import Layers
+from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
+from ctr_optim.direction.stack import Stack, slope
+from ctr_optim.direction.step import Step, directions
 from ctr_optim.metrics import metrics_of
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
-from ctr_optim.ranks.controller import RankController
+from ctr_optim.model.trained import Trained
+from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime import distributed
-from ctr_optim.runtime.devices import exact
-from ctr_optim.runtime.hooks import weakly
-from ctr_optim.runtime.messages import warn_skipped
-from ctr_optim.settings import Settings, calibration_due, check_group, due
-from ctr_optim.trust_region.coupling import TrustRegion, initial_shared
+from ctr_optim.runtime.devices import exact, together
+from ctr_optim.runtime.hooks import Hook, weakly
+from ctr_optim.runtime.messages import warn_failed, warn_skipped
+from ctr_optim.settings import Settings, check_group, due
+from ctr_optim.trust_region.bound import BOUNDS
+from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.probe import Probe
+from ctr_optim.trust_region.region import TrustRegion
 
 
 class CTROptimizer(Optimizer):
@@ -113,74 +125,142 @@ class CTROptimizer(Optimizer):
         )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
+        self._counters, self._rank_state = Counters(), RankState()
+        self._bound = BOUNDS[kl_schedule](max_kl)
         self._ranks: RankController | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
-        counters = dict.fromkeys(("steps", "skipped", "sketched", "hessians", "failed"), 0)
-        self.param_groups[0]["ctr"] = counters | initial_shared(self._settings)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
         self._attach()
 
-    # -- the layers ---------------------------------------------------------------------------------------------
+    # -- the model ------------------------------------------------------------------------------------------------
 
-    def _attach(self) -> None:
-        """Find the LoRA pairs among our parameters and hook them."""
+    def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
+        """Find the LoRA layers that own our parameters, and hook them; ``numbers``: what they knew before."""
         if self._attached:
+            numbers = self._numbers()
             self._finalizer()
         self._attached = True
         model = self._model() if self._model is not None else None
-        self._layers = Layers(self.param_groups, model, self._settings)
-        self.pairs = self._layers.pairs
-        ranks = self._rank_controller()
-        attachment = self._layers.hook(weakly(self._forward_begins))
-        self._finalizer = weakref.finalize(self, attachment.close)
+        self._held = parameters_of(self.param_groups)
+        self._trained = Trained(self._held, model, self._settings.curvature)
+        self.pairs = self._trained.pairs
+        self._ranks = self._rank_controller()
+        home = self._trained.home() if self._settings.curvature != "none" else None
+        measured = home is not None and self._settings.calibration_interval is not None
+        probe = Probe(home, [pair.layer for pair in self.pairs]) if home is not None and measured else None
+        self._curvature = self._curvature_of(probe)
+        coupling = Coupling(probe, self._curvature.quiet, self._settings.calibration_interval)
         before: TrustRegion | None = getattr(self, "_trust", None)
-        self._trust = TrustRegion(self._settings, self._layers.probe, self._layers.taps)
-        if before is not None:  # a new group: what the last step did stays told
-            self._trust.predicted, self._trust.scale, self._trust.bound = before.predicted, before.scale, before.bound
-        for pair in self.pairs if ranks is not None else ():
-            attachment.handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
-        self._ranks = ranks
+        self._trust = TrustRegion(self._bound, coupling)
+        if before is not None:  # a new group: metrics() still describes the last step
+            self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
+        unpack(numbers or {}, self._owners())
+        handles = self._hook_forwards()
+        for pair in self.pairs if self._ranks is not None else ():
+            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
+        self._finalizer = weakref.finalize(self, _detach, self._curvature, probe, handles)
+        self._layout: Layout | None = None
+        self._fused = Fused(())
         self._skipped: Tensor | None = None
         self._arm()
+
+    def _curvature_of(self, probe: Probe | None) -> Curvature:
+        """The curvature that the options name."""
+        if self._settings.curvature == "kfac" and self.pairs:
+            return KFAC(self.pairs, self._settings)
+        if self._settings.curvature == "hutchinson":
+            return Hutchinson(probe, self._settings.factor_decay)
+        return NoCurvature()
+
+    def _hook_forwards(self) -> list[Any]:
+        """Hooks that call :meth:`_forward_begins` where statistics are taken."""
+        if not isinstance(self._curvature, KFAC):
+            return []
+        begins = partial(_forward_begins, weakly(self._forward_begins))
+        return [root.register_forward_pre_hook(Hook(begins, id(root))) for root in self._trained.roots]
 
     def _rank_controller(self) -> RankController | None:
         if self._scheduler is None:
             return None
-        checks.check_ranks_can_move(self.pairs, self._layers.roots, self._settings)
+        checks.check_ranks_can_move(self.pairs, self._trained.roots, self._settings)
         listeners = self._ranks.listeners if self._ranks is not None else []
-        return RankController(self._scheduler, self._settings.damping, self.pairs, listeners)
+        return RankController(self._scheduler, self._settings.damping, self.pairs, listeners, self._rank_state)
+
+    # -- stacks ---------------------------------------------------------------------------------------------------
 
     def _stack(self) -> list[Stack]:
-        """Everything that trains, by shape."""
-        return self._layers.stack(self.param_groups, self.state)
+        """Everything that trains, by shape; laid out anew after anything replaced the state that the stacks share."""
+        self._follow()
+        if self._layout is None:
+            distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
+            kfac = isinstance(self._curvature, KFAC)
+            pairs = self.pairs if kfac else []
+            self._layout = lay_out(pairs, self.param_groups, self.state, self._curvature.prepare)
+            self._curvature.bind(self._layout.pairs, self._layout.others)
+            self._fused = Fused(self._blocks() if self._settings.trust_penalty == 0 else ())
+        return self._layout.stacks
 
-    def _arm(self) -> None:
-        """Decide what the coming forward and backward have to record."""
-        step, s, taps = self._shared["steps"], self._settings, self._layers.taps
-        able = bool(taps.stages)  # not without layers, not once closed
-        sketch = able and self._ranks is not None and self._ranks.scheduler.sketches(step)
-        if sketch and self._ranks is not None:
-            self._layers.open_sketch(self._ranks.scheduler.sketch_rank, self.param_groups, self.state)
-        taps.enabled = able and (sketch or due(step, s.factor_interval))
-        if taps.enabled:
-            self._stack()
-            self._layers.stage()
-        if self._layers.probe is not None:
-            self._layers.probe.enabled = calibration_due(step, s.calibration_interval)
+    def _restack(self) -> None:
+        """Drop the stacks: something replaced the state that they share."""
+        self._layout, self._fused = None, Fused(())
+        if isinstance(self._curvature, KFAC):
+            self._curvature.unbind()
 
-    def open_sketch(self, rank: int) -> None:
-        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
-        if self._layers.open_sketch(rank, self.param_groups, self.state):
-            self._arm()
+    def _blocks(self) -> list[Block]:
+        return self._curvature.blocks if isinstance(self._curvature, KFAC) else []
 
     @property
     def blocks(self) -> list[Block]:
         """LoRA pairs stacked by shape, with their factors."""
         self._stack()
-        return self._layers.blocks
+        return self._blocks()
 
-    # -- the step -----------------------------------------------------------------------------------------------
+    def _follow(self) -> None:
+        """Take the parameters that Accelerate puts into our groups when it shards the model that we were built with.
+
+        Modules, and with them hooks and layers, stay; so do their statistics. In other cases ``step()`` refuses.
+        """
+        parameters = parameters_of(self.param_groups)
+        if same_parameters(parameters, self._held):
+            return
+        fsdp = distributed.fsdp_modules(self._trained.roots)
+        distributed.reshard(fsdp)
+        ours = {id(p) for p in parameters}
+        if self._counters.steps or not all(id(pair.B) in ours for pair in self.pairs):
+            return
+        checks.check_sharding(parameters, self._settings.curvature)
+        for p in self._held:
+            self.state.pop(p, None)
+        self._held, self._trained.fsdp, self._layout = parameters, fsdp, None
+        self._stack()
+
+    def _arm(self) -> None:
+        """Decide what the coming forward and backward passes record."""
+        step, curvature = self._counters.steps, self._curvature
+        if isinstance(curvature, KFAC):
+            curvature.sketching = self._ranks is not None and self._ranks.scheduler.sketches(step) and curvature.able
+            if curvature.sketching and self._ranks is not None:
+                self._open_sketch(self._ranks.scheduler.sketch_rank)
+        if curvature.due(step):
+            self._stack()
+        curvature.arm(step)
+        self._trust.coupling.arm(step)
+
+    def open_sketch(self, rank: int) -> None:
+        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
+        if self._open_sketch(rank):
+            self._arm()
+
+    def _open_sketch(self, rank: int) -> bool:
+        assert isinstance(self._curvature, KFAC)
+        self._stack()
+        opened = self._curvature.open_sketch(rank, self.state)
+        if opened:
+            self._rank_state.sketched = 0
+        return opened
+
+    # -- the step -------------------------------------------------------------------------------------------------
 
     @_disable_dynamo  # as torch's own: what is compiled around a step breaks its graph here
     @torch.no_grad()
@@ -194,98 +274,106 @@ class CTROptimizer(Optimizer):
             the closure's loss.
         """
         checks.check_outside_backward()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        loss = _evaluated(closure)
+        if all(p.grad is None for p in parameters_of(self.param_groups)):
             return loss
-        stacks, fused = self._stack(), self._layers.fused
-        found = fused.look()
-        finite = all_finite(self.param_groups, fused.params if found is not None else (), found)
-        skip = (~finite).long()
-        self._skipped = skip if self._skipped is None else self._skipped + skip.to(self._skipped.device)
+        stacks = self._stack()
+        finite = self._look()
         with exact(stack.device for stack in stacks):
-            deltas, forms = self._directions(stacks, finite, found is not None)
-        scale = None
-        if forms is not None:
-            scale = self._trust.constrain(deltas, *forms, self._layers.blocks, self.param_groups, self._shared)
-        moved = fused.move_(deltas, scale) if found is not None and scale is not None else []
-        for stack, delta in deltas.items():
-            if stack not in moved:
-                stack.move_(delta, scale)
-        if closure is not None and self._settings.kl_schedule == "adaptive" and forms is not None:
-            self._trust.adapt(closure, loss, deltas, self._shared)
-        self._shared["steps"] += 1
+            self._learn(finite)
+            step = self._direction(stacks, finite)
+        scale = self._trust.constrain(step, self._curvature, self.param_groups) if step.bounded else None
+        step.take_(scale)
+        if closure is not None and self._bound.needs_closure and step.bounded:
+            self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
+        self._counters.steps += 1
         self._reallocate()
         self._arm()
         return loss
 
-    def _directions(
-        self, stacks: list[Stack], finite: Tensor, fused: bool
-    ) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
-        """Every stack's step, before the trust region: factors and bases brought up to date, then Adam.
+    def _look(self) -> Tensor:
+        """``()`` whether all gradients are finite."""
+        found = self._fused.look()
+        self._fuses = found is not None
+        finite = all_finite(self.param_groups, self._fused.params if self._fuses else (), found)
+        skip = (~finite).long()
+        self._skipped = skip if self._skipped is None else self._skipped + skip.to(self._skipped.device)
+        return finite
 
-        And ``()`` their quadratic form in the chosen curvature and their slope; None where there is no curvature.
-        """
-        layers = self._layers
-        layers.follow_devices(self.state)
-        if layers.taps.enabled:
-            layers.commit(finite, (self._settings, self._scheduler))
-            self._shared["sketched"] += 1
-        layers.hold()
-        if due(self._shared["steps"], self._settings.basis_interval):
-            layers.renew_bases(self._shared)
-        deltas, known = layers.fused.directions(finite) if fused else ({}, None)
-        rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
-        deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
+    def _learn(self, finite: Tensor) -> None:
+        """Bring the curvature up to date, and the bases in which directions are found."""
+        self._curvature.follow_devices(self.state)
+        self._follow_devices()
+        sketched = self._curvature.due(self._counters.steps)
+        self._curvature.update(finite, (self._settings, self._scheduler))
+        self._rank_state.sketched += sketched
+        if due(self._counters.steps, self._settings.basis_interval) and (failed := self._curvature.refresh()):
+            self._counters.failed += failed
+            warn_failed("an eigenbasis", "the layers keep the one that they have")
+
+    def _direction(self, stacks: Sequence[Stack], finite: Tensor) -> Step:
+        """Every stack's step before the trust region, with its length and slope in the chosen curvature."""
+        fused = self._fused if self._fuses else Fused(())
+        deltas, known = directions(stacks, fused, finite)
         if not deltas:
             raise RuntimeError(checks.REPLACED)
-        layers.penalize_(deltas, finite)
-        return deltas, layers.forms(deltas, known, finite, self._shared)
+        if isinstance(self._curvature, KFAC):
+            self._curvature.penalize_(deltas, finite)
+        done = fused if known else Fused(())
+        rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
+        forms = [*self._curvature.quadratic(rest if not done.blocks else deltas, done.blocks), *known[:1]]
+        zero = torch.zeros((), device=next(iter(deltas.values())).device)
+        if not forms:
+            return Step(deltas, fused, zero, zero, False)
+        slopes = ([slope(rest, finite)] if rest else []) + known[1:]
+        return Step(deltas, fused, together(forms).sum(), together(slopes).sum(), True)
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""
         if self._ranks is None:
             return
         checks.check_ranks_belong_to_us(self.param_groups)
-        if self._shared["steps"] != self._ranks.scheduler.next_event(self._shared["steps"]):
+        step, curvature = self._counters.steps, self._curvature
+        if step != self._ranks.scheduler.next_event(step):
             return
-        if not self._layers.taps.stages:  # closed: nothing new is known of the layers
+        if not (isinstance(curvature, KFAC) and curvature.able):  # closed: nothing new is known of the layers
             return
         masked = self._masked()
         if not masked:
             checks.check_single_process()
         blocks = self.blocks
-        distributed.reshard(self._layers.fsdp)
+        distributed.reshard(self._trained.fsdp)
         with exact(block.H.device for block in blocks):
-            self._ranks.event(blocks, self.state, self._shared, masked)
-        self._layers.restack()
+            self._counters.failed += self._ranks.event(blocks, self.state, step, masked)
+        self._restack()
 
     def _masked(self) -> bool:
         """Whether layers keep their shapes when ranks move."""
         if self._settings.resize != "auto":
             return self._settings.resize == "masked"
-        return checks.shapes_must_stay(self._layers.roots)
+        return checks.shapes_must_stay(self._trained.roots)
 
     # -- what users read and save -------------------------------------------------------------------------------
 
-    @property
-    def _shared(self) -> dict[str, Any]:
-        """Numbers of the optimizer as a whole; kept in the first group, where every kind of checkpoint finds them."""
-        shared: dict[str, Any] = self.param_groups[0]["ctr"]
-        return shared
+    def _owners(self) -> list[Any]:
+        """Objects that own numbers of a checkpoint."""
+        owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
+        return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson) else owners
+
+    def _numbers(self) -> dict[str, Any]:
+        """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
+        return pack(self._owners())
 
     @property
     def steps(self) -> int:
         """Steps taken."""
-        return int(self._shared["steps"])
+        return self._counters.steps
 
     @property
     def ranks(self) -> dict[str, int]:
         """Directions in use, by layer; may wait for the device (and processes) after a checkpoint was loaded."""
         if self._ranks is not None:
-            distributed.reshard(self._layers.fsdp)
+            distributed.reshard(self._trained.fsdp)
             return dict(self._ranks.ranks)
         return {pair.name: pair.rank for pair in self.pairs}
 
@@ -301,7 +389,7 @@ class CTROptimizer(Optimizer):
         self._scheduler = self._ranks.scheduler = scheduler
         if not scheduler.sketches(self.steps):
             drop_sketches(self.state, self.pairs)
-            self._layers.restack()
+            self._restack()
         self._arm()
 
     @torch.no_grad()
@@ -315,7 +403,7 @@ class CTROptimizer(Optimizer):
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
-        return metrics_of(self.blocks, self._trust, self._shared, self.ranks, utility)
+        return metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -326,22 +414,24 @@ class CTROptimizer(Optimizer):
     def close(self) -> None:
         """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
         self._finalizer()
-        self._layers.probe = self._trust.probe = None
+        self._trust.coupling.prober = None
         drop_sketches(self.state, self.pairs)
-        self._layers.restack()
+        self._restack()
 
     def _count_skipped(self) -> None:
         """Move the count of skipped steps from the device to the state; waits for the device."""
         skipped, self._skipped = int(self._skipped or 0), None
         if skipped:
-            self._shared["skipped"] += skipped
+            self._counters.skipped += skipped
             warn_skipped()
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
         self._count_skipped()
-        self._layers.follow(self.param_groups, self.state)
-        return super().state_dict()
+        self._follow()
+        state_dict = super().state_dict()
+        state_dict["param_groups"][0]["ctr"] = self._numbers()
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, exactly: unlike torch's, nothing is cast to the parameters' dtype.
@@ -352,11 +442,12 @@ class CTROptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self._layers.follow(self.param_groups, self.state)
-        distributed.reshard(self._layers.fsdp)  # the layers hold the parameters of our groups again
-        state, groups = checked(state_dict, self.param_groups, self.pairs, self._settings)
+        self._follow()
+        distributed.reshard(self._trained.fsdp)  # the layers hold the parameters of our groups again
+        state, groups, numbers = checked(state_dict, self.param_groups, self.pairs, self._settings, self._numbers())
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
-        self._layers.restack()
+        unpack(numbers, self._owners())
+        self._restack()
         self._arm()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -370,19 +461,35 @@ class CTROptimizer(Optimizer):
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
         drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
-        self._layers.restack()
+        self._restack()
         self._arm()
 
     def _forward_begins(self) -> None:
         """A forward that will be trained on: the model may have been moved, and gradients dropped."""
-        self._layers.follow_devices(self.state)
-        self._layers.forget_dropped(self.param_groups)
+        self._curvature.follow_devices(self.state)
+        self._follow_devices()
+        self._forget_dropped()
+
+    def _follow_devices(self) -> None:
+        """Move the state of parameters of no LoRA layer to where the model has been moved."""
+        for stack in self._layout.others if self._layout is not None else ():
+            stack.to_(stack.params[0].device, self.state)
+
+    def _forget_dropped(self) -> None:
+        """Drop staged statistics where all gradients are None or zero: ``model.zero_grad()`` notifies no optimizer."""
+        kfac = self._curvature
+        if not isinstance(kfac, KFAC) or not kfac.taps.enabled or self._trained.fsdp:
+            return  # FSDP2 keeps what it accumulates elsewhere
+        if not same_parameters(parameters_of(self.param_groups), self._held):
+            return
+        grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
+        kfac.forget(together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None)
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
         super().zero_grad(set_to_none)
-        self._layers.forget()
+        self._curvature.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""
@@ -393,11 +500,40 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings, "_scheduler": self._scheduler}  # type: ignore[misc]
+        own = {"_settings": self._settings, "_scheduler": self._scheduler, "_carried": self._numbers()}
+        return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
             return
         self._model, self._ranks, self._attached = None, None, False
-        self._attach()
+        self._counters, self._rank_state = Counters(), RankState()
+        self._bound = BOUNDS[self._settings.kl_schedule](self._settings.max_kl)
+        self._attach(self.__dict__.pop("_carried"))
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The closure's loss, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _detach(curvature: Curvature, probe: Probe | None, handles: Iterable[Any]) -> None:
+    """Remove every hook from the model."""
+    curvature.close()
+    for handle in handles:
+        handle.remove()
+    if probe is not None:
+        probe.close()
+
+
+def _forward_begins(begins: Callable[[], Any], *_: Any) -> None:
+    """Look at the gradients before a forward pass: a GradScaler skips ``step()`` on an overflow.
+
+    The hook sits on the whole model: checkpointing runs parts of the model again during backward.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        begins()

@@ -53,14 +53,6 @@ def due(step: int, interval: int) -> bool:
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
 
-def calibration_due(step: int, interval: int | None) -> bool:
-    """Whether the coupling is measured: at steps 0, 1, 4, 9, 16, ... until the gap is ``interval``."""
-    if interval is None:
-        return False
-    settled = (interval // 2) ** 2
-    return (step - settled) % interval == 0 if step > settled else math.isqrt(step) ** 2 == step
-
-
 def check_group(group: dict[str, Any]) -> None:
     """Check the options of one parameter group; raises ValueError or TypeError that names the option."""
     if getattr(group["lr"], "numel", lambda: 1)() != 1:

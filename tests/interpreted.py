@@ -66,7 +66,7 @@ def twin(model: nn.Module, opt: CTROptimizer, foreach: bool | None, **options: A
     twin.load_state_dict(copy.deepcopy(opt.state_dict()))
     for group in twin.param_groups:
         group["foreach"] = foreach
-    twin._layers.restack()
+    twin._restack()
     twin._arm()
     return other, twin
 
@@ -97,7 +97,7 @@ def assert_same_step(
         backward(model, 100)
         change(model)
         opt.step()
-    assert one[1]._layers.fused.stacks and not other[1]._layers.fused.stacks and not fused._broken
+    assert one[1]._fused.stacks and not other[1]._fused.stacks and not fused._broken
     narrow = before[0].dtype != F32  # the interpreter cuts off where the device rounds
     for p, q, old in zip(trainable(one[0]), trainable(other[0]), before, strict=True):
         if narrow:
@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
         with pytest.warns(UserWarning, match="skipped a step"):
             opt.step()
         assert same(snapshot(model), before)
-    assert one[1]._layers.fused.stacks
+    assert one[1]._fused.stacks
     assert_same_state(one[1], two[1])
     assert all(state["step"] == 2 for state in one[1].state.values())
 
@@ -182,7 +182,7 @@ def test_what_kernels_cannot_take_is_left_to_torch(change: Callable[[nn.Module],
     for model, opt in (one, two):
         backward(model, 2)
         change(model)
-        assert opt._layers.fused.look() is None
+        assert opt._fused.look() is None
         opt.step()
     assert same(snapshot(one[0]), snapshot(two[0]))
 
@@ -219,7 +219,7 @@ def test_a_layer_whose_turn_has_not_come() -> None:
     train(*slow, 2)
     fast = twin(*slow, None, factor_interval=50)
     for _, opt in (fast, slow):
-        opt._shared["steps"] = 51  # nothing due: the gates that are set stay
+        opt._counters.steps = 51  # nothing due: the gates that are set stay
         opt._arm()
         for block in opt.blocks:
             gate = torch.arange(len(block.pairs)) != 1
@@ -229,7 +229,7 @@ def test_a_layer_whose_turn_has_not_come() -> None:
     before = copy.deepcopy(fast[0].state_dict())
     for model, opt in (fast, slow):
         train(model, opt, 1)
-    assert fast[1]._layers.fused.stacks and not fused._broken
+    assert fast[1]._fused.stacks and not fused._broken
     after, expected = fast[0].state_dict(), slow[0].state_dict()
     for name, value in after.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)

@@ -28,8 +28,8 @@ from support import (
 from torch import Tensor, nn
 
 from ctr_optim.trust_region import logits
+from ctr_optim.trust_region.coupling import SLOPE_EXPONENT
 from ctr_optim.trust_region.logits import MOST_TOKENS, kl_divergence
-from ctr_optim.trust_region.region import SLOPE_EXPONENT
 from ctr_optim.trust_region.rerun import moved
 
 ALL = torch.ones(20, dtype=torch.bool)
@@ -195,7 +195,7 @@ def test_what_the_training_said_is_used_where_a_second_forward_would_say_the_sam
         model, data = net(dropout=0.3 if kind == "dropout" else 0.0, norm=kind == "norm"), batch(n=8)
         opt = optimizer(model, calibration_interval=1)
         backward(model, data)
-    probe = opt._layers.probe
+    probe = opt._trust.coupling.prober
     again, calls = probe.logits(), []
     assert again is not None
     assert probe._call.sequences == (1 if kind in ("dropout", "norm") else 2)  # two passes of half as much
@@ -208,7 +208,7 @@ def test_of_many_tokens_some_are_looked_at_evenly_spaced() -> None:
     model, (ids, labels) = net(), batch(n=2, length=2 * MOST_TOKENS + 1, ignored=MOST_TOKENS)
     opt = optimizer(model, calibration_interval=1, lr=1.0, max_kl=1e-4)
     backward(model, (ids, labels))
-    probe = opt._layers.probe
+    probe = opt._trust.coupling.prober
     here = probe.logits_in_training()
     with torch.no_grad():
         torch.testing.assert_close(here, model(ids[:1])[0, ::3])
@@ -491,12 +491,12 @@ def test_a_measurement_that_is_no_number_is_dropped(what: str, monkeypatch: pyte
     model = net()
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
     train(model, opt, 1)
-    before, probe = opt.metrics()["trust/coupling"], opt._layers.probe
+    before, probe = opt.metrics()["trust/coupling"], opt._trust.coupling.prober
     logits = probe.logits
     monkeypatch.setattr(probe, "logits", lambda: torch.full_like(logits(), torch.nan) if what == "nan" else None)
-    usual = opt._shared["coupling"]
+    usual = opt._trust.coupling.state.coupling
     train(model, opt, 1, 1)
-    assert opt._shared["coupling"] == usual and opt._shared["calibrations"] == 1 and before > 0
+    assert opt._trust.coupling.state.coupling == usual and opt._trust.coupling.state.calibrations == 1 and before > 0
     assert opt.metrics()["trust/predicted_kl"] <= 1e-3 * (1 + 1e-6)
 
 
@@ -505,6 +505,6 @@ def test_a_fresh_adapter_is_the_base_model() -> None:
     model = net(b_std=0.0)
     opt = optimizer(model, lr=1e-2, max_kl=1e-3, calibration_interval=1)
     train(model, opt, 1)
-    assert opt._shared["coupling"] is not None and opt._shared["base_coupling"] is None
+    assert opt._trust.coupling.state.coupling is not None and opt._trust.coupling.state.base_coupling is None
     train(model, opt, 1, 1)
-    assert opt._shared["base_coupling"] is not None
+    assert opt._trust.coupling.state.base_coupling is not None

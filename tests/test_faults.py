@@ -313,7 +313,7 @@ def test_a_closed_optimizer_stays_closed() -> None:
         warnings.simplefilter("error")
         for step in range(2, 14):
             train(model, opt, 1, step)
-            assert not opt._layers.taps.enabled and held(opt)
+            assert not opt._curvature.taps.enabled and held(opt)
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
     assert not any(getattr(m, kind) for m in model.modules() for kind in kinds)
     assert_factors(factors_of(opt), before, 1e-12)

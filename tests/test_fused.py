@@ -29,4 +29,4 @@ def test_cpus_are_left_to_torch() -> None:
     model = net(dtype=torch.float32)
     opt = optimizer(model)
     train(model, opt, 1)
-    assert not opt._layers.fused.stacks
+    assert not opt._fused.stacks

@@ -42,7 +42,7 @@ def resized(opt: CTROptimizer, kept: int, added: int) -> None:
         for name in ("sketch_range", "sketch_corange"):
             opt.state[s.pair.B].pop(name)
         resize([s], kept, added, opt.state.get)
-    opt._layers.restack()
+    opt._restack()
     opt._arm()
 
 

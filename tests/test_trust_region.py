@@ -28,14 +28,10 @@ from torch import Tensor
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature.factors import STRUCTURES, Dense
-from ctr_optim.trust_region.region import (
-    SLOPE_EXPONENT,
-    adapted_bound,
-    alignment,
-    penalty_gradients,
-    quadratic,
-    scale_within,
-)
+from ctr_optim.curvature.forms import penalty_gradients, quadratic
+from ctr_optim.trust_region.bound import adapted_bound
+from ctr_optim.trust_region.coupling import SLOPE_EXPONENT, alignment
+from ctr_optim.trust_region.region import scale_within
 
 R, D_IN, D_OUT, LAYERS = 3, 6, 5, 2
 
@@ -140,7 +136,7 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
             typical, coupling = ratio, found["trust/coupling"]
         expected = coupling * min(max(ratio / typical, 1 / 9), 9) ** SLOPE_EXPONENT
         assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
-        opt._shared["steps"] = 101  # no measurement is due
+        opt._counters.steps = 101  # no measurement is due
         opt._arm()
 
 

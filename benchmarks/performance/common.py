@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ctr_optim import CTROptimizer
-from ctr_optim.settings import calibration_due, due
+from ctr_optim.settings import due
+from ctr_optim.trust_region.coupling import calibration_due
 
 PACKAGES = ("torch", "transformers", "peft", "pytorch_optimizer", "ctr_optim")
 

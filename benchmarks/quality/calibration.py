@@ -48,7 +48,7 @@ class Counted:
     """Counts the sequences that an optimizer runs again."""
 
     def __init__(self, optimizer: CTROptimizer) -> None:
-        self.sequences, self.probe = 0, optimizer._layers.probe
+        self.sequences, self.probe = 0, optimizer._trust.coupling.prober
         self.logits, self.probe.logits = self.probe.logits, self
 
     def __call__(self) -> Tensor | None:

@@ -98,7 +98,7 @@ def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
 def forget_state(optimizer: CTROptimizer) -> None:
     """Moments and factors to nothing, bases to the identity: as of an optimizer built anew."""
     optimizer.state.clear()
-    optimizer._layers.restack()
+    optimizer._restack()
     optimizer._arm()
 
 

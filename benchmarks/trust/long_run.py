@@ -260,7 +260,7 @@ def run(steps: int, every: int = 1000, interval: int = 50, seed: int = 0) -> dic
             ids = batch(step, rule)
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
-            commits, told = opt._layers.taps.enabled, len(events)
+            commits, told = opt._curvature.taps.enabled, len(events)
             again = step % 97 == 0
             before = {p.name: (p.A.detach().clone(), p.B.detach().clone()) for p in opt.pairs} if again else {}
             opt.step()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.curvature.kfac import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.settings import Settings, check_group
@@ -19,18 +19,24 @@ from ctr_optim.settings import Settings, check_group
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
+LATER = {"version", "budget", "hessians"}  # numbers that checkpoints of format 1 may lack
 
 
 def checked(
-    state_dict: Any, groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], settings: Settings
-) -> tuple[State, Groups]:
-    """State and groups to load, as copies that share nothing with ``state_dict``; changes nothing itself.
+    state_dict: Any,
+    groups: Sequence[dict[str, Any]],
+    pairs: Sequence[LoRAPair],
+    settings: Settings,
+    numbers: dict[str, Any],
+) -> tuple[State, Groups, dict[str, Any]]:
+    """State, groups and numbers to load, as copies that share nothing with ``state_dict``; changes nothing itself.
 
     Args:
         state_dict: what ``CTROptimizer.state_dict()`` returned once.
         groups: the optimizer's own groups.
         pairs: its LoRA layers.
         settings: its options.
+        numbers: its own numbers, which tell the types.
 
     Raises:
         ValueError: if it is another optimizer's or another model's, or if something is missing, of another type or
@@ -39,7 +45,7 @@ def checked(
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), kind)):
             raise ValueError(f"checkpoint: no {key!r} in it; expected what CTROptimizer.state_dict() returns")
-    new_groups = _checked_groups(state_dict["param_groups"], groups)
+    new_groups, loaded = _checked_groups(state_dict["param_groups"], groups, numbers)
     expected, pair_of = _expected_state(groups, pairs, settings), {pair.B: pair for pair in pairs}
     state: State = {}
     for mine, theirs in zip(groups, state_dict["param_groups"], strict=True):
@@ -53,12 +59,14 @@ def checked(
     halved = any(
         {pair.A, pair.B} <= expected.keys() and (pair.A in state) != (pair.B in state) for pair in pair_of.values()
     )
-    if halved or (pairs and not state and new_groups[0]["ctr"]["steps"]):
+    if halved or (pairs and not state and loaded["steps"]):
         raise ValueError("checkpoint: the state of parameters that have been trained is missing in it")
-    return state, new_groups
+    return state, new_groups, loaded
 
 
-def _checked_groups(theirs: list[Any], ours: Sequence[dict[str, Any]]) -> Groups:
+def _checked_groups(
+    theirs: list[Any], ours: Sequence[dict[str, Any]], numbers: dict[str, Any]
+) -> tuple[Groups, dict[str, Any]]:
     for group in theirs:
         params = group.get("params") if isinstance(group, Mapping) else None
         if not (isinstance(params, list) and all(isinstance(key, (int, str)) for key in params)):
@@ -85,15 +93,15 @@ def _checked_groups(theirs: list[Any], ours: Sequence[dict[str, Any]]) -> Groups
                 _check_number(name, group[name])
         kept = {"param_names": mine["param_names"]} if "param_names" in mine else {}
         groups.append({**kept, **copy.deepcopy({**group, "params": None}), "params": mine["params"]})
-    shared, ours_shared = groups[0]["ctr"], ours[0]["ctr"]
-    missing = ours_shared.keys() - shared.keys() - {"budget"}
+    shared = groups[0].pop("ctr")
+    missing = numbers.keys() - shared.keys() - LATER
     if missing:
         raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
     for name, value in shared.items():
-        counts = isinstance(ours_shared.get(name), int)
+        counts = isinstance(numbers.get(name), int)
         if not (value is None and not counts):
             _check_number(name, value, whole=counts)
-    return groups
+    return groups, shared
 
 
 def _check_number(name: str, value: Any, whole: bool = False) -> None:

@@ -8,30 +8,90 @@ here to compare with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.direction.stack import Stack, initial_state
+from ctr_optim.curvature.base import Stacked, StackedPair, State
+from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.runtime import distributed
 from ctr_optim.trust_region.rerun import moved
 
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
 
 
-def make_room(state: MutableMapping[Any, dict[str, Tensor]], params: Sequence[nn.Parameter]) -> None:
-    """A place for the diagonal in the state of every parameter."""
-    for p in params:
-        if not state[p]:
-            state[p].update(initial_state(p, None))
-        state[p].setdefault("hessian_diagonal", torch.zeros_like(state[p]["exp_avg"]))
+class Gradients(Protocol):
+    """Gradients of the last batch's loss at other parameters."""
+
+    enabled: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch to run again."""
+
+    def gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients for ``params`` with the parameters as they are now."""
+
+
+@dataclass(slots=True)
+class HutchinsonState:
+    """Numbers that a checkpoint carries: ``hessians``, samples so far."""
+
+    hessians: int = 0
+
+
+class Hutchinson(NoCurvature):
+    """The Hessian's diagonal of every parameter, sampled where the coupling is measured.
+
+    Args:
+        prober: gives gradients of the last batch's loss.
+        decay: of the moving average of samples.
+    """
+
+    def __init__(self, prober: Gradients | None, decay: float) -> None:
+        self.prober, self.decay, self.state = prober, decay, HutchinsonState()
+        self._stacks: list[Stacked] = []
+        self._step = 0
+
+    def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
+        """Add the diagonal to the state of every parameter that trains."""
+        for p in params:
+            state[p].setdefault("hessian_diagonal", torch.zeros_like(state[p]["exp_avg"]))
+
+    def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
+        """Take new stacks."""
+        self._stacks = [s for pair in pairs for s in (pair.a, pair.b) if s is not None] + list(others)
+
+    def arm(self, step: int) -> None:
+        """Remember the step, which seeds the signs."""
+        self._step = step
+
+    def update(self, finite: Tensor, agreed: Any) -> None:
+        """Take another sample of the diagonal, where the batch was kept."""
+        if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
+            return
+        stacks = [s for s in self._stacks if any(p.grad is not None for p in s.params)]
+        samples = sample_diagonal(stacks, self.prober.gradients, self._step)
+        world = distributed.add_up(samples)
+        self.state.hessians += 1
+        for stack, one in zip(stacks, samples, strict=True):
+            update_diagonal_(stack, one / world, self.decay, self.state.hessians)
+
+    def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
+        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack."""
+        return [quadratic(stack, delta) for stack, delta in deltas.items()]
+
+    def close(self) -> None:
+        """Sample no more; the diagonals stay."""
+        self.prober = None
 
 
 @torch.no_grad()
 def sample_diagonal(
-    stacks: Sequence[Stack], gradients: Callable[[list[Tensor]], list[Tensor]], seed: int
+    stacks: Sequence[Stacked], gradients: Callable[[list[Tensor]], list[Tensor]], seed: int
 ) -> list[Tensor]:
     """One sample ``z * H z`` for each stack, ``(L, *shape)``.
 
@@ -57,24 +117,13 @@ def sample_diagonal(
     ]
 
 
-def sample(
-    stacks: Sequence[Stack], gradients: Callable[[list[Tensor]], list[Tensor]], shared: dict[str, Any], decay: float
-) -> None:
-    """Another sample into the moving average, the mean over processes."""
-    samples = sample_diagonal(stacks, gradients, shared["steps"])
-    world = distributed.add_up(samples)
-    shared["hessians"] += 1
-    for stack, one in zip(stacks, samples, strict=True):
-        update_diagonal_(stack, one / world, decay, shared["hessians"])
-
-
-def update_diagonal_(stack: Stack, sample: Tensor, decay: float, updates: int) -> None:
+def update_diagonal_(stack: Stacked, sample: Tensor, decay: float, updates: int) -> None:
     """Bias-corrected moving average of the samples, in the stack's state; samples that are not finite are left out."""
     weight = (1 - decay) / (1 - decay**updates)
     diagonal = stack.tensors["hessian_diagonal"]
     diagonal.lerp_(torch.where(torch.isfinite(sample), sample, diagonal), weight)
 
 
-def quadratic(stack: Stack, delta: Tensor) -> Tensor:
+def quadratic(stack: Stacked, delta: Tensor) -> Tensor:
     """``()`` the form ``<delta, max(diag(H), 0) delta>`` of a stack's step."""
     return (delta.square() * stack.tensors["hessian_diagonal"].clamp_min(0)).sum()

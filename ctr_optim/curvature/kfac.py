@@ -1,312 +1,168 @@
-"""LoRA pairs of one shape, stacked: their factors, and the batched work on them."""
+"""K-FAC of LoRA layers: H and D exact, C and S structured, from hooks on ordinary forward and backward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.curvature.capture import Stage
-from ctr_optim.curvature.eigen import eigenbasis, padded_basis
-from ctr_optim.curvature.factors import Factor
-from ctr_optim.curvature.sketch import Sketch
-from ctr_optim.curvature.sums import Sums
-from ctr_optim.direction.stack import Stack, initial_state
-from ctr_optim.model.pair import LoRAPair, padded_rank, sized
+from ctr_optim.curvature.base import Stacked, StackedPair, State
+from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, refresh_bases
+from ctr_optim.curvature.capture import Taps
+from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.model import checks
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
-from ctr_optim.trust_region.region import penalty_gradients, quadratic
-
-OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
-
-
-def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
-    """A pair's factors before anything was seen; they live in the optimizer's state of B."""
-    b = pair.B
-    dtype = torch.promote_types(b.dtype, torch.float32)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=b.device)
-
-    state = {"factor_updates": zeros(), "rank_input": zeros(pair.rank, pair.rank)}
-    state["rank_output"] = zeros(pair.rank, pair.rank)
-    for side, width in (("input", pair.A.shape[1]), ("output", b.shape[0])):
-        for field, shape in zip(structure.fields, structure.shapes(width), strict=True):
-            state[f"{side}_{field}"] = zeros(*shape)
-    return state
+from ctr_optim.runtime.amp import grad_scale
+from ctr_optim.runtime.devices import together
+from ctr_optim.settings import Settings, due
 
 
-@dataclass(frozen=True)
-class TokenScale:
-    """How the gradients seen by the taps become gradients of the per-token loss.
+class KFAC(NoCurvature):
+    """Kronecker factors of every LoRA layer.
+
+    Args:
+        pairs: the layers; each one's B must be trained.
+        settings: options of the optimizer.
 
     Attributes:
-        tokens: ``()`` loss tokens N of this step, over micro-batches and processes.
-        grad: ``()`` factor c such that ``c g`` is the gradient of the summed per-token loss.
+        taps: hooks on the layers.
+        blocks: layers of one shape each, with factors; empty until stacks are bound.
+        sketching: whether whitened gradients are sketched for a rank event.
     """
 
-    tokens: Tensor
-    grad: Tensor
-
-    def to(self, device: torch.device) -> TokenScale:
-        """The same on another device."""
-        return TokenScale(self.tokens.to(device), self.grad.to(device))
-
-
-class Block:
-    """Pairs of one shape. ``H, D`` are exact ``(L, r, r)``; ``C, S`` are structured, batch dimension L."""
-
-    def __init__(
-        self, pairs: Sequence[LoRAPair], indices: Sequence[int], a: Stack | None, b: Stack, structure: type[Factor]
-    ) -> None:
-        self.pairs, self.indices, self.a, self.b, self.structure = list(pairs), list(indices), a, b, structure
-        self._bind()
-
-    def _bind(self) -> None:
-        t, structure = self.b.tensors, self.structure
-        self.H, self.D = t["rank_input"], t["rank_output"]
-        self.C = structure(*(t[f"input_{f}"] for f in structure.fields))
-        self.S = structure(*(t[f"output_{f}"] for f in structure.fields))
-        self.sketch = [t[name] for name in ("sketch_range", "sketch_corange") if name in t]
-        self._sums: Sums | None = None
-
-    # -- capture ------------------------------------------------------------------------------------------------
-
-    def stages(self, damping: float) -> list[Stage]:
-        """Where the taps put the tokens of each pair; empty."""
-        if self._sums is None:
-            rows, h, d = (torch.zeros_like(t) for t in (self.b.tensors["factor_updates"], self.H, self.D))
-            wide = (self.structure(*(torch.zeros_like(t) for t in factor.tensors)) for factor in (self.C, self.S))
-            self._sums = Sums(rows, h, d, *wide)
-        if self.sketch:
-            if self._sums.sketch is None:
-                range_, corange = (torch.zeros_like(t) for t in self.sketch)
-                self._sums.sketch = Sketch(range_, corange, *self.test_matrices(), self.structure)
-            self._sums.sketch.aim(*self.whiteners(damping))
-        self._sums.forget()
-        return [Stage(self._sums, index) for index in range(len(self.pairs))]
-
-    def follow_(self, state: Any) -> bool:
-        """Move everything to the layers' device; whether they have been moved. What was staged elsewhere is dropped."""
-        device = self.pairs[0].B.device
-        if device == self.H.device:
-            return False
-        for stack in (self.a, self.b):
-            if stack is not None:
-                stack.to_(device, state)
-        self._bind()
-        return True
-
-    def adopt_sums(self, others: Iterable[Block]) -> None:
-        """Take over what the taps staged for these same pairs in one of ``others``."""
-        self._sums = next((o._sums for o in others if o.indices == self.indices), None)
+    def __init__(self, pairs: Sequence[LoRAPair], settings: Settings) -> None:
+        self.pairs, self.settings = list(pairs), settings
+        self.structure = STRUCTURES[settings.factor_structure]
+        self.taps = Taps(pairs, settings.max_tokens)
+        self.blocks: list[Block] = []
+        self.sketching = False
+        self._looked = False
 
     @property
-    def staged(self) -> list[Tensor]:
-        """What processes add up before a commit."""
-        return [] if self._sums is None else self._sums.tensors
+    def able(self) -> bool:
+        """Whether there are layers with hooks."""
+        return bool(self.taps.stages)
 
-    def whiteners(self, damping: float) -> tuple[Any, Any]:
-        """Whiteners of C and S, as the factors stand now."""
-        return self.C.whitener(damping), self.S.whitener(damping)
+    # -- stacks -------------------------------------------------------------------------------------------------------
 
-    def open_sketch(self, rank: int, state: Any) -> None:
-        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer."""
-        for name, empty in sketch_state(self.pairs[0], rank).items():
-            self.b.hold(name, empty.repeat(len(self.pairs), 1, 1), state)
-            self.sketch.append(self.b.tensors[name])
+    def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
+        """Add empty factors to the state of every B that has none."""
+        for pair in self.pairs:
+            if "factor_updates" not in state[pair.B]:
+                state[pair.B].update(factor_state(pair, self.structure))
 
-    def test_matrices(self) -> tuple[Tensor, Tensor]:
-        """Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, the same on every process and in every run."""
-        range_, corange = self.sketch
-        omega, psi = _gaussians(corange.shape[-1], range_.shape[-2], range_.shape[-1], corange.shape[-2])
-        return omega.to(range_), psi.to(range_)
+    def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
+        """Make blocks of the stacks; statistics staged for the same layers stay."""
+        before, self.blocks = self.blocks, [Block(stacks, self.structure) for stacks in pairs]
+        for block in self.blocks if before else ():
+            block.adopt_sums(before)
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
-        a = distributed.stack_whole([pair.A.detach() for pair in self.pairs])
-        return a.to(self.H.dtype), self.b.values()
+    def unbind(self) -> None:
+        """Drop the blocks, whose state was replaced."""
+        self.blocks = []
+
+    def follow_devices(self, state: State) -> None:
+        """Move the factors to where the layers have been moved."""
+        if any([block.follow_(state) for block in self.blocks]):
+            self.stage()
+
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Whether this step's tokens are summed: while a sketch is open, and when factors are due."""
+        return self.able and (self.sketching or due(step, self.settings.factor_interval))
+
+    def arm(self, step: int) -> None:
+        """Open the taps where factors are due."""
+        self.taps.enabled = self.due(step)
+        if self.taps.enabled:
+            self.stage()
+
+    def stage(self) -> None:
+        """Give the taps empty sums for their tokens."""
+        for block in self.blocks:
+            for index, stage in zip(block.indices, block.stages(self.settings.damping), strict=True):
+                self.taps.stages[index] = stage
+
+    def open_sketch(self, rank: int, state: State) -> bool:
+        """Begin to sketch the whitened gradient for ``rank`` directions a layer; False where one is open already."""
+        if "sketch_range" in state[self.pairs[0].B]:
+            return False
+        for block in self.blocks:
+            block.open_sketch(rank, state)
+        return True
+
+    def update(self, finite: Tensor, agreed: Any) -> None:
+        """Fold the staged sums into the factors, where the taps were open; else release or hold unseen layers."""
+        if self.taps.enabled:
+            self._commit(finite, agreed)
+        self._hold()
+
+    def _commit(self, finite: Tensor, agreed: Any) -> None:
+        if not self._looked:
+            checks.check_agreement(agreed, self.blocks)
+        world = distributed.add_up([t for block in self.blocks for t in block.staged])
+        tokens = together([block.loss_tokens() for block in self.blocks]).amin()
+        seen = torch.isfinite(tokens) & finite.to(tokens.device)
+        if not self._looked:  # once: it waits for the device
+            self._looked = True
+            checks.warn_if_blind(tokens, finite.to(tokens.device), self.pairs)
+        tokens = torch.where(seen, tokens, 1.0)
+        # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
+        summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
+        loss_scale = grad_scale()  # a number stays one: as a tensor it would make the host wait
+        scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
+        for block in self.blocks:
+            block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
+
+    def _hold(self) -> None:
+        """Freeze layers without factors until their first statistics arrive; the predicted KL would ignore them."""
+        for block in self.blocks if self.taps.enabled else ():
+            block.release()
+        bounded = self.settings.max_kl is not None and self.taps.stages
+        if bounded and not self.taps.enabled and self.blocks and self.blocks[0].b.gate is None:
+            some_seen = together([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax() > 0
+            for block in self.blocks:
+                block.hold(some_seen.to(block.H.device))
+
+    def refresh(self) -> int:
+        """Renew the eigenbases of D and H."""
+        return refresh_bases(self.blocks)
 
     def forget(self, unless: Tensor | None = None) -> None:
-        """Drop what the taps have staged so far; ``unless``: ``()`` condition on the device."""
-        if self._sums is not None:
-            self._sums.forget() if unless is None else self._sums.keep_if(unless)
+        """Drop the staged sums."""
+        for block in self.blocks if self.taps.enabled else ():
+            block.forget(unless)
 
-    def loss_tokens(self) -> Tensor:
-        """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
-        rows = self.staged[0]
-        return torch.where(rows > 0, rows, torch.inf).amin()
+    # -- the metric ---------------------------------------------------------------------------------------------------
 
-    def hold(self, some_seen: Tensor) -> None:
-        """Let layers without factors wait until the taps are open: nothing would bound what they add to the KL.
+    def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
+        """Terms of the K-FAC quadratic form, one a block."""
+        known = list(done)
+        return [block.quadratic(deltas) for block in self.blocks if block not in known]
 
-        Those that have moved all the same were not seen when the taps were open, and never will be: they go on.
+    def penalize_(self, deltas: dict[Any, Tensor], finite: Tensor) -> None:
+        """Add the decoupled step of the penalty on the distance from the base model, in place."""
+        for block in self.blocks if self.settings.trust_penalty else ():
+            block.penalize_(deltas, self.settings.trust_penalty, finite)
 
-        Args:
-            some_seen: ``()`` whether any layer has factors; where none has, all steps are Adam's.
-        """
-        t = self.b.tensors
-        gate = (t["factor_updates"] > 0) | (t["exp_avg_sq"].flatten(1).amax(1) > 0) | ~some_seen
-        for stack in (self.a, self.b):
-            if stack is not None:
-                stack.gate = gate
+    def kl_form(self) -> Tensor | None:
+        """``()`` the sum of ``tr(D H) / 2`` over layers."""
+        return together([b.kl_from_base().sum() for b in self.blocks]).sum() if self.blocks else None
 
-    def release(self) -> None:
-        """Let all layers move."""
-        for stack in (self.a, self.b):
-            if stack is not None:
-                stack.gate = None
+    def switches(self) -> list[Tensor]:
+        """Every layer's B, as far as this process holds it."""
+        return [distributed.local(pair.B) for block in self.blocks for pair in block.pairs]
 
-    def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
-        """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.
+    def quiet(self) -> AbstractContextManager[None]:
+        """The taps let forward passes through unseen."""
+        return self.taps.paused()
 
-        A pair whose averages are not finite (a fault: nothing that comes in here is) begins them anew.
-
-        ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
-        """
-        rows, h, d, *wide = self.staged
-        n = len(self.structure.fields)
-        targets = [self.H, *self.C.tensors, self.D, *self.S.tensors]
-        # side by side, for a launch takes longer than the arithmetic
-        averages = _side_by_side(targets)
-        of_inputs = _side_by_side([h, *wide[:n]]) / rows.clamp_min(1).unsqueeze(-1)
-        of_gradients = _side_by_side([d, *wide[n : 2 * n]]) * (scale.grad**2 / scale.tokens)
-        means = torch.cat([of_inputs, of_gradients], 1)
-        seen = (rows > 0) & finite & _finite([means, *wide[2 * n :]])
-        sound = _finite([averages])
-        updates = self.b.tensors["factor_updates"]
-        updates.mul_(sound).add_(seen)
-        weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
-        averages.masked_fill_(~sound.unsqueeze(-1), 0)
-        averages.lerp_(means.masked_fill_(~seen.unsqueeze(-1), 0), weight.unsqueeze(-1))
-        for target, average in zip(targets, torch.split(averages, [t[0].numel() for t in targets], 1), strict=True):
-            target.copy_(average.view_as(target))
-        sketch_sums = self._sums.sketch if self._sums is not None and self.sketch else None
-        sketched = () if sketch_sums is None else sketch_sums.whitened()
-        for sketch, new in zip(self.sketch, sketched, strict=True):
-            sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
-
-    def bases(self) -> list[tuple[Stack, Tensor]]:
-        """Whose eigenbasis comes of what: A's of D, B's of H."""
-        return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
-
-    def quadratic(self, deltas: Mapping[Stack, Tensor]) -> Tensor:
-        """``()`` the K-FAC quadratic form of these layers' part of a step."""
-        delta_a = deltas.get(self.a) if self.a is not None else None
-        return quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S).sum()
-
-    def penalize_(self, deltas: Mapping[Stack, Tensor], weight: float, finite: Tensor) -> None:
-        """Add the decoupled step of the penalty on the way from the base model, ``-lr weight gradient``, in place."""
-        gradients = penalty_gradients(*self.weights(), self.H, self.D, self.C, self.S)
-        for stack, gradient in zip((self.a, self.b), gradients, strict=True):
-            if stack is not None and stack in deltas:
-                live = stack.live(finite)[:, None, None] > 0
-                deltas[stack].sub_(stack.group["lr"] * weight * torch.where(live, gradient, 0))
-
-    def kl_from_base(self) -> Tensor:
-        """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""
-        return 0.5 * (self.D * self.H.mT).sum((-2, -1))
-
-
-@lru_cache(maxsize=32)
-def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Omega and Psi of layers of one shape, on the host: drawing them takes longer than all that is done with them."""
-    generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
-    shapes = (d_in, columns), (d_out, rows)
-    omega, psi = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
-    return omega, psi
-
-
-def refresh_bases(blocks: Iterable[Block]) -> int:
-    """New eigenbases for all stacks, many ranks at once; returns how many failed and kept the old ones."""
-    alike: dict[Any, list[tuple[Stack, Tensor]]] = {}
-    for stack, factor in (pair for block in blocks for pair in block.bases()):
-        # smaller ranks are filled up with directions that nothing is known of: a call takes longer than its arithmetic
-        kind = (padded_rank(factor.shape[-1]), factor.dtype, factor.device)
-        alike.setdefault(kind, []).append((stack, factor))
-    failed = 0
-    for some in alike.values():
-        room = max(factor.shape[-1] for _, factor in some)
-        previous = [stack.tensors["basis"] for stack, _ in some]
-        old = torch.cat([padded_basis(basis, room) for basis in previous])
-        new = eigenbasis(torch.cat([sized(factor, (-2, -1), room) for _, factor in some]), old)
-        if new is old:  # one that does not converge takes all others with it: each by itself
-            found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]
-        else:
-            parts = torch.split(new, [len(basis) for basis in previous])
-            found = [sized(part, (-2, -1), basis.shape[-1]) for part, basis in zip(parts, previous, strict=True)]
-        for (stack, _), basis, before in zip(some, found, previous, strict=True):
-            if basis is before:
-                failed += 1
-            else:
-                stack.set_basis(basis)
-    return failed
-
-
-def stack_all(
-    pairs: Sequence[LoRAPair], groups: Sequence[dict[str, Any]], state: Any, structure: type[Factor]
-) -> tuple[list[Stack], list[Block]]:
-    """Stack all parameters that train: pairs of one shape into blocks, the rest by shape.
-
-    Parameters of one stack share shape, dtype, device and group; ``foreach=False`` in a group stacks nothing.
-    """
-    group_of = {id(p): group for group in groups for p in group["params"]}
-    alike: dict[Any, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        group = group_of[id(pair.B)]
-        kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
-        cut = (distributed.layout(pair.A), distributed.layout(pair.B))
-        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
-        alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
-        for p, rank_dim in ((pair.A, -2), (pair.B, -1)):
-            if id(p) in group_of and "basis" not in state[p]:  # a half that was trained alone has all else
-                state[p].update({**initial_state(p, rank_dim), **state[p]})
-        if "factor_updates" not in state[pair.B]:
-            state[pair.B].update(factor_state(pair, structure))
-    stacks, blocks = [], []
-    for indices in alike.values():
-        some = [pairs[i] for i in indices]
-        group_a = group_of.get(id(some[0].A))
-        a = None if group_a is None else Stack([pair.A for pair in some], group_a, state, -2)
-        b = Stack([pair.B for pair in some], group_of[id(some[0].B)], state, -1)
-        blocks.append(Block(some, indices, a, b, structure))
-        stacks += [b] if a is None else [a, b]
-    paired = {id(p) for stack in stacks for p in stack.params}
-    others: dict[Any, list[nn.Parameter]] = {}
-    for group in groups:
-        for p in group["params"]:
-            if id(p) not in paired and p.requires_grad:
-                kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
-                others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
-    return stacks + [Stack(some, group_of[id(some[0])], state, None) for some in others.values()], blocks
-
-
-def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """``(L, *)`` all that L layers have, a row each."""
-    return torch.cat([t.flatten(1) for t in tensors], 1)
-
-
-def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    """``(L,)`` whether all of a layer's entries are; by their sums, a pass and a launch less for each tensor."""
-    return torch.isfinite(torch.stack([t.flatten(1).sum(1) for t in tensors])).all(0)
-
-
-def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
-    """Empty sketches of the whitened gradient for ``rank`` candidate directions, oversampled; in the state of B."""
-    d_out, d_in = pair.B.shape[0], pair.A.shape[1]
-    columns = min(rank + OVERSAMPLED, d_in, d_out)
-    dtype = torch.promote_types(pair.B.dtype, torch.float32)
-    return {
-        "sketch_range": torch.zeros(d_out, columns, dtype=dtype, device=pair.B.device),
-        "sketch_corange": torch.zeros(min(2 * columns, d_out), d_in, dtype=dtype, device=pair.B.device),
-    }
-
-
-def drop_sketches(state: Any, pairs: Iterable[LoRAPair]) -> None:
-    """Take the pairs' sketches out of the state; whoever holds stacks of it stacks anew."""
-    for pair in pairs:
-        for name in ("sketch_range", "sketch_corange"):
-            state[pair.B].pop(name, None)
+    def close(self) -> None:
+        """Remove every hook."""
+        self.taps.close()

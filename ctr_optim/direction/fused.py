@@ -1,4 +1,4 @@
-"""The plain step of LoRA pairs in Triton kernels: what the torch operations of ``Block`` and ``Stack`` do, sooner.
+"""The plain step of LoRA pairs in Triton kernels: the same as the torch operations of ``Block`` and ``Stack``, sooner.
 
 A step in torch passes over the moments a dozen times and launches hundreds of kernels; here it is three passes and a
 dozen launches. Same numbers, to rounding: the torch operations are the reference, and do all that this room does not
@@ -13,24 +13,39 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ctr_optim.curvature.factors import Diagonal, Factor
-from ctr_optim.curvature.kfac import Block
+from ctr_optim.curvature.forms import combine
 from ctr_optim.direction.stack import Stack
-from ctr_optim.model.pair import padded_rank
+from ctr_optim.model.pair import LoRAPair, padded_rank
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import users_line
-from ctr_optim.trust_region.region import combine
 
 SLICES = 32  # programs that share a layer's A or B
 # room for a rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
 TILES = {16: (64, 4), 32: (32, 4), 64: (16, 8)}
 
 _broken = False
+
+
+class FactoredPair(Protocol):
+    """LoRA pairs of one shape with their stacks and Kronecker factors."""
+
+    pairs: list[LoRAPair]
+    structure: type[Factor]
+    H: Tensor
+    D: Tensor
+    C: Factor
+    S: Factor
+
+    @property
+    def a(self) -> Any: ...
+    @property
+    def b(self) -> Any: ...
 
 
 @functools.cache
@@ -43,7 +58,7 @@ def _kernels() -> Any:
     return kernels
 
 
-def suits(block: Block) -> bool:
+def suits(block: FactoredPair) -> bool:
     """Whether the kernels can take a block: A and B both train, float32 state, diagonal C and S, on one GPU, whole.
 
     ``foreach`` decides as in torch: None is the fastest that there is, True asks for torch operations on stacks, False
@@ -68,7 +83,7 @@ class Fused:
     In the order of a step: :meth:`look`, :meth:`directions`, :meth:`move_`.
     """
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Iterable[FactoredPair]) -> None:
         usable = [block for block in blocks if suits(block)] if not _broken else []
         self.blocks = [block for block in usable if block.H.device == usable[0].H.device and _kernels()]
         self.stacks = [stack for block in self.blocks for stack in (block.a, block.b) if stack is not None]

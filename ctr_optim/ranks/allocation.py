@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.kfac import Block
+from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.sketch import of_layers
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.ranks.events import RankEvent

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ctr_optim.curvature.kfac import Block, drop_sketches
+from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair, ranks_in_use
 from ctr_optim.ranks.allocation import reallocate, survey
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime.messages import warn_failed
+
+
+@dataclass(slots=True)
+class RankState:
+    """Numbers of the ranks that a checkpoint carries.
+
+    Attributes:
+        sketched: steps that the open sketches sum over.
+        budget: mean rank that the model started with; None before the first event.
+    """
+
+    sketched: int = 0
+    budget: float | None = None
 
 
 class RankController:
@@ -28,6 +41,7 @@ class RankController:
         damping: float,
         pairs: Sequence[LoRAPair],
         listeners: list[Callable[[RankEvent], None]],
+        numbers: RankState,
     ) -> None:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
@@ -39,6 +53,7 @@ class RankController:
             {pair.name: pair.rank for pair in pairs},
         )
         self.scheduler, self.damping, self.listeners = scheduler, damping, listeners
+        self.numbers = numbers
         self.utility: dict[str, float] = {}
         self._pairs = list(pairs)
         self._in_use: dict[str, int] | None = None
@@ -58,38 +73,39 @@ class RankController:
         self,
         blocks: Sequence[Block],
         state: MutableMapping[Any, dict[str, Tensor]],
-        shared: dict[str, Any],
+        step: int,
         masked: bool,
-    ) -> list[RankEvent]:
-        """Survey, share out, resize. The sketches are gone from the state then: the caller restacks in any case.
+    ) -> int:
+        """Survey, share out, resize; returns 1 where the factors could not be decomposed, else 0.
 
-        The budget that the model starts with is kept in ``shared``: what one event leaves unspent, the next may use.
+        The event drops the sketches from the state, so the caller restacks in any case. The budget that the model
+        starts with is kept: the next event may use what one event leaves unspent.
         """
         ranks = self.ranks
         try:
-            count = max(1, shared["sketched"])
+            count = max(1, self.numbers.sketched)
             surveys = [s for block in blocks for s in survey(block, count, self.damping, ranks=ranks)]
         except LinAlgError:
-            shared["failed"] += 1
             warn_failed("the factors at a rank event", "all ranks stay as they are")
-            return []
+            return 1
         finally:
             drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
         parameters = sum(s.rank * s.pair.cost for s in surveys)
-        start = shared.setdefault("budget", parameters / sum(s.pair.cost for s in surveys))
-        budget = self.scheduler.budget_at(shared["steps"], start)
+        if self.numbers.budget is None:
+            self.numbers.budget = parameters / sum(s.pair.cost for s in surveys)
+        budget = self.scheduler.budget_at(step, self.numbers.budget)
         scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
         if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
             checks.warn_if_full()
-        events = reallocate(surveys, scheduler, lambda p: state.get(p), shared["steps"], masked=masked)
+        events = reallocate(surveys, scheduler, lambda p: state.get(p), step, masked=masked)
         for event in events:
             ranks[event.name] = event.new_rank
         for event in events:
             for listener in self.listeners:
                 listener(event)
-        return events
+        return 0
 
     def _allocated(self) -> int:
         """Parameters that there is room for."""

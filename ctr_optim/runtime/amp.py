@@ -15,7 +15,7 @@ def grad_scale() -> float | Tensor:
     user unscaled early to clip. It is the caller of ``step()``, a few frames up.
     """
     frame = sys._getframe(2)
-    for _ in range(20):
+    for _ in range(30):
         # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
         scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
         if isinstance(scaler, torch.amp.GradScaler):

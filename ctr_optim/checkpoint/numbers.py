@@ -1,0 +1,39 @@
+"""Plain numbers of an optimizer as one flat dict for checkpoints, gathered from the objects that own them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT = 2  # version of the dict; 1 had no version
+
+
+@dataclass(slots=True)
+class Counters:
+    """Numbers of the optimizer as a whole.
+
+    Attributes:
+        steps: steps taken; skipped: steps not taken, since a gradient was not finite.
+        failed: matrix decompositions that did not converge.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+
+def pack(owners: Iterable[Any]) -> dict[str, Any]:
+    """Fields of several dataclasses in one dict, and the version of the format."""
+    numbers: dict[str, Any] = {"version": FORMAT}
+    for owner in owners:
+        numbers |= asdict(owner)
+    return numbers
+
+
+def unpack(numbers: Mapping[str, Any], owners: Iterable[Any]) -> None:
+    """Write a packed dict back to its owners; fields that the dict lacks keep their value."""
+    for owner in owners:
+        for field in fields(owner):
+            if field.name in numbers:
+                setattr(owner, field.name, numbers[field.name])

@@ -1,0 +1,136 @@
+"""What a curvature is: a metric in which a step's length is measured, learned from ordinary training steps.
+
+Notation of the whole package. One adapted linear map is ``y = W0 x + s B A x`` with A ``(r, d_in)``, B ``(d_out, r)``;
+g is the per-token gradient at B's output (it contains s), ``h = A x``.
+
+========  ================  ==========================================================================
+symbol    shape             meaning
+========  ================  ==========================================================================
+C         (d_in, d_in)      E[x x^T] over the task's tokens
+S         (d_out, d_out)    E[g g^T]
+H         (r, r)            E[h h^T] = A C A^T
+D         (r, r)            E[(B^T g)(B^T g)^T] = B^T S B
+q         scalar            quadratic form of a step: ``<dA, D dA C> + <dB, S dB H>`` and a cross term
+kappa     scalar            coupling: measured KL of a step over its block-diagonal prediction ``q / 2``
+L                           layers of one shape, worked on together; always the first dimension
+========  ================  ==========================================================================
+
+Expectations are over tokens with a loss, and gradients are those of the per-token loss: batch size, accumulation,
+padding and loss scaling change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ctr_optim.model.pair import LoRAPair
+
+State = MutableMapping[Any, dict[str, Tensor]]
+
+
+class Stacked(Protocol):
+    """Parameters of one shape, with their gradients and optimizer state in one tensor each.
+
+    Attributes:
+        params: L parameters.
+        group: their parameter group.
+        rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for parameters of no LoRA layer.
+        tensors: optimizer state by name, ``(L, ...)`` each.
+        gate: ``(L,)`` whether a parameter may move; None: all may.
+    """
+
+    params: list[nn.Parameter]
+    group: dict[str, Any]
+    rank_dim: int | None
+    tensors: dict[str, Tensor]
+    gate: Tensor | None
+
+    def values(self) -> Tensor:
+        """``(L, *shape)`` the parameters in the state's dtype."""
+
+    def live(self, finite: Tensor) -> Tensor:
+        """``(L,)`` 1 for the parameters that this step moves."""
+
+    def hold(self, key: str, stacked: Tensor, state: State) -> None:
+        """Add a tensor ``(L, ...)`` to the state."""
+
+    def set_basis(self, basis: Tensor) -> None:
+        """Move to a new basis ``(L, r, r)``, moments and all."""
+
+    def to_(self, device: torch.device, state: State) -> None:
+        """Move the state to a device."""
+
+
+class StackedPair(Protocol):
+    """LoRA pairs of one shape: their stacks, and their places among the optimizer's pairs."""
+
+    @property
+    def pairs(self) -> Sequence[LoRAPair]: ...
+    @property
+    def indices(self) -> Sequence[int]: ...
+    @property
+    def a(self) -> Stacked | None: ...
+    @property
+    def b(self) -> Stacked: ...
+
+
+class Curvature(Protocol):
+    """A metric over all parameters that train.
+
+    The optimizer calls, in the order of a training step: :meth:`arm`, then the user's forward and backward passes, then
+    :meth:`update`, :meth:`refresh` and :meth:`quadratic`. ``prepare`` and ``bind`` follow each change of the stacks.
+    """
+
+    def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
+        """Add what this curvature keeps in the optimizer's state, where it is missing."""
+
+    def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
+        """Take new stacks, which hold the state."""
+
+    def due(self, step: int) -> bool:
+        """Whether the forward pass of this step is to be observed, for which stacks must be bound."""
+
+    def arm(self, step: int) -> None:
+        """Get ready for the forward pass of this step."""
+
+    def update(self, finite: Tensor, agreed: Any) -> None:
+        """Fold the statistics of this step's forward and backward passes into the averages.
+
+        Args:
+            finite: ``()`` whether the step is to be taken.
+            agreed: options that all processes must share.
+        """
+
+    def refresh(self) -> int:
+        """Renew the bases in which directions are found; returns how many decompositions failed."""
+
+    def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
+        """Terms ``()`` of the quadratic form of a step.
+
+        Args:
+            deltas: the step, ``(L, *shape)`` for each stack.
+            done: blocks whose terms are known already.
+        """
+
+    def kl_form(self) -> Tensor | None:
+        """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""
+
+    def switches(self) -> list[Tensor]:
+        """Tensors that give the base model when all of them are zero."""
+
+    def forget(self, unless: Tensor | None = None) -> None:
+        """Drop the statistics of passes whose gradients are gone; ``unless``: ``()`` condition on the device."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """A context in which forward passes leave no statistics."""
+
+    def follow_devices(self, state: State) -> None:
+        """Move everything to where the model has been moved."""
+
+    def close(self) -> None:
+        """Remove every hook from the model."""

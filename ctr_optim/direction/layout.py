@@ -1,0 +1,104 @@
+"""Per-shape layout: all parameters that train, stacked with their state so that one batched call serves many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ctr_optim.direction.stack import Stack, initial_state
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.runtime import distributed
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PairStacks:
+    """LoRA pairs of one shape, dtype, device and group.
+
+    Attributes:
+        pairs: the pairs; indices: their places among the optimizer's pairs.
+        a, b: stacks of their A and B; ``a`` is None where A is not trained.
+    """
+
+    pairs: list[LoRAPair]
+    indices: list[int]
+    a: Stack | None
+    b: Stack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Stacks of LoRA pairs, and stacks of all other parameters."""
+
+    pairs: list[PairStacks]
+    others: list[Stack]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """All stacks, those of LoRA pairs first."""
+        return [s for pair in self.pairs for s in ((pair.b,) if pair.a is None else (pair.a, pair.b))] + self.others
+
+
+def lay_out(
+    pairs: Sequence[LoRAPair], groups: Groups, state: Any, prepare: Callable[[Any, list[nn.Parameter]], None]
+) -> Layout:
+    """Stack all parameters that train: pairs of one shape together, the rest by shape.
+
+    Parameters of one stack share shape, dtype, device and group; ``foreach=False`` in a group stacks nothing.
+
+    Args:
+        pairs: LoRA pairs whose moments are kept in a basis of their rank.
+        groups: parameter groups.
+        state: the optimizer's state, to which missing moments are added.
+        prepare: adds what else belongs into the state of some parameters, before they are stacked.
+    """
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    rank_dims = {id(p): dim for pair in pairs for p, dim in ((pair.A, -2), (pair.B, -1))}
+    kept = [p for group in groups for p in group["params"] if p.requires_grad or id(p) in rank_dims]
+    for p in kept:
+        if id(p) in rank_dims and "basis" not in state[p]:  # a half that was trained alone has all else
+            state[p].update({**initial_state(p, rank_dims[id(p)]), **state[p]})
+        elif not state[p]:
+            state[p].update(initial_state(p, None))
+    prepare(state, kept)
+    alike: dict[Any, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        group = group_of[id(pair.B)]
+        kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
+        cut = (distributed.layout(pair.A), distributed.layout(pair.B))
+        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
+        alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
+    paired = []
+    for indices in alike.values():
+        some = [pairs[i] for i in indices]
+        group_a = group_of.get(id(some[0].A))
+        a = None if group_a is None else Stack([pair.A for pair in some], group_a, state, -2)
+        b = Stack([pair.B for pair in some], group_of[id(some[0].B)], state, -1)
+        paired.append(PairStacks(some, indices, a, b))
+    others: dict[Any, list[nn.Parameter]] = {}
+    for p, group in _trained(groups):
+        if id(p) not in rank_dims:
+            kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
+            others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
+    return Layout(paired, [Stack(some, group_of[id(some[0])], state, None) for some in others.values()])
+
+
+def parameters_of(groups: Groups) -> list[nn.Parameter]:
+    """All parameters of some groups, in order."""
+    return [p for group in groups for p in group["params"]]
+
+
+def same_parameters(one: Sequence[nn.Parameter], other: Sequence[nn.Parameter]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _trained(groups: Groups) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad:
+                yield p, group

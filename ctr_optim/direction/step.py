@@ -1,0 +1,48 @@
+"""One step before it is taken: a delta for each stack, its length in the curvature's metric, and its slope."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ctr_optim.direction.fused import Fused
+from ctr_optim.direction.stack import Stack
+
+
+@dataclass
+class Step:
+    """A step of all parameters.
+
+    Attributes:
+        deltas: ``(L, *shape)`` for each stack.
+        fused: the part that Triton kernels take.
+        q: ``()`` quadratic form in the curvature's metric; slope: ``()`` derivative of the loss along the step.
+        bounded: whether the curvature gives the step a length.
+    """
+
+    deltas: dict[Stack, Tensor]
+    fused: Fused
+    q: Tensor
+    slope: Tensor
+    bounded: bool
+
+    def changes(self) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        """The parameters that this process holds, and its delta for each."""
+        return [stack.parts(delta) for stack, delta in self.deltas.items()]
+
+    def take_(self, scale: Tensor | None) -> None:
+        """``p <- p + scale delta`` (None: 1) for all parameters."""
+        moved = self.fused.move_(self.deltas, scale) if scale is not None and self.fused.stacks else []
+        for stack, delta in self.deltas.items():
+            if stack not in moved:
+                stack.move_(delta, scale)
+
+
+def directions(stacks: Sequence[Stack], fused: Fused, finite: Tensor) -> tuple[dict[Stack, Tensor], list[Tensor]]:
+    """Every stack's step before the trust region; and, where kernels took a part, that part's form and slope."""
+    deltas, known = fused.directions(finite) if fused.stacks else ({}, None)
+    rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
+    deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
+    return deltas, list(known or ())

@@ -1,0 +1,61 @@
+"""The trained part of the user's model: the models that own the parameters, and their LoRA layers."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+from torch import nn
+
+from ctr_optim.model import checks
+from ctr_optim.model.discovery import find_roots
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.model.registry import find_pairs
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.messages import users_line
+
+
+class Trained:
+    """Models and LoRA layers that own some parameters.
+
+    Args:
+        parameters: the optimizer's parameters.
+        model: the model to look into; None to search all live modules.
+        curvature: name of the optimizer's curvature, for the checks.
+
+    Attributes:
+        pairs: LoRA layers whose B is among the parameters.
+        fsdp: modules that FSDP2 wraps.
+
+    Raises:
+        ValueError, TypeError: for parameters and models that cannot be trained.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module | None, curvature: str) -> None:
+        roots = [model] if model is not None else find_roots(parameters)
+        checks.check_parameters(parameters)
+        checks.check_sharding(parameters, curvature)
+        checks.check_models(roots)
+        ours = {id(p) for p in parameters}
+        found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
+        self.pairs: list[LoRAPair] = [pair for pair in found.values() if id(pair.B) in ours]
+        if not self.pairs:
+            warnings.warn(
+                "CTROptimizer found no LoRA layers that own any of its parameters: it will train them as AdamW does. "
+                "Build the optimizer after the adapters have been added to the model, and pass their parameters "
+                "(or name the model: CTROptimizer(params, model=model)).",
+                stacklevel=users_line(),
+            )
+        self._roots = [weakref.ref(root) for root in roots]  # the optimizer must not keep the model alive
+        self.fsdp = distributed.fsdp_modules(roots)
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The models that hold the parameters and are still alive."""
+        return [root for ref in self._roots if (root := ref()) is not None]
+
+    def home(self) -> nn.Module | None:
+        """The model that holds all LoRA layers; None where no single one does."""
+        layers = {id(pair.layer) for pair in self.pairs}
+        return next((root for root in self.roots if layers and layers <= {id(m) for m in root.modules()}), None)

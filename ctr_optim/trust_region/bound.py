@@ -1,0 +1,109 @@
+"""How far one step may move the model: the bound on the KL per token, and how it changes during training.
+
+A bound owns ``max_kl`` and its live value. A new kind is one class and one entry of :data:`BOUNDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(slots=True)
+class BoundState:
+    """Numbers of a bound that a checkpoint carries.
+
+    Attributes:
+        max_kl: live value of the bound before any schedule, nats per token; None for no trust region.
+    """
+
+    max_kl: float | None
+
+
+class Bound(Protocol):
+    """The bound of a step, in nats per token.
+
+    Attributes:
+        state: numbers that a checkpoint carries.
+        needs_closure: whether :meth:`judge` wants the loss before and after a step.
+    """
+
+    state: BoundState
+    needs_closure: ClassVar[bool]
+
+    def limit(self, rate: float) -> float | None:
+        """The bound of the coming step; None for no bound.
+
+        Args:
+            rate: largest ratio of a group's learning rate to its peak, in [0, 1].
+        """
+
+    def judge(self, gained: float, promised: float) -> None:
+        """Learn from a step: by how much the loss fell, and by how much the quadratic model said that it would."""
+
+
+class Constant:
+    """``max_kl`` at every step."""
+
+    needs_closure: ClassVar[bool] = False
+
+    def __init__(self, max_kl: float | None) -> None:
+        self.state = BoundState(max_kl)
+
+    def limit(self, rate: float) -> float | None:
+        return self.state.max_kl
+
+    def judge(self, gained: float, promised: float) -> None:
+        """A constant bound learns nothing."""
+
+
+class FollowsRate(Constant):
+    """``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
+
+    def limit(self, rate: float) -> float | None:
+        return None if self.state.max_kl is None else self.state.max_kl * rate**2
+
+
+class Adaptive(Constant):
+    """Levenberg-Marquardt's rule on the ratio of actual to promised reduction of the loss."""
+
+    needs_closure: ClassVar[bool] = True
+
+    def __init__(self, max_kl: float | None) -> None:
+        super().__init__(max_kl)
+        self.initial = max_kl
+
+    def judge(self, gained: float, promised: float) -> None:
+        if self.state.max_kl is not None and self.initial is not None:
+            self.state.max_kl = adapted_bound(self.state.max_kl, self.initial, gained, promised)
+
+
+BOUNDS: dict[str, type[Constant]] = {"lr": FollowsRate, "constant": Constant, "adaptive": Adaptive}
+
+
+def adapted_bound(bound: float, initial: float, actual: float, predicted: float) -> float:
+    """The bound after one step by Levenberg-Marquardt's rule.
+
+    Above 3/4 the quadratic model is good and the bound grows by half; below 1/4 it is poor and the bound halves. The
+    bound stays within a factor of 100 of its initial value.
+    """
+    ratio = actual / predicted if predicted > 0 else 0.0
+    if ratio > 0.75:
+        bound *= 1.5
+    elif not ratio >= 0.25:
+        bound *= 0.5
+    return min(max(bound, initial / 100), initial * 100)
+
+
+def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
+    """Largest ratio of a group's learning rate to its peak; the peak is kept in the group.
+
+    The peak is the largest of the learning rates seen and the ``initial_lr`` that schedulers leave in a group.
+    """
+    ratio = 0.0
+    for group in groups:
+        lr = float(group["lr"])
+        group["peak_lr"] = max(group.get("peak_lr", 0.0), float(group.get("initial_lr", 0.0)), lr)
+        ratio = max(ratio, lr / group["peak_lr"] if group["peak_lr"] > 0 else 0.0)
+    return ratio
