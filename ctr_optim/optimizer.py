@@ -18,6 +18,7 @@ from ctr_optim.checkpoint.numbers import Counters, pack, unpack
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.base import Curvature
 from ctr_optim.curvature.blocks import Block, drop_sketches
+from ctr_optim.curvature.gradient import Gradient
 from ctr_optim.curvature.hutchinson import Hutchinson
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.none import NoCurvature
@@ -36,12 +37,15 @@ from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
-from ctr_optim.runtime.messages import warn_failed, warn_skipped
+from ctr_optim.runtime.messages import warn_failed, warn_skipped, warn_unbounded
 from ctr_optim.settings import Settings, check_group, due
 from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
+
+LEARNING_RATE = 8e-2  # where the trust region sets the length of steps
+EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW, where no trust region can hold
 
 
 class CTROptimizer(Optimizer):
@@ -56,13 +60,13 @@ class CTROptimizer(Optimizer):
         \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
 
     with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included,
-    and :math:`\kappa` measured on the model. Parameters of no LoRA layer are trained as by AdamW, their step scaled
-    alike.
+    and :math:`\kappa` measured on the model. Parameters without such factors count by Adam's second moments,
+    :math:`\sum \hat v \Delta^2`.
 
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
-        lr: above a threshold, an eighth of the default, the bound decides the step's length and lr nothing: leave it,
-            schedule it. Without a bound, choose it as for AdamW.
+        lr: leave it out, and schedule it as ever. Above about 0.01 the KL bound, not lr, sets the step length. The
+            default is 8e-2, or AdamW's everyday 2e-4 where no trust region can hold.
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
             sets how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
@@ -72,7 +76,9 @@ class CTROptimizer(Optimizer):
         calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before;
             None: kappa is 1, the plain metric.
         trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
-        curvature: ``"kfac"``; ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``.
+        curvature: ``"kfac"``; ``"gradient"``: the metric ``sum v^ delta^2`` from Adam's second moments, which also
+            serves for parameters of no LoRA layer; ``"hutchinson"``: the Hessian's diagonal, for models that return
+            their loss; ``"none"``.
         factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
         factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
         damping: of whitening, relative to the mean eigenvalue.
@@ -96,7 +102,7 @@ class CTROptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 8e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.8, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -128,10 +134,27 @@ class CTROptimizer(Optimizer):
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = BOUNDS[kl_schedule](max_kl)
         self._ranks: RankController | None = None
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
+        self._default_rate = lr is None
+        defaults = dict(
+            lr=LEARNING_RATE if lr is None else lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+        )
         super().__init__(params, defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
+        if self._default_rate and (max_kl is None or curvature == "none"):
+            self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
+
+    def _fall_back(self, reason: str) -> None:
+        """Take AdamW's everyday learning rate where none was given and no trust region holds."""
+        self.defaults["lr"] = EVERYDAY_RATE
+        for group in self.param_groups:
+            group["lr"] = EVERYDAY_RATE if group["lr"] == LEARNING_RATE else group["lr"]
+        warn_unbounded(reason, EVERYDAY_RATE)
 
     # -- the model ------------------------------------------------------------------------------------------------
 
@@ -146,20 +169,22 @@ class CTROptimizer(Optimizer):
         self._trained = Trained(self._held, model, self._settings.curvature)
         self.pairs = self._trained.pairs
         self._ranks = self._rank_controller()
-        home = self._trained.home() if self._settings.curvature != "none" else None
-        measured = home is not None and self._settings.calibration_interval is not None
-        probe = Probe(home, [pair.layer for pair in self.pairs]) if home is not None and measured else None
+        home = self._trained.home()
+        measured = self._settings.calibration_interval is not None and self._settings.curvature != "none"
+        wanted = home is not None and (measured or self._settings.curvature == "hutchinson")
+        probe = Probe(home, self._trained.owners()) if home is not None and wanted else None
         self._curvature = self._curvature_of(probe)
-        coupling = Coupling(probe, self._curvature.quiet, self._settings.calibration_interval)
+        coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
         before: TrustRegion | None = getattr(self, "_trust", None)
-        self._trust = TrustRegion(self._bound, coupling)
+        unmeasured = EVERYDAY_RATE / LEARNING_RATE if self._default_rate else 1.0
+        self._trust = TrustRegion(self._bound, coupling, unmeasured)
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         unpack(numbers or {}, self._owners())
         handles = self._hook_forwards()
         for pair in self.pairs if self._ranks is not None else ():
             handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
-        self._finalizer = weakref.finalize(self, _detach, self._curvature, probe, handles)
+        self._finalizer = weakref.finalize(self, _detach, self._curvature.closer(), probe, handles)
         self._layout: Layout | None = None
         self._fused = Fused(())
         self._skipped: Tensor | None = None
@@ -170,8 +195,8 @@ class CTROptimizer(Optimizer):
         if self._settings.curvature == "kfac" and self.pairs:
             return KFAC(self.pairs, self._settings)
         if self._settings.curvature == "hutchinson":
-            return Hutchinson(probe, self._settings.factor_decay)
-        return NoCurvature()
+            return Hutchinson(probe, self._settings.factor_decay, self._settings.calibration_interval)
+        return NoCurvature() if self._settings.curvature == "none" else Gradient()
 
     def _hook_forwards(self) -> list[Any]:
         """Hooks that call :meth:`_forward_begins` where statistics are taken."""
@@ -185,7 +210,9 @@ class CTROptimizer(Optimizer):
             return None
         checks.check_ranks_can_move(self.pairs, self._trained.roots, self._settings)
         listeners = self._ranks.listeners if self._ranks is not None else []
-        return RankController(self._scheduler, self._settings.damping, self.pairs, listeners, self._rank_state)
+        return RankController(
+            self._scheduler, self._settings.damping, self.pairs, listeners, self._rank_state, self._counters
+        )
 
     # -- stacks ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +225,7 @@ class CTROptimizer(Optimizer):
             pairs = self.pairs if kfac else []
             self._layout = lay_out(pairs, self.param_groups, self.state, self._curvature.prepare)
             self._curvature.bind(self._layout.pairs, self._layout.others)
-            self._fused = Fused(self._blocks() if self._settings.trust_penalty == 0 else ())
+            self._fused = Fused(self._fusible())
         return self._layout.stacks
 
     def _restack(self) -> None:
@@ -206,6 +233,12 @@ class CTROptimizer(Optimizer):
         self._layout, self._fused = None, Fused(())
         if isinstance(self._curvature, KFAC):
             self._curvature.unbind()
+
+    def _fusible(self) -> list[Block]:
+        """Blocks whose quadratic form the kernels know: all layers have factors, and nothing is added to the step."""
+        kfac = self._curvature
+        usable = isinstance(kfac, KFAC) and kfac.blocks and self._settings.trust_penalty == 0 and kfac.complete
+        return self._blocks() if usable else []
 
     def _blocks(self) -> list[Block]:
         return self._curvature.blocks if isinstance(self._curvature, KFAC) else []
@@ -307,6 +340,8 @@ class CTROptimizer(Optimizer):
         sketched = self._curvature.due(self._counters.steps)
         self._curvature.update(finite, (self._settings, self._scheduler))
         self._rank_state.sketched += sketched
+        if sketched and not self._fused.stacks:
+            self._fused, self._fuses = Fused(self._fusible()), False  # from the next step on
         if due(self._counters.steps, self._settings.basis_interval) and (failed := self._curvature.refresh()):
             self._counters.failed += failed
             warn_failed("an eigenbasis", "the layers keep the one that they have")
@@ -344,7 +379,7 @@ class CTROptimizer(Optimizer):
         blocks = self.blocks
         distributed.reshard(self._trained.fsdp)
         with exact(block.H.device for block in blocks):
-            self._counters.failed += self._ranks.event(blocks, self.state, step, masked)
+            self._ranks.event(blocks, self.state, step, masked)
         self._restack()
 
     def _masked(self) -> bool:
@@ -397,13 +432,18 @@ class CTROptimizer(Optimizer):
         """What the last step did, as plain floats; waits for the device.
 
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
-        step), ``trust/coupling`` and ``trust/source``, ``kl_from_base`` (nats per token; an estimate, right in
+        step), ``trust/coupling`` and ``trust/source``, ``trust/unbounded`` (parameters that no measured
+        metric bounds), ``kl_from_base`` (nats per token; an estimate, right in
         proportion between layers) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
         event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
-        return metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
+        measures = self._settings.curvature != "none" and self._bound.state.max_kl is not None
+        bounded = measures and self._trust.coupling.known
+        trained = sum(distributed.local(p).numel() for p in self._held if p.requires_grad)
+        metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
+        return metrics | {"trust/unbounded": 0 if bounded else trained}
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -414,6 +454,7 @@ class CTROptimizer(Optimizer):
     def close(self) -> None:
         """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
         self._finalizer()
+        self._curvature.close()
         self._trust.coupling.prober = None
         drop_sketches(self.state, self.pairs)
         self._restack()
@@ -500,7 +541,12 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_settings": self._settings, "_scheduler": self._scheduler, "_carried": self._numbers()}
+        own: dict[str, Any] = {
+            "_settings": self._settings,
+            "_scheduler": self._scheduler,
+            "_default_rate": self._default_rate,
+        }
+        own["_carried"] = self._numbers()
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -521,9 +567,9 @@ def _evaluated(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def _detach(curvature: Curvature, probe: Probe | None, handles: Iterable[Any]) -> None:
+def _detach(close: Callable[[], None], probe: Probe | None, handles: Iterable[Any]) -> None:
     """Remove every hook from the model."""
-    curvature.close()
+    close()
     for handle in handles:
         handle.remove()
     if probe is not None:

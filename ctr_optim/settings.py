@@ -36,7 +36,7 @@ class Settings:
                 "calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric"
             )
         _number("trust_penalty", self.trust_penalty, least=0.0)
-        _choice("curvature", self.curvature, ("kfac", "hutchinson", "none"))
+        _choice("curvature", self.curvature, ("kfac", "gradient", "hutchinson", "none"))
         _choice("factor_structure", self.factor_structure, tuple(STRUCTURES))
         _number("factor_decay", self.factor_decay, least=0.0, below=1.0)
         _count("factor_interval", self.factor_interval)
@@ -51,6 +51,14 @@ class Settings:
 def due(step: int, interval: int) -> bool:
     """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
+
+
+def calibration_due(step: int, interval: int | None) -> bool:
+    """Whether the coupling is measured: at steps 0, 1, 4, 9, 16, ... until the gap is ``interval``."""
+    if interval is None:
+        return False
+    settled = (interval // 2) ** 2
+    return (step - settled) % interval == 0 if step > settled else math.isqrt(step) ** 2 == step
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -212,27 +212,3 @@ def test_a_kernel_that_fails_leaves_the_step_to_torch(name: str, after: int, mon
     assert_same_state(one[1], two[1])
     train(*one, 2)  # and never asks again
     assert len(calls) == after + 1
-
-
-def test_a_layer_whose_turn_has_not_come() -> None:
-    slow = start(foreach=True, max_kl=1e-3, factor_interval=50)
-    train(*slow, 2)
-    fast = twin(*slow, None, factor_interval=50)
-    for _, opt in (fast, slow):
-        opt._counters.steps = 51  # nothing due: the gates that are set stay
-        opt._arm()
-        for block in opt.blocks:
-            gate = torch.arange(len(block.pairs)) != 1
-            for stack in (block.a, block.b):
-                assert stack is not None
-                stack.gate = gate
-    before = copy.deepcopy(fast[0].state_dict())
-    for model, opt in (fast, slow):
-        train(model, opt, 1)
-    assert fast[1]._fused.stacks and not fused._broken
-    after, expected = fast[0].state_dict(), slow[0].state_dict()
-    for name, value in after.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
-        if "lora" in name:
-            assert torch.equal(value, before[name]) == name.startswith("twin.")
-    assert_same_state(fast[1], slow[1])

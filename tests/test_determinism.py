@@ -30,7 +30,7 @@ def fingerprint(structure: str = "diagonal", steps: int = 13, dtype: torch.dtype
         opt.zero_grad()
         backward(model, batch(step))
         opt.step()
-    digest = hashlib.sha256(repr((events, opt.metrics(), opt.param_groups[0]["ctr"])).encode())
+    digest = hashlib.sha256(repr((events, opt.metrics(), opt.state_dict()["param_groups"][0]["ctr"])).encode())
     for p in trainable(model):
         for _, tensor in [("", p.detach()), *sorted(opt.state[p].items())]:
             digest.update(tensor.double().numpy().tobytes())

@@ -21,7 +21,7 @@ CHOICES = ["kl_schedule", "curvature", "factor_structure", "resize", "loss_reduc
 BAD: list[tuple[str, Any, type[Exception]]] = [
     *((name, value, ValueError) for name in NUMBERS for value in (-1.0, math.nan, math.inf)),
     *((name, value, TypeError) for name in NUMBERS for value in ("1e-3", True, [1.0])),
-    *((name, None, TypeError) for name in NUMBERS if name != "max_kl"),
+    *((name, None, TypeError) for name in NUMBERS if name not in ("max_kl", "lr")),
     ("max_kl", 0.0, ValueError),
     ("damping", 0.0, ValueError),
     ("factor_decay", 1.0, ValueError),

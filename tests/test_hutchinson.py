@@ -6,7 +6,7 @@ from torch import nn
 
 from ctr_optim import CTROptimizer
 from ctr_optim.curvature import hutchinson
-from ctr_optim.direction.stack import Stack
+from ctr_optim.direction.stack import Stack, initial_state
 from tests.support import llama_batch, tiny_llama
 
 
@@ -16,7 +16,8 @@ def quadratic_problem(diagonal_only: bool):
     h = torch.randn(6, 6, dtype=torch.float64)
     h = torch.diag(h.diag().abs()) if diagonal_only else h @ h.T
     state: dict = {p: {}}
-    hutchinson.make_room(state, [p])
+    state[p].update(initial_state(p, None))
+    hutchinson.Hutchinson(None, 0.9, None).prepare(state, [p])
     stack = Stack([p], {"lr": 1.0}, state, None)
 
     def gradients(params):

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ctr_optim import CTROptimizer
-from ctr_optim.settings import due
-from ctr_optim.trust_region.coupling import calibration_due
+from ctr_optim.settings import calibration_due, due
 
 PACKAGES = ("torch", "transformers", "peft", "pytorch_optimizer", "ctr_optim")
 

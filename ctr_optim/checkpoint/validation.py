@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.checkpoint.numbers import FORMAT
 from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.direction.stack import initial_state
@@ -19,7 +20,7 @@ from ctr_optim.settings import Settings, check_group
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
-LATER = {"version", "budget", "hessians"}  # numbers that checkpoints of format 1 may lack
+LATER = {"version", "budget"}  # numbers that checkpoints of format 1 may lack
 
 
 def checked(
@@ -94,7 +95,12 @@ def _checked_groups(
         kept = {"param_names": mine["param_names"]} if "param_names" in mine else {}
         groups.append({**kept, **copy.deepcopy({**group, "params": None}), "params": mine["params"]})
     shared = groups[0].pop("ctr")
-    missing = numbers.keys() - shared.keys() - LATER
+    version = shared.get("version", 1)
+    if not (isinstance(version, int) and 1 <= version <= FORMAT) or isinstance(version, bool):
+        raise ValueError(
+            f"checkpoint: version is {version!r}, expected 1 to {FORMAT}; update ctr_optim if a newer version wrote it"
+        )
+    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set())
     if missing:
         raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
     for name, value in shared.items():

@@ -21,7 +21,7 @@ padding and loss scaling change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -41,20 +41,21 @@ class Stacked(Protocol):
         group: their parameter group.
         rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for parameters of no LoRA layer.
         tensors: optimizer state by name, ``(L, ...)`` each.
-        gate: ``(L,)`` whether a parameter may move; None: all may.
     """
 
     params: list[nn.Parameter]
     group: dict[str, Any]
     rank_dim: int | None
     tensors: dict[str, Tensor]
-    gate: Tensor | None
 
     def values(self) -> Tensor:
         """``(L, *shape)`` the parameters in the state's dtype."""
 
     def live(self, finite: Tensor) -> Tensor:
         """``(L,)`` 1 for the parameters that this step moves."""
+
+    def coordinates(self, delta: Tensor) -> Tensor:
+        """A step ``(L, *shape)`` in the coordinates of the moments."""
 
     def hold(self, key: str, stacked: Tensor, state: State) -> None:
         """Add a tensor ``(L, ...)`` to the state."""
@@ -131,6 +132,9 @@ class Curvature(Protocol):
 
     def follow_devices(self, state: State) -> None:
         """Move everything to where the model has been moved."""
+
+    def closer(self) -> Callable[[], None]:
+        """A function that removes the hooks, and that keeps neither stacks nor state alive."""
 
     def close(self) -> None:
         """Remove every hook from the model."""

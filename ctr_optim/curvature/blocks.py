@@ -15,6 +15,7 @@ from ctr_optim.curvature.capture import Stage
 from ctr_optim.curvature.eigen import eigenbasis, padded_basis
 from ctr_optim.curvature.factors import Factor
 from ctr_optim.curvature.forms import penalty_gradients, quadratic
+from ctr_optim.curvature.gradient import diagonal_form
 from ctr_optim.curvature.sketch import Sketch
 from ctr_optim.curvature.sums import Sums
 from ctr_optim.model.pair import LoRAPair, padded_rank, sized
@@ -50,6 +51,10 @@ class TokenScale:
 
     tokens: Tensor
     grad: Tensor
+
+    def tokens_over(self, reduction: str) -> Tensor:
+        """``()`` factor from squared batch gradients to the per-token Fisher diagonal: N for a mean, 1/N for a sum."""
+        return self.tokens if reduction == "mean" else 1 / self.tokens
 
     def to(self, device: torch.device) -> TokenScale:
         """The same on another device."""
@@ -139,26 +144,6 @@ class Block:
         rows = self.staged[0]
         return torch.where(rows > 0, rows, torch.inf).amin()
 
-    def hold(self, some_seen: Tensor) -> None:
-        """Let layers without factors wait until the taps are open: nothing would bound what they add to the KL.
-
-        Those that have moved all the same were not seen when the taps were open, and never will be: they go on.
-
-        Args:
-            some_seen: ``()`` whether any layer has factors; where none has, all steps are Adam's.
-        """
-        t = self.b.tensors
-        gate = (t["factor_updates"] > 0) | (t["exp_avg_sq"].flatten(1).amax(1) > 0) | ~some_seen
-        for stack in (self.a, self.b):
-            if stack is not None:
-                stack.gate = gate
-
-    def release(self) -> None:
-        """Let all layers move."""
-        for stack in (self.a, self.b):
-            if stack is not None:
-                stack.gate = None
-
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
         """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.
 
@@ -192,10 +177,26 @@ class Block:
         """Whose eigenbasis comes of what: A's of D, B's of H."""
         return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
 
-    def quadratic(self, deltas: Mapping[Stacked, Tensor]) -> Tensor:
-        """``()`` the K-FAC quadratic form of these layers' part of a step."""
+    @property
+    def seen(self) -> Tensor:
+        """``(L,)`` whether a layer has factors."""
+        return self.b.tensors["factor_updates"] > 0
+
+    def quadratic(self, deltas: Mapping[Stacked, Tensor], fallback: Tensor | None = None) -> Tensor:
+        """``()`` the quadratic form of these layers' part of a step.
+
+        Args:
+            deltas: the step.
+            fallback: ``()`` weight of the form from gradients, for layers without factors; None: all have factors.
+        """
         delta_a = deltas.get(self.a) if self.a is not None else None
-        return quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S).sum()
+        form = quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S)
+        if fallback is not None:
+            halves = [(s, deltas[s]) for s in (self.a, self.b) if s is not None and s in deltas]
+            for stack, delta in halves:
+                rough = fallback.to(form) * diagonal_form(stack, delta)
+                form = torch.where(self.seen, form, form + rough)  # factors that are zero add nothing
+        return form.sum()
 
     def penalize_(self, deltas: Mapping[Stacked, Tensor], weight: float, finite: Tensor) -> None:
         """Add the decoupled step of the penalty on the way from the base model, ``-lr weight gradient``, in place."""

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ctr_optim.curvature.base import Stacked, StackedPair, State
 from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.runtime import distributed
+from ctr_optim.settings import calibration_due
 from ctr_optim.trust_region.rerun import moved
 
+_INTERVAL = 50  # most steps between samples, where the coupling is not measured
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
 
 
@@ -49,10 +51,11 @@ class Hutchinson(NoCurvature):
     Args:
         prober: gives gradients of the last batch's loss.
         decay: of the moving average of samples.
+        interval: most steps between samples.
     """
 
-    def __init__(self, prober: Gradients | None, decay: float) -> None:
-        self.prober, self.decay, self.state = prober, decay, HutchinsonState()
+    def __init__(self, prober: Gradients | None, decay: float, interval: int | None) -> None:
+        self.prober, self.decay, self.interval, self.state = prober, decay, interval, HutchinsonState()
         self._stacks: list[Stacked] = []
         self._step = 0
 
@@ -66,8 +69,10 @@ class Hutchinson(NoCurvature):
         self._stacks = [s for pair in pairs for s in (pair.a, pair.b) if s is not None] + list(others)
 
     def arm(self, step: int) -> None:
-        """Remember the step, which seeds the signs."""
+        """Have the batch kept where a sample is due; remember the step, which seeds the signs."""
         self._step = step
+        if self.prober is not None:
+            self.prober.enabled = calibration_due(step, self.interval or _INTERVAL)
 
     def update(self, finite: Tensor, agreed: Any) -> None:
         """Take another sample of the diagonal, where the batch was kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +13,7 @@ from ctr_optim.curvature.base import Stacked, StackedPair, State
 from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, refresh_bases
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.curvature.gradient import diagonal_form, over_parts
 from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
@@ -42,6 +43,16 @@ class KFAC(NoCurvature):
         self.blocks: list[Block] = []
         self.sketching = False
         self._looked = False
+        self._others: list[Stacked] = []
+        self._tokens = torch.ones(())
+        self._complete: bool | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has factors; waits for the device until that is so, once a factor update."""
+        if self._complete is None:
+            self._complete = bool(together([block.seen.all() for block in self.blocks]).all())
+        return self._complete
 
     @property
     def able(self) -> bool:
@@ -59,6 +70,7 @@ class KFAC(NoCurvature):
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
         """Make blocks of the stacks; statistics staged for the same layers stay."""
         before, self.blocks = self.blocks, [Block(stacks, self.structure) for stacks in pairs]
+        self._others, self._complete = list(others), None
         for block in self.blocks if before else ():
             block.adopt_sums(before)
 
@@ -98,10 +110,9 @@ class KFAC(NoCurvature):
         return True
 
     def update(self, finite: Tensor, agreed: Any) -> None:
-        """Fold the staged sums into the factors, where the taps were open; else release or hold unseen layers."""
+        """Fold the staged sums into the factors, where the taps were open."""
         if self.taps.enabled:
             self._commit(finite, agreed)
-        self._hold()
 
     def _commit(self, finite: Tensor, agreed: Any) -> None:
         if not self._looked:
@@ -119,16 +130,10 @@ class KFAC(NoCurvature):
         scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
         for block in self.blocks:
             block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
-
-    def _hold(self) -> None:
-        """Freeze layers without factors until their first statistics arrive; the predicted KL would ignore them."""
-        for block in self.blocks if self.taps.enabled else ():
-            block.release()
-        bounded = self.settings.max_kl is not None and self.taps.stages
-        if bounded and not self.taps.enabled and self.blocks and self.blocks[0].b.gate is None:
-            some_seen = together([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax() > 0
-            for block in self.blocks:
-                block.hold(some_seen.to(block.H.device))
+        self._tokens = torch.where(
+            seen, scale.tokens_over(self.settings.loss_reduction), self._tokens.to(tokens.device)
+        )
+        self._complete = self._complete or None  # look again, as long as some layers have no factors
 
     def refresh(self) -> int:
         """Renew the eigenbases of D and H."""
@@ -142,9 +147,16 @@ class KFAC(NoCurvature):
     # -- the metric ---------------------------------------------------------------------------------------------------
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms of the K-FAC quadratic form, one a block."""
+        """Terms of the K-FAC quadratic form, one a block; parameters without factors count by their gradients."""
         known = list(done)
-        return [block.quadratic(deltas) for block in self.blocks if block not in known]
+        rest = [block for block in self.blocks if block not in known]
+        fallback = None if not rest or self.complete else self._tokens
+        forms = [block.quadratic(deltas, fallback) for block in rest]
+        for stack in self._others:
+            if stack in deltas:
+                rough = over_parts(stack, diagonal_form(stack, deltas[stack]).sum())
+                forms.append(self._tokens.to(rough) * rough)
+        return forms
 
     def penalize_(self, deltas: dict[Any, Tensor], finite: Tensor) -> None:
         """Add the decoupled step of the penalty on the distance from the base model, in place."""
@@ -162,6 +174,10 @@ class KFAC(NoCurvature):
     def quiet(self) -> AbstractContextManager[None]:
         """The taps let forward passes through unseen."""
         return self.taps.paused()
+
+    def closer(self) -> Callable[[], None]:
+        """Remove the taps."""
+        return self.taps.close
 
     def close(self) -> None:
         """Remove every hook."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,5 +56,13 @@ class NoCurvature:
     def follow_devices(self, state: State) -> None:
         """Nothing is kept on any device."""
 
+    def closer(self) -> Callable[[], None]:
+        """There are no hooks."""
+        return nothing
+
     def close(self) -> None:
         """There are no hooks."""
+
+
+def nothing() -> None:
+    """Do nothing."""

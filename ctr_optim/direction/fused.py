@@ -224,7 +224,7 @@ class Fused:
 def _live(stack: Stack, finite: Tensor) -> Tensor:
     """``(L,)`` as ``Stack.live``: 1 where a layer moves, which has a gradient here."""
     live = finite.to(stack.tensors["step"])
-    return live.repeat(len(stack.params)) if stack.gate is None else live * stack.gate
+    return live.repeat(len(stack.params))
 
 
 def _log2(x: float) -> float:

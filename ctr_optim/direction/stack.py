@@ -25,7 +25,6 @@ class Stack:
         for p in self.params:
             if not state[p]:
                 state[p].update(initial_state(p, rank_dim))
-        self.gate: Tensor | None = None  # (L,) whose turn it is; None: everybody's
         self.tensors: dict[str, Tensor] = {}
         for key in state[self.params[0]]:
             self.tensors[key] = torch.stack([distributed.local(state[p][key]) for p in self.params])
@@ -74,9 +73,8 @@ class Stack:
         return stacked, self.live(finite)
 
     def live(self, finite: Tensor) -> Tensor:
-        """``(L,)`` 1 for the parameters that this step moves; 0 without gradient or turn, all 0 unless ``finite``."""
+        """``(L,)`` 1 for the parameters that this step moves; 0 without gradient, all 0 unless ``finite``."""
         live = finite.to(self.tensors["step"]).expand(len(self.params))
-        live = live if self.gate is None else live * self.gate
         present = [p.grad is not None for p in self.params]
         return live if all(present) else live * torch.tensor(present, dtype=live.dtype, device="cpu").to(live.device)
 
@@ -98,6 +96,10 @@ class Stack:
         if group["weight_decay"] != 0:
             delta -= self.values() * (group["lr"] * group["weight_decay"] * live.view(factor.shape).to(delta.dtype))
         return delta
+
+    def coordinates(self, delta: Tensor) -> Tensor:
+        """A step ``(L, *shape)`` in the coordinates of the moments."""
+        return delta if self.rank_dim is None else rotate(delta, self.tensors["basis"], self.rank_dim)
 
     def slope(self, delta: Tensor) -> Tensor:
         """``()`` this process's term of the derivative, along a step ``(L, *shape)``, of what is minimized."""

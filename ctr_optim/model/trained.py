@@ -37,14 +37,14 @@ class Trained:
         checks.check_parameters(parameters)
         checks.check_sharding(parameters, curvature)
         checks.check_models(roots)
+        self._parameters = list(parameters)
         ours = {id(p) for p in parameters}
         found = {id(pair.B): pair for root in roots for pair in find_pairs(root, parameters)}
         self.pairs: list[LoRAPair] = [pair for pair in found.values() if id(pair.B) in ours]
-        if not self.pairs:
+        if not self.pairs and not any(p.requires_grad for p in parameters):
             warnings.warn(
-                "CTROptimizer found no LoRA layers that own any of its parameters: it will train them as AdamW does. "
-                "Build the optimizer after the adapters have been added to the model, and pass their parameters "
-                "(or name the model: CTROptimizer(params, model=model)).",
+                "CTROptimizer: none of its parameters requires a gradient, so nothing will train. Build the optimizer "
+                "after the adapters have been added to the model.",
                 stacklevel=users_line(),
             )
         self._roots = [weakref.ref(root) for root in roots]  # the optimizer must not keep the model alive
@@ -56,6 +56,14 @@ class Trained:
         return [root for ref in self._roots if (root := ref()) is not None]
 
     def home(self) -> nn.Module | None:
-        """The model that holds all LoRA layers; None where no single one does."""
-        layers = {id(pair.layer) for pair in self.pairs}
-        return next((root for root in self.roots if layers and layers <= {id(m) for m in root.modules()}), None)
+        """The model that holds all parameters that train; None where no single one does."""
+        owners = {id(module) for module in self.owners()}
+        return next((root for root in self.roots if owners and owners <= {id(m) for m in root.modules()}), None)
+
+    def owners(self) -> list[nn.Module]:
+        """LoRA layers, and the modules that hold the other parameters that train."""
+        paired = {id(p) for pair in self.pairs for p in (pair.A, pair.B)}
+        others = {id(p) for p in self._parameters if p.requires_grad and id(p) not in paired}
+        modules = {id(m): m for root in self.roots for m in root.modules()}
+        found = [m for m in modules.values() if any(id(p) in others for p in m._parameters.values())]
+        return [pair.layer for pair in self.pairs] + found

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair, ranks_in_use
@@ -42,6 +43,7 @@ class RankController:
         pairs: Sequence[LoRAPair],
         listeners: list[Callable[[RankEvent], None]],
         numbers: RankState,
+        counters: Counters,
     ) -> None:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
@@ -53,7 +55,7 @@ class RankController:
             {pair.name: pair.rank for pair in pairs},
         )
         self.scheduler, self.damping, self.listeners = scheduler, damping, listeners
-        self.numbers = numbers
+        self.numbers, self.counters = numbers, counters
         self.utility: dict[str, float] = {}
         self._pairs = list(pairs)
         self._in_use: dict[str, int] | None = None
@@ -75,8 +77,8 @@ class RankController:
         state: MutableMapping[Any, dict[str, Tensor]],
         step: int,
         masked: bool,
-    ) -> int:
-        """Survey, share out, resize; returns 1 where the factors could not be decomposed, else 0.
+    ) -> list[RankEvent]:
+        """Survey, share out, resize; returns the events, none where the factors could not be decomposed.
 
         The event drops the sketches from the state, so the caller restacks in any case. The budget that the model
         starts with is kept: the next event may use what one event leaves unspent.
@@ -87,7 +89,8 @@ class RankController:
             surveys = [s for block in blocks for s in survey(block, count, self.damping, ranks=ranks)]
         except LinAlgError:
             warn_failed("the factors at a rank event", "all ranks stay as they are")
-            return 1
+            self.counters.failed += 1
+            return []
         finally:
             drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
@@ -105,7 +108,7 @@ class RankController:
         for event in events:
             for listener in self.listeners:
                 listener(event)
-        return 0
+        return events
 
     def _allocated(self) -> int:
         """Parameters that there is room for."""

@@ -29,3 +29,21 @@ def warn_failed(what: str, instead: str) -> None:
         f"CTROptimizer could not decompose {what}: {instead}. metrics()['failed_decompositions'] counts such failures.",
         stacklevel=users_line(),
     )
+
+
+def warn_unmeasured(source: str) -> None:
+    """Warn that steps cannot be bounded in nats; Python shows the warning once for each reason."""
+    warnings.warn(
+        f"CTROptimizer cannot measure the KL of its steps here, scale {source}: it steps at AdamW's everyday rate "
+        "instead. Give lr=... to choose another rate; docs/faq.md says how the KL becomes measurable.",
+        stacklevel=users_line(),
+    )
+
+
+def warn_unbounded(reason: str, lr: float) -> None:
+    """Warn that no trust region holds; Python shows the warning once."""
+    warnings.warn(
+        f"CTROptimizer has no trust region here ({reason}), so lr is AdamW's everyday {lr:g} instead of the default. "
+        "Give lr=... to choose another rate.",
+        stacklevel=users_line(),
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctr_optim.runtime import distributed
+from ctr_optim.settings import calibration_due
 from ctr_optim.trust_region.logits import kl_divergence
 from ctr_optim.trust_region.protocols import Adapter, Prober, Quiet, Step
 from ctr_optim.trust_region.rerun import moved
@@ -17,6 +18,7 @@ SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
 _GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
 _BASE_EVERY = 4  # measurements of a step's coupling for one of the whole adapter's
 _LEAST_MOVE = 1e-3  # nats per token; below, logits in half precision would measure their own rounding
+_TRIES = 8  # pushes of the first measurement; an over-long push saturates, and each further one is shorter
 _NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
 
 
@@ -71,6 +73,11 @@ class Coupling:
         return self.state.base_coupling or self.usual
 
     @property
+    def known(self) -> bool:
+        """Whether the scale is known: measured, or left out on request."""
+        return self.interval is None or self.state.coupling is not None
+
+    @property
     def source(self) -> str:
         """Where the coupling comes from."""
         if self.interval is None:
@@ -105,7 +112,7 @@ class Coupling:
         newest = max(_NEWEST, 5 / (5 + state.calibrations))  # the first counts least: models change fastest then
         typical, usual = slope.square() / q, state.alignment
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
-        found = self._measured(step, limit, self.usual * aligned, tries=1 if state.calibrations else 3)
+        found = self._measured(step, limit, self.usual * aligned, tries=1 if state.calibrations else _TRIES)
         if found is None:
             return
         coupling, here = found
@@ -170,14 +177,6 @@ class Coupling:
         with self.quiet(), moved([(adapter.switches(), None)]):
             base = self.prober.logits()
         self.state.base_coupling = float(distributed.mean(self._kl(here, base), form)) / total
-
-
-def calibration_due(step: int, interval: int | None) -> bool:
-    """Whether the coupling is measured: at steps 0, 1, 4, 9, 16, ... until the gap is ``interval``."""
-    if interval is None:
-        return False
-    settled = (interval // 2) ** 2
-    return (step - settled) % interval == 0 if step > settled else math.isqrt(step) ** 2 == step
 
 
 def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:

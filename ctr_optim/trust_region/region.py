@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.messages import warn_unmeasured
 from ctr_optim.trust_region.bound import Bound, rate_ratio
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.protocols import Adapter, Step
@@ -28,12 +29,13 @@ class TrustRegion:
         coupling: from a step's quadratic form to nats.
         limit: the last step's bound, nats per token; None for no bound.
         predicted: KL that the last step was predicted to have, nats per token.
+        unmeasured: factor on steps whose KL cannot be measured.
         scale: factor that the last step was multiplied by.
         slope: derivative of the loss along the last step before the scale.
     """
 
-    def __init__(self, bound: Bound, coupling: Coupling) -> None:
-        self.bound, self.coupling = bound, coupling
+    def __init__(self, bound: Bound, coupling: Coupling, unmeasured: float = 1.0) -> None:
+        self.bound, self.coupling, self.unmeasured = bound, coupling, unmeasured
         self.limit: float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
@@ -51,6 +53,10 @@ class TrustRegion:
         self.coupling.measure(step, self.limit or 0.0, adapter)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted) if self.limit is None else scale_within(predicted, self.limit)
+        if not self.coupling.known:
+            scale = scale * self.unmeasured
+            if self.unmeasured < 1 and self.limit is not None:
+                warn_unmeasured(self.coupling.source)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
         self.slope = step.slope
         return scale

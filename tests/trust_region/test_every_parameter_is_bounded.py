@@ -1,0 +1,186 @@
+"""The KL measured on the model stays near the bound, whatever is trained and however its layers compute."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import batch, loss_of, net, tiny_llama, trainable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctr_optim import CTROptimizer
+
+BOUND = 1e-2
+
+
+def ids_and_labels(seed: int) -> tuple[Tensor, Tensor]:
+    return batch(seed, 8, 12, 3, vocab=64)
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits.double()
+
+
+def largest_ratio(model: nn.Module, steps: int = 20, **options: Any) -> tuple[float, CTROptimizer]:
+    """Median over steps of the measured KL per loss token over the bound, in training on a repeated pattern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = CTROptimizer(trainable(model), max_kl=BOUND, kl_schedule="constant", **options)
+    ratios = []
+    for step in range(steps):
+        ids, labels = ids_and_labels(step % 4)
+        opt.zero_grad()
+        loss_of(model(input_ids=ids).logits, labels).backward()
+        before = logits_of(model, ids)
+        opt.step()
+        p, q = before.log_softmax(-1), logits_of(model, ids).log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)[labels != -100].mean()
+        ratios.append(float(kl) / BOUND)
+    return max(ratios[1:]), opt
+
+
+def bare() -> nn.Module:
+    return tiny_llama(torch.float32, peft=False)
+
+
+def peft_model(config: Any) -> nn.Module:
+    from peft import get_peft_model
+
+    return get_peft_model(bare(), config)
+
+
+def ia3() -> nn.Module:
+    from peft import IA3Config
+
+    modules = ["k_proj", "v_proj", "down_proj"]
+    return peft_model(IA3Config(target_modules=modules, feedforward_modules=["down_proj"]))
+
+
+def loha() -> nn.Module:
+    from peft import LoHaConfig
+
+    return peft_model(LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
+def only(half: str) -> nn.Module:
+    model = tiny_llama(torch.float32)
+    for name, p in model.named_parameters():
+        p.requires_grad_(half in name)
+    return model
+
+
+def bypassed() -> nn.Module:
+    """LoRA layers that compute from the weights themselves, as fused kernels do: no hook on A or B runs."""
+    model = tiny_llama(torch.float32)
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+
+            def forward(x: Tensor, *_: Any, m: Any = module, **__: Any) -> Tensor:
+                a, b, s = m.lora_A["default"].weight, m.lora_B["default"].weight, m.scaling["default"]
+                return m.base_layer(x) + s * F.linear(F.linear(x, a), b)
+
+            module.forward = forward
+    return model
+
+
+def embeddings() -> nn.Module:
+    from peft import LoraConfig
+
+    return peft_model(LoraConfig(r=4, target_modules=["embed_tokens"]))
+
+
+def and_a_head() -> nn.Module:
+    from peft import LoraConfig
+
+    return peft_model(LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    "build", [bypassed, bare, ia3, loha, lambda: only("lora_A"), lambda: only("lora_B"), embeddings, and_a_head],
+    ids=["fused", "whole", "ia3", "loha", "only-a", "only-b", "embeddings", "lora-and-head"],
+)  # fmt: skip
+def test_a_measured_bound_for_every_kind_of_parameter(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    worst, opt = largest_ratio(model)
+    metrics = opt.metrics()
+    assert metrics["trust/source"] == "measured" and metrics["trust/unbounded"] == 0
+    assert worst < (
+        8 if build is bare else 3
+    )  # a whole tiny model on eight rows: kappa changes tenfold from step to step
+    assert metrics["trust/predicted_kl"] <= BOUND * (1 + 1e-5)
+
+
+def test_the_gradient_metric_can_be_chosen() -> None:
+    worst, opt = largest_ratio(tiny_llama(torch.float32), curvature="gradient")
+    assert worst < 3 and opt.metrics()["trust/source"] == "measured"
+
+
+def test_layers_without_factors_count_by_their_gradients() -> None:
+    """One layer's forward bypasses its hooks: the form has that layer's gradient term, the others keep K-FAC's."""
+    model = net()
+    layer = model.up
+    layer.forward = lambda x: (
+        layer.base(x) + layer.scaling * F.linear(F.linear(x, layer.lora_A.weight), layer.lora_B.weight)
+    )
+    opt = CTROptimizer(trainable(model), max_kl=1e-3, calibration_interval=None, factor_interval=1)
+    ids, labels = batch(0)
+    loss_of(model(ids), labels).backward()
+    opt.step()
+    (unseen,) = (block for block in opt.blocks if block.pairs[0].layer is layer)
+    assert not bool(unseen.seen.any())
+    assert 0 < opt.metrics()["trust/scale"] < 1
+    tokens = float((labels != -100).sum())
+    halves = [(unseen.a, layer.lora_A), (unseen.b, layer.lora_B)]
+    # after one step Adam's direction is the sign in its basis, so that v^ delta^2 is (lr g)^2
+    expected = tokens * sum(float((0.08 * m.weight.grad).square().sum()) for _, m in halves)
+    steps = {stack: -0.08 * stack.tensors["exp_avg"] / stack.tensors["exp_avg"].abs() for stack, _ in halves}
+    got = unseen.quadratic(steps, torch.tensor(tokens))
+    assert math.isclose(float(got), expected, rel_tol=1e-4)
+
+
+def test_hutchinson_without_measurements_and_a_closed_optimizer_are_bounded() -> None:
+    model = tiny_llama(torch.float32)
+    opt = CTROptimizer(trainable(model), curvature="hutchinson", calibration_interval=None, max_kl=1e-4)
+    for step in range(4):
+        ids, labels = ids_and_labels(step)
+        opt.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        opt.step()
+        if step == 2:
+            opt.close()
+        assert 0 < opt.metrics()["trust/scale"] < 1
+
+
+@pytest.mark.parametrize("options", [dict(max_kl=None), dict(curvature="none")], ids=str)
+def test_without_a_trust_region_the_rate_is_adamws(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="no trust region here"):
+        opt = CTROptimizer(trainable(net()), **options)
+    assert opt.param_groups[0]["lr"] == 2e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CTROptimizer(trainable(net()), lr=1e-3, **options).param_groups[0]["lr"] == 1e-3
+
+
+def test_steps_that_cannot_be_measured_are_as_short_as_adamws() -> None:
+    class NoLogits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net(dtype=torch.float32)
+
+        def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"objective": loss_of(self.inner(ids), labels)}
+
+    model = NoLogits()
+    opt = CTROptimizer(trainable(model), model=model)
+    before = [p.detach().clone() for p in trainable(model)]
+    model(*batch(0))["objective"].backward()
+    with pytest.warns(UserWarning, match="cannot measure the KL"):
+        opt.step()
+    furthest = max(float((p - b).abs().max()) for p, b in zip(trainable(model), before, strict=True))
+    assert furthest < 2e-4 * 3 and opt.metrics()["trust/unbounded"] > 0
