@@ -38,14 +38,11 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import warn_failed, warn_skipped, warn_unbounded
-from ctr_optim.settings import Settings, check_group, due
+from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, check_group, due
 from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
-
-LEARNING_RATE = 8e-2  # where the trust region sets the length of steps
-EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW, where no trust region can hold
 
 
 class CTROptimizer(Optimizer):
@@ -134,7 +131,6 @@ class CTROptimizer(Optimizer):
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = BOUNDS[kl_schedule](max_kl)
         self._ranks: RankController | None = None
-        self._default_rate = lr is None
         defaults = dict(
             lr=LEARNING_RATE if lr is None else lr,
             betas=betas,
@@ -145,7 +141,7 @@ class CTROptimizer(Optimizer):
         )
         super().__init__(params, defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
-        if self._default_rate and (max_kl is None or curvature == "none"):
+        if lr is None and (max_kl is None or curvature == "none"):
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
 
@@ -176,8 +172,7 @@ class CTROptimizer(Optimizer):
         self._curvature = self._curvature_of(probe)
         coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
         before: TrustRegion | None = getattr(self, "_trust", None)
-        unmeasured = EVERYDAY_RATE / LEARNING_RATE if self._default_rate else 1.0
-        self._trust = TrustRegion(self._bound, coupling, unmeasured)
+        self._trust = TrustRegion(self._bound, coupling)
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         unpack(numbers or {}, self._owners())

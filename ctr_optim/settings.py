@@ -8,6 +8,9 @@ from typing import Any
 
 from ctr_optim.curvature.factors import STRUCTURES
 
+LEARNING_RATE = 8e-2  # the default, where the trust region sets the length of steps
+EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW; the default where no trust region can hold
+
 
 @dataclass(frozen=True)
 class Settings:

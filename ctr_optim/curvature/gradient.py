@@ -36,7 +36,7 @@ def diagonal_form(stack: Stacked, delta: Tensor) -> Tensor:
     """
     second, beta2 = stack.tensors["exp_avg_sq"], float(stack.group["betas"][1])
     moved = stack.coordinates(delta).to(second.dtype)
-    form: Tensor = torch.linalg.vecdot(second.flatten(1), moved.flatten(1).square())
+    form: Tensor = torch.linalg.vecdot(second.reshape(len(second), -1), moved.reshape(len(second), -1).square())
     return form / (1 - beta2 ** stack.tensors["step"].clamp_min(1))
 
 

@@ -43,7 +43,7 @@ def warn_unmeasured(source: str) -> None:
 def warn_unbounded(reason: str, lr: float) -> None:
     """Warn that no trust region holds; Python shows the warning once."""
     warnings.warn(
-        f"CTROptimizer has no trust region here ({reason}), so lr is AdamW's everyday {lr:g} instead of the default. "
-        "Give lr=... to choose another rate.",
+        f"{reason}: no trust region here, so that the default lr is AdamW's everyday rate, {lr:g}; give lr=... to choose "
+        "another rate.",
         stacklevel=users_line(),
     )

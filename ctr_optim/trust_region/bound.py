@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE
+
 
 @dataclass(slots=True)
 class BoundState:
@@ -107,3 +109,12 @@ def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
         group["peak_lr"] = max(group.get("peak_lr", 0.0), float(group.get("initial_lr", 0.0)), lr)
         ratio = max(ratio, lr / group["peak_lr"] if group["peak_lr"] > 0 else 0.0)
     return ratio
+
+
+def everyday_factor(groups: Sequence[dict[str, Any]]) -> float:
+    """Factor from the default learning rate to AdamW's everyday rate; 1 where a rate was chosen.
+
+    The default rate relies on a bound in nats; where the KL cannot be measured, no such bound holds.
+    """
+    default = all(float(group["peak_lr"]) == LEARNING_RATE for group in groups)
+    return EVERYDAY_RATE / LEARNING_RATE if default else 1.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
-from ctr_optim.trust_region.bound import Bound, rate_ratio
+from ctr_optim.trust_region.bound import Bound, everyday_factor, rate_ratio
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.protocols import Adapter, Step
 
@@ -29,13 +29,12 @@ class TrustRegion:
         coupling: from a step's quadratic form to nats.
         limit: the last step's bound, nats per token; None for no bound.
         predicted: KL that the last step was predicted to have, nats per token.
-        unmeasured: factor on steps whose KL cannot be measured.
         scale: factor that the last step was multiplied by.
         slope: derivative of the loss along the last step before the scale.
     """
 
-    def __init__(self, bound: Bound, coupling: Coupling, unmeasured: float = 1.0) -> None:
-        self.bound, self.coupling, self.unmeasured = bound, coupling, unmeasured
+    def __init__(self, bound: Bound, coupling: Coupling) -> None:
+        self.bound, self.coupling = bound, coupling
         self.limit: float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
@@ -54,8 +53,9 @@ class TrustRegion:
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted) if self.limit is None else scale_within(predicted, self.limit)
         if not self.coupling.known:
-            scale = scale * self.unmeasured
-            if self.unmeasured < 1 and self.limit is not None:
+            factor = everyday_factor(groups)
+            scale = scale * factor
+            if factor < 1:
                 warn_unmeasured(self.coupling.source)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
         self.slope = step.slope
