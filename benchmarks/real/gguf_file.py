@@ -1,8 +1,9 @@
 """Read a llama model and its tokenizer from a GGUF file, without the package ``gguf``.
 
-Only the formats of SmolLM2-135M-Instruct's file are known: F32, F16, Q8_0 and Q4_1, architecture ``llama``, a byte-level
-BPE tokenizer. Layout (little-endian): magic ``GGUF``, version, number of tensors, number of metadata entries; the
-entries; one header for each tensor (name, shape with the fastest dimension first, type, offset); the data, aligned.
+Only the formats of SmolLM2-135M-Instruct's file are known: F32, F16, Q8_0 and Q4_1, architecture ``llama``, a
+byte-level BPE tokenizer. Layout (little-endian): magic ``GGUF``, version, number of tensors, number of metadata
+entries; the entries; one header for each tensor (name, shape with the fastest dimension first, type, offset); the
+data, aligned.
 
 ====  ==========================================  ============================================================
 type  block of 32 weights                         weight
@@ -32,7 +33,8 @@ TENSOR_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 3: ("Q4_1", 32, 20), 8: ("Q8
 LAYER = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",

@@ -1,8 +1,8 @@
 """Work off specs with several processes a device: longest first, nothing begun too late, failures contained.
 
 One process a slot loads the model once and runs what the parent gives it over a pipe. The parent alone writes results,
-line by line. A run that is out of memory is tried again with half of the device's slots busy, then alone on the device; a
-process that dies is replaced, and its run tried once more.
+line by line. A run that is out of memory is tried again with half of the device's slots busy, then alone on the device.
+A process that dies is replaced, and its run is tried once more.
 """
 
 from __future__ import annotations

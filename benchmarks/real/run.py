@@ -28,7 +28,7 @@ from benchmarks.quality.run import append
 from benchmarks.real import data
 from benchmarks.real.pool import Pace, Pool, Result
 from benchmarks.real.prepare import DEFAULT
-from benchmarks.real.specs import Spec, complete, cost, key_of
+from benchmarks.real.specs import Spec, complete, cost, key_of, tasks_of
 
 PACKAGES = ("torch", "transformers", "peft", "ctr_optim")
 
@@ -128,8 +128,9 @@ def work(
     again: bool = False,
 ) -> int:  # fmt: skip
     """Run a plan; gives how many runs are left. ``again``: failed runs are repeated, too."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    logging.set_verbosity_error()
     began = time.time()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("OMP_NUM_THREADS", "1" if devices != ["cpu"] else str(max(1, (os.cpu_count() or 1) // each)))
@@ -149,7 +150,7 @@ def work(
     def write(spec: Spec, result: Result) -> None:
         append(out, {"spec": spec, **result})
         counter["done"] += 1
-        label = f"{spec['method']} {spec['lr'] or ''} {spec['options'] or ''} on {'+'.join(spec['sequence'] or [spec['task']])}"
+        label = " ".join([spec["method"], f"{spec['lr'] or ''}", f"{spec['options'] or ''}", *tasks_of(spec)])
         said = result.get("error") or f"loss {result['loss']:.4f}, text {result.get('text') or math.nan:.3f}"
         print(f"{time.time() - began:6.0f} s  {counter['done']}/{len(todo)}  {label}: {said}", flush=True)
 

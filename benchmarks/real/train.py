@@ -169,8 +169,17 @@ def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in metrics.items() if v is None or isinstance(v, bool | int | float | str)}
 
 
-def train(spec: Spec, base: Any, store: data.Store, device: torch.device) -> dict[str, Any]:
-    """The record of a run, without its specification. ``loss`` is the (last) task's test loss per target token."""
+def train(
+    spec: Spec,
+    base: Any,
+    store: data.Store,
+    device: torch.device,
+    look: Callable[[Any], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The record of a run, without its specification. ``loss`` is the (last) task's test loss per target token.
+
+    ``look`` gets the trained model; what it returns is added to the record.
+    """
     began = time.time()
     trial = Trial(spec, base, store, device)
     spec = trial.spec
@@ -211,6 +220,8 @@ def train(spec: Spec, base: Any, store: data.Store, device: torch.device) -> dic
         "setup_seconds": round(setup, 2),
         "total_seconds": round(time.time() - began, 2),
     }
+    if look is not None:
+        record |= look(model)
     if hasattr(run.optimizer, "close"):
         run.optimizer.close()
     return record
