@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> None:
         if of["sequence"] or of["holdout"] or any(of[k] != v for k, v in middle.items()):
             continue
         for name, drawn in (
-            (file := args.out / f"real-pareto-{of['task']}.png", pareto(rows, base.get(of["task"]), file)),
+            (file := args.out / f"real-pareto-{of['task']}.png", pareto(rows, report.base_of(setting, base), file)),
             (file := args.out / f"real-lr-{of['task']}.png", rates(rows, file)),
         ):
             if drawn:

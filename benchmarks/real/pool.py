@@ -19,6 +19,7 @@ from benchmarks.real.specs import Spec, cost
 
 Result = dict[str, Any]
 MEMORY_TRIES, DEATHS = 3, 2
+FEW = 3  # runs
 MARGIN = 1.15  # a run is begun where the time left is this many times the estimate
 GUESS = {"cuda": 0.35, "cpu": 2.5}  # seconds for a unit of cost before anything is known, six processes a GPU
 
@@ -47,7 +48,7 @@ class Slot:
 
 @dataclass
 class Pace:
-    """Seconds for a unit of cost: a guess, then near the slowest seen."""
+    """Seconds for a unit of cost: a guess, until ``FEW`` runs are known; then near the slowest of the last ones."""
 
     guess: float
     seen: list[float] = field(default_factory=list)
@@ -57,8 +58,8 @@ class Pace:
 
     @property
     def value(self) -> float:
-        if not self.seen:
-            return self.guess
+        if len(self.seen) < FEW:  # one short run says little about long ones
+            return max([self.guess, *self.seen])
         ordered = sorted(self.seen[-40:])
         return ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
 

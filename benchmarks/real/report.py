@@ -100,6 +100,11 @@ def bases(records: Iterable[Record]) -> dict[str, Record]:
     return {r["spec"]["task"]: r for r in records if r["spec"]["steps"] == 0 and "loss" in r}
 
 
+def base_of(setting: tuple, base: dict[str, Record]) -> Record | None:
+    """The base's record for a table; another task's where there is none, since its text and domains are the same."""
+    return base.get(json.loads(setting[0])) or next(iter(base.values()), None)
+
+
 def chosen_by(row: Row) -> float:
     """What a rate is chosen by: mean validation loss, the test loss only where no rows were held out."""
     loss = row.mean(lambda r: r.get("validation"))
@@ -126,7 +131,7 @@ def best_peer(rows: Iterable[Row]) -> Row | None:
 
 def rise(record: Record, base: Record | None) -> float | None:
     """Forgetting: loss on plain text over the base's, in nats."""
-    if base is None or record.get("text") is None:
+    if base is None or record.get("text") is None or record["spec"]["text"] != base["spec"]["text"]:
         return None
     return record["text"] - base["text"]
 
@@ -228,7 +233,7 @@ def summary(tables: dict[tuple, list[Row]], base: dict[str, Record]) -> list[str
         adamw = next((row for row in best if row.family == "adamw"), None)
         usual = next((r for r in rows if r.family == "adamw" and r.rate and math.isclose(r.rate, EVERYDAY)), None)
         peer = best_peer(best)
-        own = base.get(json.loads(setting[0]))
+        own = base_of(setting, base)
         share = _relative(default, adamw)
         changes += [share] if share is not None else []
 
@@ -296,9 +301,9 @@ def report(records: list[Record]) -> str:
     ]
     out += ["## In short", "", *summary(tables, base)]
     for setting, rows in sorted(tables.items()):
-        own, best = base.get(json.loads(setting[0])), tuned(rows)
+        own, best = base_of(setting, base), tuned(rows)
         out += ["", f"## {name_of(setting)}", ""]
-        if own is not None:
+        if own is not None and own["spec"]["task"] == json.loads(setting[0]):
             out += [f"The untrained base: loss {own['loss']:.3f}, text {own.get('text') or math.nan:.3f}.", ""]
         out += table(best, own, best_peer(best))
         for more in (sequences(rows), rates_table(rows, own)):

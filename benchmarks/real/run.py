@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.quality.run import append
 from benchmarks.real import data
-from benchmarks.real.pool import Pace, Pool, Result
+from benchmarks.real.pool import GUESS, Pace, Pool, Result
 from benchmarks.real.prepare import DEFAULT
 from benchmarks.real.specs import Spec, complete, cost, key_of, tasks_of
 
@@ -142,7 +142,7 @@ def work(
     if not todo:
         return 0
     counter = {"done": 0}
-    pace = Pace({"cuda": 0.35, "cpu": 2.5}[kind])
+    pace = Pace(GUESS[kind])
     for record in records:
         if record.get("versions", {}).get("processes") == each * len(devices) and "total_seconds" in record:
             pace.add(record["total_seconds"], cost(record["spec"]))

@@ -161,7 +161,7 @@ def test_parts_of_a_file_are_joined_and_checked(tmp_path: Path) -> None:
     for part, piece in zip(parts, (content[:1000], content[1000:]), strict=True):
         part.write_bytes(piece)
     assert prepare.join(parts, tmp_path).read_bytes() == content
-    with pytest.raises(SystemExit, match="SHA-256 .* expected"):
+    with pytest.raises(SystemExit, match=r"SHA-256 .* expected"):
         prepare.prepare(tmp_path / "model", gguf=parts)
 
 
