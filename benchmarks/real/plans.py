@@ -1,0 +1,340 @@
+"""Plans: which runs, with which settings. Prints a JSON list for ``python -m benchmarks.real run``.
+
+    python -m benchmarks.real plan baseline > baseline.json
+    python -m benchmarks.real plan auto --only steps=50,200 --only task=e2e > part.json
+    python -m benchmarks.real plan extend --lines lines.jsonl > wider.json    # rates beyond a grid's edge
+    python -m benchmarks.real plan final --lines lines.jsonl --seeds 1,2,3,4  # the rate of lowest validation loss
+
+Every run measures validation rows (held out of training) and test rows; rates are chosen by the former.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any
+
+from benchmarks.real.specs import WIKITEXT, Spec, complete, cost, key_of
+
+GENERATIVE = ["e2e", "gsm8k", "mbpp"]
+CHOICE = ["boolq", "sst2", "hellaswag", "arc_easy"]
+RATES = [1e-4 * 2**i for i in range(6)]  # 1e-4 to 3.2e-3
+BOUNDS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
+EVERYDAY = 2e-4  # AdamW's rate that most users have
+SCHEDULES = ["cosine", "linear", "constant"]
+
+
+def setting(task: str, **changes: Any) -> Spec:
+    """A task with the rows that it can spare for validation and the scores that mean something on it."""
+    choice = task not in GENERATIVE
+    return {
+        "task": task, "held": 48 if task == "mbpp" else 200,
+        "score": ["accuracy", "kl_from_base"] if choice else ["kl_from_base"], **changes,
+    }  # fmt: skip
+
+
+def untrained(spec: Spec) -> Spec:
+    """The base itself, measured as the run is."""
+    kept = {k: v for k, v in spec.items() if k not in ("steps", "batch", "schedule", "rows", "curve")}
+    return {**kept, "method": "adamw", "lr": EVERYDAY, "steps": 0}
+
+
+def peer(spec: Spec, method: str, rates: Iterable[float] = RATES, **changes: Any) -> list[Spec]:
+    """A peer over its rates."""
+    return [{**spec, "method": method, "lr": rate, **changes} for rate in rates]
+
+
+def bounds(spec: Spec, values: Iterable[float] = BOUNDS) -> list[Spec]:
+    """CTROptimizer at fixed bounds, which follow the learning rate's schedule."""
+    return [{**spec, "options": {"max_kl": value, "kl_schedule": "lr"}} for value in values]
+
+
+def smoke() -> list[Spec]:
+    """A few steps of every kind of run: minutes on a CPU with a small model."""
+    small = {
+        "steps": 3, "batch": 4, "rank": 4, "alpha": 8, "evaluate": 24, "domains": ["mbpp"], "held": 48,
+        "text": {"task": "wikitext2", "split": "test", "pieces": 8, "length": 128},
+    }  # fmt: skip
+    kept = {"task": "wikitext2", "split": "valid", "pieces": 8, "length": 128}
+    e2e = {**small, "task": "e2e"}
+    retention = ["adamw_kl", "adamw_replay", "corda", "lora_null", "lora_null_frozen", "sc_lora"]
+    return [
+        {**e2e, "score": ["kl_from_base"], "curve": 2},
+        {**e2e, "method": "adamw", "lr": 1e-3, "steps": 0},
+        {**small, "task": "boolq", "method": "adamw", "lr": 1e-3, "score": ["accuracy"], "rows": 60, "holdout": 16,
+         "schedule": "linear"},
+        {**small, "sequence": ["boolq", "e2e", "mbpp"], "schedule": "constant", "steps": 2},
+        *({**e2e, "method": method, "lr": 1e-3, "retain": kept} for method in retention),
+        *({**e2e, "method": method, "lr": 1e-3} for method in ("lora_plus", "pissa", "soap")),
+    ]  # fmt: skip
+
+
+def baseline() -> list[Spec]:
+    """Seven tasks, 200 steps of 16, AdamW over its rates, CTROptimizer over fixed bounds; one seed."""
+    plan = []
+    for task in [*GENERATIVE, *CHOICE]:
+        spec = setting(task)
+        plan += [untrained(spec), *peer(spec, "adamw"), *bounds(spec)]
+    return plan
+
+
+# -- nothing to tune -----------------------------------------------------------------------------------------------
+
+FACTORS: dict[str, list[Any]] = {
+    "task": ["gsm8k", "e2e", "mbpp", "boolq", "sst2", "arc_easy", "arc_challenge", "hellaswag"],
+    "steps": [50, 200, 1000], "batch": [4, 16], "schedule": SCHEDULES, "rows": [None, 300],
+}  # fmt: skip
+CELLS = 40
+
+
+def imbalance(cells: list[tuple]) -> float:
+    """How far the counts of every pair of levels are from equal, squared and summed."""
+    total = 0.0
+    names = list(FACTORS)
+    for one, two in combinations(range(len(names)), 2):
+        counts: dict[tuple, int] = defaultdict(int)
+        for cell in cells:
+            counts[cell[one], cell[two]] += 1
+        levels = [(a, b) for a in FACTORS[names[one]] for b in FACTORS[names[two]]]
+        mean = len(cells) / len(levels)
+        total += sum((counts[pair] - mean) ** 2 for pair in levels) / mean
+    return total
+
+
+def cells() -> list[Spec]:
+    """A fixed fraction of the full design: 40 cells, five for each task, pairs of levels as even as they can be."""
+    draw = random.Random(19)
+    tasks = [task for task in FACTORS["task"] for _ in range(CELLS // len(FACTORS["task"]))]
+    columns = [(FACTORS[name] * CELLS)[:CELLS] for name in list(FACTORS)[1:]]
+    for column in columns:
+        draw.shuffle(column)
+    best = imbalance(list(zip(tasks, *columns, strict=True)))
+    for _ in range(3000):  # swaps within a column keep each level's count
+        column = draw.choice(columns)
+        i, j = draw.randrange(CELLS), draw.randrange(CELLS)
+        column[i], column[j] = column[j], column[i]
+        now = imbalance(list(zip(tasks, *columns, strict=True)))
+        if now <= best:
+            best = now
+        else:
+            column[i], column[j] = column[j], column[i]
+    names = list(FACTORS)
+    return [
+        setting(cell[0], **dict(zip(names[1:], cell[1:], strict=True))) for cell in zip(tasks, *columns, strict=True)
+    ]
+
+
+def auto() -> list[Spec]:
+    """40 cells over task, steps, batch, schedule and rows; each with the default, fixed bounds, AdamW's grid; and, on
+    few rows, with held-out rows that judge the bound (CTROptimizer) or stop the training (AdamW)."""
+    plan = [untrained(setting(task)) for task in FACTORS["task"]]
+    for cell in cells():
+        plan += [{**cell, "method": "ctr"}, *bounds(cell), *peer(cell, "adamw")]
+        if cell["rows"] is not None or cell["task"] == "mbpp":
+            judged = {**cell, "holdout": 48}
+            plan += [{**judged, "method": "ctr"}, *peer(judged, "adamw")]
+    return plan
+
+
+def default_only() -> list[Spec]:
+    """The cells of ``auto`` with the default alone: after a change of the default."""
+    return [{**cell, "method": "ctr"} for cell in cells()]
+
+
+# -- retention -----------------------------------------------------------------------------------------------------
+
+RETENTION_TASKS = ["e2e", "gsm8k", "mbpp", "boolq", "sst2", "hellaswag"]
+STARTS = ["corda", "lora_null", "lora_null_frozen", "sc_lora"]
+FEW = RATES[1:6:2]  # 2e-4, 8e-4, 3.2e-3
+MIDDLE = RATES[1:6]
+
+
+def retention() -> list[Spec]:
+    """Task loss against forgetting: CTROptimizer over bound, budget and penalty with and without retained text, AdamW
+    over its rates, with a KL term, with replay, and the starts that claim to preserve; one seed, then ``final``."""
+    plan = []
+    for task in RETENTION_TASKS:
+        spec = setting(task)
+        kept = {**spec, "retain": WIKITEXT}
+        plan += [untrained(spec), *peer(spec, "adamw"), *peer(spec, "rslora", MIDDLE), *peer(spec, "lora_plus", MIDDLE)]
+        plan += [spec, *({**spec, "retain": how} for how in ("none", "self", WIKITEXT))]
+        plan += [s for how in (spec, kept) for s in bounds(how, (1e-2, 3e-2, 0.3))]
+        plan += [{**how, "kl_budget": nats} for how in (spec, kept) for nats in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)]
+        plan += [{**spec, "options": {"trust_penalty": weight}} for weight in (0.01, 0.03, 0.1, 0.3, 1.0)]
+        for weight in (0.01, 0.03, 0.1, 0.3, 1.0):
+            plan += peer(kept, "adamw_kl", FEW, options={"weight": weight})
+        for share in (0.1, 0.3, 0.5):
+            plan += peer(kept, "adamw_replay", FEW, options={"share": share})
+        for method in STARTS:
+            plan += peer(kept, method, MIDDLE)
+    return plan
+
+
+def retention_short() -> list[Spec]:
+    """The same questions in a tenth of the runs: three tasks, few rates."""
+    plan = []
+    for task in ("e2e", "gsm8k", "boolq"):
+        spec = setting(task)
+        kept = {**spec, "retain": WIKITEXT}
+        plan += [untrained(spec), *peer(spec, "adamw", RATES[1:]), spec, {**spec, "retain": "self"}, kept]
+        plan += peer(kept, "adamw_kl", FEW, options={"weight": 0.1})
+        plan += peer(kept, "adamw_replay", FEW, options={"share": 0.3})
+        for method in STARTS:
+            plan += peer(kept, method, FEW)
+    return plan
+
+
+def sequence() -> list[Spec]:
+    """Three tasks one after the other: what is left of the first; three seeds."""
+    spec = setting("e2e", sequence=["e2e", "gsm8k", "boolq"], domains=["mbpp"], score=[])
+    kept = {**spec, "retain": WIKITEXT}
+    plan = []
+    for seed in range(3):
+        runs = [spec, {**spec, "retain": "self"}, kept, *peer(spec, "adamw", RATES[1:])]
+        runs += peer(kept, "adamw_replay", FEW, options={"share": 0.3})
+        plan += [{**run, "seed": seed} for run in runs]
+    return plan
+
+
+# -- the paper's protocol and the users' grids -----------------------------------------------------------------------
+
+PAPER = {"adamw": RATES, "adalora": [r * 4 for r in MIDDLE], "dora": MIDDLE, "lora_plus": [r / 4 for r in MIDDLE]}
+PAPER |= {"pissa": [r / 2 for r in MIDDLE], "sensitivity": MIDDLE, "qlora": MIDDLE}
+
+
+def protocol() -> list[Spec]:
+    """GSM8K by generated answers, ARC-C and HellaSwag by choice; MMLU, BoolQ and WinoGrande without training on them.
+
+    Rates are chosen without the slow scores; then ``final --set evaluate=1000 --set score=...`` takes them.
+    """
+    plan = []
+    for task in ("gsm8k", "arc_challenge", "hellaswag"):
+        others = [] if task == "gsm8k" else [f"accuracy:{t}" for t in ("mmlu", "boolq", "winogrande")]
+        score = ["exact_match", "kl_from_base"] if task == "gsm8k" else ["accuracy", "kl_from_base", *others]
+        spec = setting(task, steps=500, evaluate=1000, max_length=320, score=score)
+        tuning = {**spec, "score": [] if task == "gsm8k" else ["accuracy"], "evaluate": 400}
+        plan += [untrained(spec), spec]
+        for method, rates in PAPER.items():
+            plan += peer(tuning, method, rates)
+    return plan
+
+
+def templates() -> list[Spec]:
+    """Learning rate x alpha / r for AdamW beside CTROptimizer's one setting: any template, same result."""
+    plan = []
+    for task in ("e2e", "gsm8k"):
+        for alpha in (8, 16, 32, 64):
+            spec = setting(task, alpha=alpha)
+            plan += [spec, *peer(spec, "adamw")]
+    return plan
+
+
+def settings() -> list[Spec]:
+    """Steps, batch, rank, rows and schedule, one at a time around the middle."""
+    changes: dict[str, list[Any]] = {
+        "steps": [50, 100, 400, 1000], "batch": [4, 8, 64], "rank": [2, 4, 8, 32, 64], "rows": [100, 300, 1000],
+        "schedule": ["linear", "constant"],
+    }  # fmt: skip
+    plan = []
+    for task in ("e2e", "gsm8k"):
+        for name, values in changes.items():
+            for value in values:
+                spec = setting(task, **{name: value}, **({"alpha": 2 * value} if name == "rank" else {}))
+                plan += [spec, *peer(spec, "adamw", MIDDLE)]
+    return plan
+
+
+# -- from earlier lines ----------------------------------------------------------------------------------------------
+
+
+def family(spec: Spec) -> str:
+    """Identity of a run but for its rate and seed, which tuning chooses and repeats."""
+    return key_of({**complete(spec), "lr": None, "seed": 0})
+
+
+def validation(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """Mean validation loss by family and rate; failed and infinite runs are infinite. Test loss where no rows are
+    held out is never used: such runs are left out."""
+    losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        spec = complete(record["spec"])
+        loss = math.inf if "error" in record else record.get("validation")
+        if spec["lr"] is not None and spec["steps"] and loss is not None:
+            losses[family(spec)][spec["lr"]].append(loss if math.isfinite(loss) else math.inf)
+    return {key: {lr: sum(v) / len(v) for lr, v in by_rate.items()} for key, by_rate in losses.items()}
+
+
+def extend(records: list[dict[str, Any]]) -> list[Spec]:
+    """Two rates further out wherever the best of a grid is at its edge."""
+    plan = []
+    for key, by_rate in validation(records).items():
+        best = min(by_rate, key=by_rate.__getitem__)
+        step = {min(by_rate): 0.5, max(by_rate): 2.0}.get(best)
+        if step is not None and len(by_rate) > 1:
+            plan += [{**json.loads(key), "lr": best * factor} for factor in (step, step**2)]
+    return plan
+
+
+def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
+    """Every family at its rate of lowest validation loss, for more seeds; runs without a rate as they are."""
+    best = {key: min(by_rate, key=by_rate.__getitem__) for key, by_rate in validation(records).items()}
+    for record in records:
+        spec = complete(record["spec"])
+        if spec["lr"] is None and "error" not in record:
+            best.setdefault(family(spec), None)
+    return [{**json.loads(key), "lr": lr, "seed": seed} for key, lr in best.items() for seed in seeds]
+
+
+PLANS: dict[str, Callable[[], list[Spec]]] = {
+    plan.__name__: plan
+    for plan in (
+        smoke, baseline, auto, default_only, retention, retention_short, sequence, protocol, templates, settings,
+    )
+}  # fmt: skip
+
+
+def ordered(specs: Iterable[Spec]) -> list[Spec]:
+    """Each run once, long ones first."""
+    return sorted({key_of(spec): spec for spec in specs}.values(), key=cost, reverse=True)
+
+
+def select(specs: Iterable[Spec], only: Iterable[str]) -> list[Spec]:
+    """The specs whose keys have one of the values given as ``key=value,value``."""
+    kept = list(specs)
+    for item in only:
+        key, _, values = item.partition("=")
+        if key not in complete({}) or not values:
+            raise SystemExit(f"--only: got {item!r}, expected KEY=VALUE[,VALUE], KEY one of {sorted(complete({}))}")
+        wanted = values.split(",")
+        kept = [s for s in kept if str(complete(s)[key]) in wanted]
+    return kept
+
+
+def main(arguments: list[str]) -> None:
+    from benchmarks.real.run import read
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", choices=[*PLANS, "extend", "final"])
+    parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs, for extend and final")
+    parser.add_argument("--seeds", default="1,2", help="for final")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another value in every run")
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="a part of the plan")
+    args = parser.parse_args(arguments)
+    if args.plan == "extend":
+        specs = extend(read(args.lines))
+    elif args.plan == "final":
+        specs = final(read(args.lines), [int(seed) for seed in args.seeds.split(",")])
+    else:
+        specs = PLANS[args.plan]()
+    changes = {key: json.loads(value) for key, _, value in (item.partition("=") for item in args.set)}
+    specs = ordered({**spec, **changes} for spec in select(specs, args.only))
+    print(f"{args.plan}: {len(specs)} runs, cost {sum(map(cost, specs)):.0f} steps of 16 x 64 tokens", file=sys.stderr)
+    print(json.dumps(specs))

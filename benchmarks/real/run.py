@@ -1,0 +1,191 @@
+"""Work a plan off on every GPU, or on the CPU: one JSON line for each run; finished runs are not repeated.
+
+    python -m benchmarks.real run PLAN.json --data DIR --model DIR --out FILE.jsonl [--gpus all] [--per-gpu 6]
+        [--limit-s S]
+
+A stopped command loses only the runs under way: the same command goes on where it stopped. With --limit-s, no run is
+begun that would not end in time, and the command ends then. Keys of a run: see benchmarks/real/specs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.run import append
+from benchmarks.real import data
+from benchmarks.real.pool import GUESS, Pace, Pool, Result
+from benchmarks.real.prepare import DEFAULT
+from benchmarks.real.specs import Spec, complete, cost, key_of, tasks_of
+
+PACKAGES = ("torch", "transformers", "peft", "ctr_optim")
+
+
+def versions(device: str, processes: int) -> dict[str, Any]:
+    """What a run's figures depend on besides its specification."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import ctr_optim
+
+    found: dict[str, Any] = {"python": platform.python_version(), "processes": processes}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ctr_optim.__version__ if package == "ctr_optim" else None
+    kind = torch.device(device)
+    found["device"] = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or "cpu"
+    found["tf32"] = kind.type == "cuda"
+    return found
+
+
+def attempt(spec: Spec, base: Any, store: data.Store, device: torch.device) -> Result:
+    """A run's record, or what it failed with: one failed run must not lose the others."""
+    from benchmarks.real.train import train
+
+    try:
+        return train(spec, base, store, device)
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
+    except Exception as error:
+        where = traceback.format_exc().strip().splitlines()[-3:-1]
+        return {"error": f"{type(error).__name__}: {error}"[:600], "where": " ".join(where)[-300:]}
+
+
+def serve(
+    device: str, pipe: Connection, folder: str, data_folder: str, cache: str, processes: int, threads: int
+) -> None:
+    """A process's life: load the model, then run the specs that come over the pipe."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.set_verbosity_error()
+    disable_progress_bar()
+    torch.set_num_threads(threads)
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind)
+        torch.set_float32_matmul_precision("high")  # TF32
+    known = versions(device, processes)
+    base, tokenizer = data.load(folder, "float32", kind)
+    store = data.Store(data_folder, tokenizer, cache)
+    pipe.send("ready")
+    while True:
+        try:
+            spec = pipe.recv()
+        except (EOFError, OSError):
+            return
+        if spec["dtype"] != "float32":
+            base, _ = data.load(folder, spec["dtype"], kind)
+        result = attempt(spec, base, store, kind)
+        if kind.type == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
+        pipe.send({**result, "versions": known})
+
+
+def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Records of results files, specifications completed; a line that was cut off is left out."""
+    records = []
+    for path in paths:
+        for line in Path(path).read_text().splitlines() if os.path.exists(path) else []:
+            try:
+                record = json.loads(line)
+                record["spec"] = complete(record["spec"])
+            except (json.JSONDecodeError, KeyError):
+                continue
+            records.append(record)
+    return records
+
+
+def devices_of(gpus: str) -> list[str]:
+    """``all``, a number of GPUs, a list such as ``0,2``, or ``none``: devices, the CPU where there is no GPU."""
+    count = torch.cuda.device_count() if gpus != "none" else 0
+    if gpus == "all":
+        chosen = list(range(count))
+    elif gpus == "none":
+        chosen = []
+    else:
+        chosen = [int(g) for g in gpus.split(",")] if "," in gpus else list(range(min(int(gpus), count)))
+    return [f"cuda:{index}" for index in chosen] or ["cpu"]
+
+
+def work(
+    specs: list[Spec], data_folder: str, folder: str, out: str, devices: list[str], each: int, limit: float = math.inf,
+    again: bool = False,
+) -> int:  # fmt: skip
+    """Run a plan; gives how many runs are left. ``again``: failed runs are repeated, too."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    began = time.time()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if devices != ["cpu"] else str(max(1, (os.cpu_count() or 1) // each)))
+    records = read([out])
+    done = {key_of(r["spec"]) for r in records if not again or "error" not in r}
+    todo = {key_of(s): complete(s) for s in specs if key_of(s) not in done}
+    kind = devices[0].partition(":")[0]
+    print(f"{len(todo)} of {len(specs)} runs to do on {', '.join(devices)}, {each} at once on each", flush=True)
+    if not todo:
+        return 0
+    counter = {"done": 0}
+    pace = Pace(GUESS[kind])
+    for record in records:
+        if record.get("versions", {}).get("processes") == each * len(devices) and "total_seconds" in record:
+            pace.add(record["total_seconds"], cost(record["spec"]))
+
+    def write(spec: Spec, result: Result) -> None:
+        append(out, {"spec": spec, **result})
+        counter["done"] += 1
+        label = " ".join([spec["method"], f"{spec['lr'] or ''}", f"{spec['options'] or ''}", *tasks_of(spec)])
+        said = result.get("error") or f"loss {result['loss']:.4f}, text {result.get('text') or math.nan:.3f}"
+        print(f"{time.time() - began:6.0f} s  {counter['done']}/{len(todo)}  {label}: {said}", flush=True)
+
+    with tempfile.TemporaryDirectory() as cache:
+        store = data.Store(data_folder, AutoTokenizer.from_pretrained(folder), cache)
+        for spec in todo.values():
+            try:
+                store.warm(spec)
+            except (OSError, ValueError, KeyError):
+                continue  # the run itself will say what is wrong
+        print(f"{time.time() - began:6.0f} s  tokenised", flush=True)
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        arguments = (folder, data_folder, cache, each * len(devices), threads)
+        pool = Pool(serve, arguments, devices, each, write, began + limit, pace, lambda text: print(text, flush=True))
+        left = pool.work(list(todo.values()))
+    print(f"{counter['done']} done, {left} left, {time.time() - began:.0f} s", flush=True)
+    return left
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", nargs="+", help="JSON files of runs")
+    parser.add_argument("--data", required=True, help="folder of tasks")
+    parser.add_argument("--model", default=str(DEFAULT), help="folder of the model (default: where prepare writes it)")
+    parser.add_argument("--out", required=True, help="results, JSON lines, appended to")
+    parser.add_argument("--gpus", default="all", help="all, a number, a list such as 0,2, or none")
+    parser.add_argument("--per-gpu", type=int, help="processes on each (default: 6 on a GPU, 1 on the CPU)")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
+    parser.add_argument("--again", action="store_true", help="repeat runs that failed")
+    args = parser.parse_args(arguments)
+    if not Path(args.model, "config.json").exists():
+        raise SystemExit(f"--model: {args.model} holds no model; make it with `python -m benchmarks.real prepare`")
+    specs = [spec for plan in args.plan for spec in json.loads(Path(plan).read_text())]
+    devices = devices_of(args.gpus)
+    each = args.per_gpu or (1 if devices == ["cpu"] else 6)
+    work(specs, args.data, args.model, args.out, devices, each, args.limit_s, args.again)
