@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -99,8 +100,14 @@ class Coupling:
             limit: its bound, nats per token.
             adapter: the trained part of the model.
         """
-        if not (self.prober is not None and self.prober.enabled and distributed.everywhere(self.prober.ready, step.q)):
+        if self.prober is None or not self.prober.enabled:
             return
+        if distributed.everywhere(self.prober.ready, step.q):
+            self._update(step, limit, adapter)
+        self.prober.release()
+
+    def _update(self, step: Step, limit: float, adapter: Adapter) -> None:
+        """Measure, and fold the measurement into the state."""
         state, slope, q = self.state, step.slope, step.q
         newest = max(_NEWEST, 5 / (5 + state.calibrations))  # the first counts least: models change fastest then
         typical, usual = slope.square() / q, state.alignment
@@ -145,6 +152,7 @@ class Coupling:
             coupling, off = torch.stack([found, found / guess]).tolist()
             if not (math.isfinite(coupling) and coupling > 0):
                 return None
+            if os.environ.get("KDBG"): open("/tmp/team/k.txt","a").write(f"{coupling} {off} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
             if 0.5 < off < 2:
                 break
             guess = found
@@ -154,9 +162,6 @@ class Coupling:
         """Summed over loss tokens, and their number; None in a process that has nothing to compare."""
         assert self.prober is not None
         if here is None or there is None:
-            return None
-        if here.shape != there.shape:
-            self.prober.refused = "the model's logits have another shape for a part of the batch"
             return None
         return kl_divergence(here, there, self.prober.loss_tokens(here))
 
@@ -169,7 +174,9 @@ class Coupling:
             return
         with self.quiet(), moved([(adapter.switches(), None)]):
             base = self.prober.logits()
-        self.state.base_coupling = float(distributed.mean(self._kl(here, base), form)) / total
+        found = float(distributed.mean(self._kl(here, base), form)) / total
+        if math.isfinite(found):  # the run of the base model may fail
+            self.state.base_coupling = found
 
 
 def calibration_due(step: int, interval: int | None) -> bool:
