@@ -16,7 +16,7 @@ from ctr_optim.trust_region.logits import NO_LOGITS, Logits, are_log_probabiliti
 from ctr_optim.trust_region.loss_tokens import Watch, from_labels, named_inputs, shifts_labels
 from ctr_optim.trust_region.rerun import Generators, generators, sequences_in, take, versions
 
-LEAST_TOKENS = 1  # loss tokens in a slice; see benchmarks/README.md
+LEAST_TOKENS = 32  # loss tokens in a slice; see benchmarks/README.md
 
 _FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
 
@@ -222,8 +222,9 @@ class Kept:
         """Take as many sequences as hold enough loss tokens: a KL over a few tokens is mostly noise."""
         assert self.mask is not None and self.batch is not None
         tokens = self.mask.reshape(self.batch, -1).sum(1).cumsum(0).tolist()
-        if tokens[self.sequences - 1] < LEAST_TOKENS:
-            self.resize(next((i + 1 for i, n in enumerate(tokens) if n >= LEAST_TOKENS), self.batch))
+        least = LEAST_TOKENS / distributed.world_size()  # all processes' tokens are averaged
+        if tokens[self.sequences - 1] < least:
+            self.resize(next((i + 1 for i, n in enumerate(tokens) if n >= least), self.batch))
 
     def _choose_rows(self) -> None:
         """Compare rows that the loss looks at, if there are too many rows to compare all."""
