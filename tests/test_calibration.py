@@ -27,19 +27,14 @@ from support import (
 )
 from torch import Tensor, nn
 
-from ctr_optim.trust_region import kept, logits
+from ctr_optim.trust_region import logits
 from ctr_optim.trust_region.coupling import SLOPE_EXPONENT
 from ctr_optim.trust_region.logits import MOST_TOKENS, kl_divergence
 from ctr_optim.trust_region.rerun import moved
 
 ALL = torch.ones(20, dtype=torch.bool)
 
-
-@pytest.fixture(autouse=True)
-def _a_token_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny batches hold few loss tokens; slices of them are measured all the same."""
-    monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
-
+pytestmark = pytest.mark.usefixtures("a_token_is_enough")
 
 # -- the formulas -----------------------------------------------------------------------------------------------------
 

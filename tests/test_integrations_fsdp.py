@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ctr_optim import CTROptimizer, export_compact
 from ctr_optim.export.files import read_adapter
 from ctr_optim.runtime import distributed
-from ctr_optim.trust_region import kept
 
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
-pytestmark = [needs_gloo, needs_fsdp2]
+pytestmark = [needs_gloo, needs_fsdp2, pytest.mark.usefixtures("a_token_is_enough")]
 
 STEPS, ROWS = 5, 8  # of eight rows, a process calibrates on one
 OPTIONS: dict[str, Any] = dict(
@@ -27,12 +26,6 @@ OPTIONS: dict[str, Any] = dict(
 
 def rows_of(step: int, rank: int) -> dict[str, Tensor]:
     return llama_batch(10 * step + rank, n=ROWS)
-
-
-@pytest.fixture(autouse=True)
-def _a_token_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process and two calibrate on the same rows."""
-    monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
 
 
 def joined(step: int) -> dict[str, Tensor]:
