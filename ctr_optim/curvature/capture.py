@@ -25,7 +25,6 @@ from ctr_optim.curvature.sums import Sums
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.hooks import Hook
 
-
 _GOLDEN = 0.6180339887  # from one token of a sample to the next
 _TURN = 0.7548776662  # from one step to the next
 
