@@ -58,7 +58,7 @@ def qwen2_vl() -> tuple[nn.Module, Batches]:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2VLConfig(
         text_config=dict(TEXT, rope_scaling=rope, rope_parameters={**rope, "rope_theta": 1e4}),
-        vision_config=dict(depth=2, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4, in_channels=3),
+        vision_config=dict(depth=2, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4),
         image_token_id=IMAGE, video_token_id=IMAGE - 1, vision_start_token_id=IMAGE - 2, vision_end_token_id=IMAGE - 3,
         vision_token_id=IMAGE,
     )  # fmt: skip
