@@ -16,6 +16,7 @@ from support import net, optimizer, train
 
 from ctr_optim import RankScheduler
 from ctr_optim.report.log import EventLog
+from ctr_optim.trust_region import kept
 
 settings.register_profile(
     "suite", deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck)
@@ -28,6 +29,12 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def a_token_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny batches hold few loss tokens: slices of them are measured all the same, and never enlarged."""
+    monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ from ctr_optim.trust_region.rerun import moved
 
 ALL = torch.ones(20, dtype=torch.bool)
 
+pytestmark = pytest.mark.usefixtures("a_token_is_enough")
+
 # -- the formulas -----------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +466,7 @@ def test_a_model_may_return_a_tuple_a_dict_or_chunks_of_logits() -> None:
     assert model(ids)[0].shape[-1] == VOCAB
 
 
-def test_a_model_that_shapes_its_output_by_the_batch_is_not_measured_and_says_so() -> None:
+def test_a_model_that_shapes_its_output_by_the_batch_is_measured_on_the_whole_batch() -> None:
     class Trimmed(nn.Module):
         """Cuts the batch to its longest sequence (0 is padding)."""
 
@@ -481,9 +483,8 @@ def test_a_model_that_shapes_its_output_by_the_batch_is_not_measured_and_says_so
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
     loss_of(model(ids), labels).backward()
     opt.step()
-    found = opt.metrics()
-    assert found["trust/source"].startswith("assumed (") and "another shape" in found["trust/source"]
-    assert found["trust/predicted_kl"] == pytest.approx(1e-3)
+    assert opt.metrics()["trust/source"] == "measured"
+    assert opt._trust.coupling.prober.share == 1.0
 
 
 @pytest.mark.parametrize("what", ["nan", "nothing"])

@@ -16,7 +16,12 @@ from ctr_optim import CTROptimizer
 from ctr_optim.integrations import unwrap
 
 accelerate = pytest.importorskip("accelerate", minversion="1.6", reason="FSDP2 came with Accelerate 1.6")
-pytestmark = [needs_gloo, needs_fsdp2, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    needs_gloo,
+    needs_fsdp2,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.usefixtures("a_token_is_enough"),
+]
 
 
 def accelerator_of(rank: int, **plugin: Any) -> Any:

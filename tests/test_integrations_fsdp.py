@@ -16,7 +16,7 @@ from ctr_optim.export.files import read_adapter
 from ctr_optim.runtime import distributed
 
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
-pytestmark = [needs_gloo, needs_fsdp2]
+pytestmark = [needs_gloo, needs_fsdp2, pytest.mark.usefixtures("a_token_is_enough")]
 
 STEPS, ROWS = 5, 8  # of eight rows, a process calibrates on one
 OPTIONS: dict[str, Any] = dict(

@@ -25,6 +25,9 @@ from ctr_optim.curvature.sums import Sums
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.hooks import Hook
 
+_GOLDEN = 0.6180339887  # from one token of a sample to the next
+_TURN = 0.7548776662  # from one step to the next
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -34,6 +37,23 @@ class Stage:
     layer: int
 
 
+def sample(tokens: int, stride: int, phase: Tensor) -> Tensor:
+    """Indices of one token in every ``stride``, at a place that moves from one to the next.
+
+    A fixed place would see the same positions of every sequence wherever ``stride`` divides their length. Multiples of
+    the golden ratio spread the places evenly.
+
+    Args:
+        phase: ``()`` in [0, 1), on the tokens' device.
+
+    Returns:
+        ``(ceil(tokens / stride),)`` rising indices.
+    """
+    index = torch.arange(-(-tokens // stride), device=phase.device)
+    place = ((index * _GOLDEN + phase) % 1 * stride).long()
+    return (index * stride + place).clamp_max(tokens - 1)
+
+
 class _Tap(torch.autograd.Function):
     """The identity; its backward adds to a stage.
 
@@ -41,20 +61,22 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, h: Tensor, b: Tensor, stage: Stage, stride: int) -> Tensor:
-        ctx.save_for_backward(x, h, b)
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, h: Tensor, b: Tensor, picked: Tensor | None, stage: Stage, stride: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, h, b, picked)
         ctx.stage, ctx.stride = stage, stride
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        x, h, b = ctx.saved_tensors
-        kept = grad.reshape(-1, grad.shape[-1])[:: ctx.stride]
-        # a part is copied out, for a view would keep the whole gradient alive until the tokens are summed
-        kept = kept if ctx.stride == 1 else kept.clone()
+        x, h, b, picked = ctx.saved_tensors
+        kept = grad.reshape(-1, grad.shape[-1])
+        # a copy of the part: a view would keep the whole gradient alive until the tokens are summed
+        kept = kept if picked is None else kept[picked]
         ctx.stage.sums.add(ctx.stage.layer, x, h, b, kept, ctx.stride)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 class Taps:
@@ -68,6 +90,7 @@ class Taps:
         self.max_tokens = max_tokens
         self.stages: list[Stage | None] = [None] * len(pairs)
         self._inputs: list[Tensor | None] = [None] * len(pairs)
+        self._samples: dict[tuple[int, torch.device], Tensor] = {}  # of this step's tokens
         self._handles: list[RemovableHandle] = []
         for index, pair in enumerate(pairs):
             for module, seen in ((pair.down, self._seen_down), (pair.up, self._seen_up)):
@@ -87,10 +110,25 @@ class Taps:
         x = x.detach().reshape(-1, x.shape[-1])
         stride = 1 if self.max_tokens is None else max(1, -(-x.shape[0] // self.max_tokens))
         weight: Tensor = module.weight  # type: ignore[assignment]
-        # in h's dtype: under autocast the layer keeps a copy of x in half precision, and so do we; a part of the tokens
-        # is copied out, for a view would keep the whole alive
-        x = x[::stride].to(h.dtype, copy=stride > 1)
-        return _Tap.apply(out, x, h[::stride], weight.detach(), stage, stride)  # type: ignore
+        picked = None if stride == 1 else self._picked(x.shape[0], stride, stage.sums.phase)
+        if picked is not None:
+            x, h = x[picked], h[picked]
+        # in h's dtype: under autocast the layer keeps a copy of x in half precision, and so do we
+        return _Tap.apply(out, x.to(h.dtype), h, weight.detach(), picked, stage, stride)  # type: ignore
+
+    def turn(self, step: int) -> None:
+        """Look at other tokens than in the step before; a forward that checkpointing runs again sees the same ones."""
+        self._samples.clear()
+        for sums in {id(stage.sums): stage.sums for stage in self.stages if stage is not None}.values():
+            sums.phase.fill_(step * _TURN % 1)  # a tensor: compiled graphs stay as they are
+
+    def _picked(self, tokens: int, stride: int, phase: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return sample(tokens, stride, phase)
+        key = tokens, phase.device
+        if key not in self._samples:
+            self._samples[key] = sample(tokens, stride, phase)
+        return self._samples[key]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -94,6 +94,7 @@ class KFAC(NoCurvature):
         self.taps.enabled = self.due(step)
         if self.taps.enabled:
             self.stage()
+            self.taps.turn(step)
 
     def stage(self) -> None:
         """Give the taps empty sums for their tokens."""

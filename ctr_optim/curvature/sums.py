@@ -24,6 +24,7 @@ class Sums:
         rank_output: ``(L, r, r)`` sum of ``B^T g g^T B``, for D.
         input, output: sums of ``x x^T`` and ``g g^T``, for C and S.
         sketch: of the whitened gradient, on the steps before a rank event.
+        phase: ``()`` in [0, 1), which tokens are looked at where there are too many.
     """
 
     most_held = 2**24  # numbers set aside before they are summed: 64 MiB in float32
@@ -37,6 +38,7 @@ class Sums:
             output,
         )
         self.sketch: Sketch | None = None
+        self.phase = torch.zeros((), device=rows.device, dtype=torch.float32)
         self._waiting: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
         self._held = 0
         self._stride = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,27 @@ MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over 
 
 _PIECE = 256  # tokens at a time: vocabularies are large
 
-IGNORED = -100  # the label of tokens that the loss leaves out
-
 NO_LOGITS = "the model's output holds no logits"
 
 # what transformers' models call them: most; those that answer questions, are pretrained, compare, or segment
 _LOGITS = ("logits", "start_logits", "prediction_logits", "logits_per_image", "class_queries_logits")
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits in a model's output.
+
+    Attributes:
+        chunks: float tensors ``(sequences, ..., V)``; several of them are chunks along the tokens.
+        named: whether the output calls them logits. Otherwise only their gradient tells whether they feed a softmax.
+    """
+
+    chunks: list[Tensor]
+    named: bool
+
+    def whole(self) -> Tensor:
+        """``(sequences, ..., V)`` all chunks together."""
+        return self.chunks[0] if len(self.chunks) == 1 else torch.cat(self.chunks, 1)
 
 
 def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,41 +48,54 @@ def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, 
         if p.shape[-1] == 1:
             return 0.5 * (p - q).square().squeeze(-1)
         p, q = p.log_softmax(-1), q.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
+        chance = p.exp()
+        # a class that is masked out (-inf) on both sides adds nothing; 0 * (-inf + inf) would be NaN
+        return torch.where(chance > 0, chance * (p - q), 0).sum(-1)
 
     pieces = zip(*(torch.split(t, _PIECE) for t in (here, there, counts)), strict=True)
     sums = [torch.where(some, divergence(p.to(dtype), q.to(dtype)), 0).sum() for p, q, some in pieces]
     return torch.stack(sums).sum(), counts.sum(dtype=dtype)
 
 
-def some_rows(logits: Tensor) -> Tensor:
-    """``(n, V)`` rows of logits ``(..., V)``, evenly spaced."""
-    rows = logits.flatten(0, -2)
-    return rows[:: stride_of(len(rows))]
+def evenly(count: int, phase: int = 0) -> slice:
+    """At most :data:`MOST_TOKENS` of ``count`` rows, evenly spaced.
+
+    Args:
+        phase: any whole number; it turns the first row, so that several measurements see different rows.
+    """
+    stride = stride_of(count)
+    return slice(phase % stride, None, stride)
 
 
-def stride_of(rows: int) -> int:
+def stride_of(count: int) -> int:
     """From one row that is looked at to the next."""
-    return max(1, -(-rows // MOST_TOKENS))
+    return max(1, -(-count // MOST_TOKENS))
 
 
-def logits_of(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Logits | None:
     """The logits in a model's output: what is called so, the output itself, or a tuple's first float matrix.
 
     A list of chunks along the tokens, as torchtune's models give, is put together. Nothing else in an output with names
     is taken for logits: TRL's hold log-probabilities of single tokens.
     """
-    if chunks := chunks_of(output):
-        return torch.cat(chunks, 1)
-    values = output if isinstance(output, (tuple, list)) else (output,)
+    if chunks := _chunks_of(output):
+        return Logits(chunks, named=False)
+    named, values = False, output if isinstance(output, (tuple, list)) else (output,)
     if isinstance(output, dict):
-        values = [output[name] for name in _LOGITS if name in output]
+        named, values = True, [output[name] for name in _LOGITS if name in output]
     elif hasattr(output, "logits"):
-        values = (output.logits,)
-    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
+        named, values = True, (output.logits,)
+    found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2), None)
+    return None if found is None else Logits([found], named)
 
 
-def chunks_of(output: Any) -> list[Tensor] | None:
+def are_log_probabilities(logits: Tensor) -> Tensor:
+    """``()`` whether every row of ``(n, V)`` is normalised already."""
+    norms = torch.where(torch.isfinite(logits), logits, -torch.inf).float().logsumexp(-1)
+    return (norms.abs() < 1e-2).all()
+
+
+def _chunks_of(output: Any) -> list[Tensor] | None:
     """Logits ``(sequences, tokens, V)`` in chunks of the tokens; None where the output is something else."""
     if not isinstance(output, list):
         return None

@@ -55,6 +55,9 @@ class Prober(Protocol):
     def loss_tokens(self, logits: Tensor) -> Tensor:
         """``(n,)`` whether the loss looks at each token."""
 
+    def release(self) -> None:
+        """Forget the batch."""
+
     def close(self) -> None:
         """Remove the hooks and forget the batch."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,18 +35,43 @@ def moved(
             torch._foreach_copy_(params, values)
 
 
-def random_state() -> list[Tensor] | None:
-    """Of every generator that a forward may draw from; None within a graph, which cannot look."""
-    if torch.compiler.is_compiling():
-        return None
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
+class Generators:
+    """The state of every global random generator that a forward may draw from: torch's, NumPy's and Python's."""
+
+    def __init__(self) -> None:
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.torch = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")  # nobody draws from it where it was not imported
+        self.numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def restore(self) -> None:
+        """Set all generators back."""
+        torch.set_rng_state(self.torch[0])
+        for device, state in enumerate(self.torch[1:]):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def unmoved(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = Generators()
+        if len(now.torch) != len(self.torch) or not all(map(torch.equal, self.torch, now.torch)):
+            return False
+        return self.python == now.python and _same(self.numpy, now.numpy)
 
 
-def nothing_drawn(since: list[Tensor] | None) -> bool:
-    """Whether all generators are known to be in the state that they were in."""
-    now = random_state()
-    return since is not None and now is not None and all(map(torch.equal, since, now))
+def generators() -> Generators | None:
+    """Every generator's state; None within a graph, which cannot look."""
+    return None if torch.compiler.is_compiling() else Generators()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nested states hold the same, NumPy arrays included."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") and hasattr(b, "tobytes") else bool(a == b)
 
 
 def common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
@@ -73,15 +100,49 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def take(tree: Any, size: int, keep: int) -> Any:
-    """The first ``keep`` of ``size`` sequences of every tensor in nested inputs, as copies."""
+def sequences_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The batch size of a forward's inputs, where they can be cut along dimension 0; None where they cannot.
+
+    A cut is safe only where all tensors agree about their first dimension, and nothing else in the inputs may belong
+    to single sequences: lists of numbers or images, and Qwen2-VL's ``position_ids`` of shape (3, B, S), do.
+    """
+    inputs = [*args, *kwargs.values()]
+    sizes = {t.shape[0] for t in tensors_in(inputs) if t.dim() > 0}
+    positions = kwargs.get("position_ids")
+    if len(sizes) != 1 or (isinstance(positions, Tensor) and positions.dim() == 3):
+        return None
+    (size,) = sizes
+    return size if size > 0 and not any(_lists_sequences(value, size) for value in inputs) else None
+
+
+def _lists_sequences(value: Any, size: int) -> bool:
+    """Whether a list in the inputs may hold an entry for each sequence."""
+    if isinstance(value, dict):
+        return any(_lists_sequences(v, size) for v in value.values())
+    if not isinstance(value, (tuple, list)):
+        return False
+    if any(isinstance(v, (bool, int, float, str)) for v in value) or (len(value) == size > 1):
+        return True
+    return any(_lists_sequences(v, size) for v in value)
+
+
+def take(tree: Any, keep: int | None) -> Any:
+    """The first ``keep`` rows of every tensor in nested inputs, as copies; None: all of them.
+
+    Raises:
+        CannotRerun: for an input that only its owner knows how to copy.
+    """
     if isinstance(tree, Tensor):
-        sliced = tree[:keep] if tree.dim() > 0 and tree.shape[0] == size else tree
-        return sliced.detach().clone()
+        return (tree[:keep] if tree.dim() > 0 else tree).detach().clone()
     if isinstance(tree, dict):
-        return {key: take(value, size, keep) for key, value in tree.items()}
+        return {key: take(value, keep) for key, value in tree.items()}
     if (isinstance(tree, tuple) and type(tree) is tuple) or isinstance(tree, list):
-        return type(tree)(take(value, size, keep) for value in tree)
+        return type(tree)(take(value, keep) for value in tree)
     if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
         return tree
     raise CannotRerun(f"an input of type {type(tree).__name__} cannot be run twice")
+
+
+def versions(tree: Any) -> list[int]:
+    """A number for each tensor in nested inputs, which in-place changes move."""
+    return [-1 if t.is_inference() else t._version for t in tensors_in(tree)]

@@ -1,0 +1,220 @@
+"""Inputs that cannot be cut, and re-runs that fail: the measurement falls back, and never raises."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import batch, exact_kl, loss_of, net, optimizer, weights_of
+from torch import Tensor, nn
+
+from ctr_optim.trust_region import kept
+from ctr_optim.trust_region.rerun import sequences_in
+
+OPTIONS: dict[str, Any] = dict(lr=1.0, max_kl=1e-3, calibration_interval=1)
+
+
+class Images(nn.Module):
+    """Adds an image to each sequence that has one; as many images as ``has_image`` says, in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, ids: Tensor, has_image: Tensor, images: Tensor, sizes: list[int] | None = None) -> Tensor:
+        if int(has_image.sum()) != len(images):
+            raise ValueError(f"{int(has_image.sum())} image tokens, {len(images)} images")
+        shift = torch.zeros(len(ids), dtype=torch.long).masked_scatter(has_image, images)
+        return self.net((ids + shift[:, None]) % 11)
+
+
+def kl_of(model: nn.Module, before: Tensor, inputs: dict[str, Any], labels: Tensor) -> float:
+    with torch.no_grad():
+        return float(exact_kl(before, model(**inputs)[labels != -100]).mean())
+
+
+@pytest.mark.parametrize("kind", ["images of two rows", "as many images as rows", "a list"])
+def test_inputs_that_cannot_be_cut_are_run_whole(kind: str) -> None:
+    model, (ids, labels) = Images(), batch()
+    has = torch.tensor([False, True, True, False] if kind == "images of two rows" else [True] * 4)
+    inputs: dict[str, Any] = {"ids": ids, "has_image": has, "images": torch.arange(int(has.sum()))}
+    if kind == "a list":
+        inputs["sizes"] = [1, 2, 3, 4]
+    opt = optimizer(model, **OPTIONS)
+    with torch.no_grad():
+        before = model(**inputs)[labels != -100]
+    loss_of(model(**inputs), labels).backward()
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+    if kind != "as many images as rows":  # those can be cut
+        assert kl_of(model, before, inputs, labels) == pytest.approx(1e-3, rel=0.2)
+
+
+def test_a_cut_that_fails_gives_way_to_the_whole_batch_in_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors agree about dimension 0, and a slice is refused all the same."""
+    monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
+
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.net(ids.view(2, 2, -1)).flatten(0, 1)
+
+    model, (ids, labels) = Four(), batch()
+    opt = optimizer(model, **OPTIONS)
+    with torch.no_grad():
+        before = model(ids)[labels != -100]
+    loss_of(model(ids), labels).backward()
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+    assert kl_of(model, before, {"ids": ids}, labels) == pytest.approx(1e-3, rel=0.2)
+
+
+def test_a_slice_that_says_something_else_gives_way_to_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that see each other: nothing fails, and a slice is no part of the batch."""
+    monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = self.net(ids)
+            return 3 * (logits - logits.mean(0))  # of one row: nothing is left
+
+    model, (ids, labels) = Mixed(), batch()
+    opt = optimizer(model, **OPTIONS)
+    with torch.no_grad():
+        before = model(ids)[labels != -100]
+    loss_of(model(ids), labels).backward()
+    opt.step()
+    assert kl_of(model, before, {"ids": ids}, labels) == pytest.approx(1e-3, rel=0.2)
+
+
+def test_what_can_be_cut() -> None:
+    ids, T = torch.zeros(3, 5, dtype=torch.long), torch.zeros
+    assert sequences_in((ids,), {"attention_mask": ids, "use_cache": False}) == 3
+    assert sequences_in((), {"ids": ids, "rotary": (T(3, 5), T(3, 5))}) == 3
+    for other in (
+        {"pixel_values": T(7, 4)}, {"position_ids": T(3, 3, 5)}, {"position_ids": T(1, 5)}, {"cu_seqlens": T(4)},
+        {"lengths": [5, 4, 3]}, {"images": [T(3, 2), T(3, 2)], "more": [T(3), T(3), T(3)]}, {"edge_index": T(2, 9)},
+    ):  # fmt: skip
+        assert sequences_in((ids,), other) is None, other
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, torch.OutOfMemoryError, AssertionError])
+def test_no_re_run_raises_and_three_failures_end_it(error: type[Exception]) -> None:
+    """Every parameter is where the step puts it, and one warning tells why nothing is measured."""
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.tried = net(), 0
+
+        def forward(self, ids: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                self.tried += 1
+                raise error("only in training")
+            return self.net(ids)
+
+    model = Once()
+    opt = optimizer(model, **OPTIONS)
+    tried = []
+    for step in range(6):
+        opt.zero_grad()
+        loss_of(model(batch(step)[0]), batch(step)[1]).backward()
+        before = weights_of(opt)
+        if step == 2:
+            with pytest.warns(UserWarning, match="could not run the model again"):
+                opt.step()
+        else:
+            opt.step()
+        after = weights_of(opt)
+        assert all(not torch.equal(before[name][1], after[name][1]) for name in before)
+        source = opt.metrics()["trust/source"]
+        assert source.startswith("assumed (")
+        assert ("memory" if error is torch.OutOfMemoryError else "only in training") in source
+        assert opt.metrics()["trust/predicted_kl"] == pytest.approx(1e-3)
+        tried.append(model.tried)
+    assert tried[2] == tried[-1] and tried[0] < tried[2]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "python"])
+def test_both_passes_see_the_same_chance_and_leave_it_alone(kind: str) -> None:
+    """SpecAugment draws its masks from NumPy."""
+
+    class Augmented(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            column = int(np.random.randint(ids.shape[1])) if kind == "numpy" else random.randrange(ids.shape[1])
+            drawn = torch.zeros(ids.shape[1], dtype=torch.bool)
+            drawn[column] = True
+            return self.net(torch.where(drawn, 0, ids))
+
+    streams = []
+    for interval in (1, None):
+        np.random.seed(0)
+        random.seed(0)
+        model, (ids, labels) = Augmented(), batch(n=8)
+        opt = optimizer(model, **{**OPTIONS, "calibration_interval": interval})
+        for _ in range(3):
+            opt.zero_grad()
+            loss_of(model(ids), labels).backward()
+            opt.step()
+        streams.append((np.random.random(), random.random()))
+        if interval:
+            assert opt.metrics()["trust/source"] == "measured"
+            assert 0.1 < opt.metrics()["trust/coupling"] < 100  # passes that differ by chance give 1e4 and more
+    assert streams[0] == streams[1]
+
+
+def test_nothing_is_kept_after_a_measurement() -> None:
+    model = net()
+    opt = optimizer(model, **{**OPTIONS, "calibration_interval": 50})
+    probe = opt._trust.coupling.prober
+    for step in range(4):
+        opt.zero_grad()
+        loss_of(model(batch(step)[0]), batch(step)[1]).backward()
+        assert (probe._call is not None) == (step in (0, 1))
+        opt.step()
+        assert probe._call is None
+
+
+def test_a_few_loss_tokens_ask_for_more_of_the_batch() -> None:
+    """A row holds one loss token: a quarter of the batch would hold four."""
+    model, (ids, labels) = net(), batch(n=16, length=6, ignored=5)
+    opt = optimizer(model, **OPTIONS)
+    probe = opt._trust.coupling.prober
+    loss_of(model(ids), labels).backward()
+    assert probe.ready and int(probe.loss_tokens(ids).sum()) == 16
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+
+
+def test_a_batch_changed_in_place_is_not_enlarged() -> None:
+    model, (ids, labels) = net(), batch(n=16, ignored=5)
+    opt = optimizer(model, **OPTIONS)
+    probe = opt._trust.coupling.prober
+    loss_of(model(ids), labels).backward()
+    ids.zero_()
+    assert probe.ready and int(probe.loss_tokens(ids).sum()) == 4
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
+
+
+def test_of_few_loss_tokens_among_many_none_is_missed() -> None:
+    """One target at the end of long rows: rows at even spacing would pass it by."""
+    model, (ids, labels) = net(), batch(n=2, length=1500, ignored=1499)
+    opt = optimizer(model, **OPTIONS, max_tokens=None)
+    loss_of(model(ids), labels).backward()
+    opt.step()
+    assert opt.metrics()["trust/source"] == "measured"
