@@ -126,7 +126,7 @@ class CTROptimizer(Optimizer):
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = BOUNDS[kl_schedule](max_kl)
+        self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(params, defaults)
@@ -256,8 +256,8 @@ class CTROptimizer(Optimizer):
         assert isinstance(self._curvature, KFAC)
         self._stack()
         opened = self._curvature.open_sketch(rank, self.state)
-        if opened:
-            self._rank_state.sketched = 0
+        if opened and self._ranks is not None:
+            self._ranks.begin_sketch()
         return opened
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -287,8 +287,12 @@ class CTROptimizer(Optimizer):
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
-        self._reallocate()
-        self._arm()
+        try:
+            self._reallocate()
+        finally:
+            self._arm()
+        if self._ranks is not None:
+            self._ranks.notify()  # last: a listener that raises must leave an optimizer that works
         return loss
 
     def _look(self) -> Tensor:
@@ -306,7 +310,8 @@ class CTROptimizer(Optimizer):
         self._follow_devices()
         sketched = self._curvature.due(self._counters.steps)
         self._curvature.update(finite, (self._settings, self._scheduler))
-        self._rank_state.sketched += sketched
+        if sketched and self._ranks is not None:
+            self._ranks.count_sketched(finite)
         if due(self._counters.steps, self._settings.basis_interval) and (failed := self._curvature.refresh()):
             self._counters.failed += failed
             warn_failed("an eigenbasis", "the layers keep the one that they have")
@@ -343,9 +348,11 @@ class CTROptimizer(Optimizer):
             checks.check_single_process()
         blocks = self.blocks
         distributed.reshard(self._trained.fsdp)
-        with exact(block.H.device for block in blocks):
-            self._counters.failed += self._ranks.event(blocks, self.state, step, masked)
-        self._restack()
+        try:
+            with exact(block.H.device for block in blocks):
+                self._counters.failed += self._ranks.event(blocks, self.state, step, masked)
+        finally:
+            self._restack()
 
     def _masked(self) -> bool:
         """Whether layers keep their shapes when ranks move."""
@@ -362,6 +369,8 @@ class CTROptimizer(Optimizer):
 
     def _numbers(self) -> dict[str, Any]:
         """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
+        if self._ranks is not None:
+            self._ranks.settle()
         return pack(self._owners())
 
     @property
