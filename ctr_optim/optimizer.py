@@ -26,7 +26,7 @@ from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack, slope
 from ctr_optim.direction.step import Step, directions
-from ctr_optim.metrics import metrics_of
+from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.trained import Trained
@@ -36,7 +36,8 @@ from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
-from ctr_optim.runtime.messages import warn_failed, warn_skipped
+from ctr_optim.runtime.messages import Once, warn_failed, warn_skipped
+from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
 from ctr_optim.settings import Settings, check_group, due
 from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.coupling import Coupling
@@ -93,6 +94,7 @@ class CTROptimizer(Optimizer):
 
     _finalizer: weakref.finalize
 
+    @suggests_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -129,7 +131,7 @@ class CTROptimizer(Optimizer):
         self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
-        super().__init__(params, defaults)
+        super().__init__(given_parameters(params), defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
         self._attach()
 
@@ -141,6 +143,7 @@ class CTROptimizer(Optimizer):
             numbers = self._numbers()
             self._finalizer()
         self._attached = True
+        self._once = getattr(self, "_once", Once())
         model = self._model() if self._model is not None else None
         self._held = parameters_of(self.param_groups)
         self._trained = Trained(self._held, model, self._settings.curvature)
@@ -157,8 +160,9 @@ class CTROptimizer(Optimizer):
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         unpack(numbers or {}, self._owners())
         handles = self._hook_forwards()
-        for pair in self.pairs if self._ranks is not None else ():
-            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
+        for pair in self.pairs:
+            moves = self._ranks is not None
+            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded), moves)
         self._finalizer = weakref.finalize(self, _detach, self._curvature, probe, handles)
         self._layout: Layout | None = None
         self._fused = Fused(())
@@ -275,6 +279,8 @@ class CTROptimizer(Optimizer):
         """
         checks.check_outside_backward()
         loss = _evaluated(closure)
+        if closure is None and self._bound.needs_closure:
+            self._once.warn(checks.NO_CLOSURE)
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             return loss
         stacks = self._stack()
@@ -362,6 +368,10 @@ class CTROptimizer(Optimizer):
 
     # -- what users read and save -------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        ranks = {p.name: p.rank for p in self.pairs} if self._ranks is None else self._ranks.known
+        return describe(self.param_groups, self.pairs, ranks, self._settings, self._scheduler, self.steps)
+
     def _owners(self) -> list[Any]:
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
@@ -395,7 +405,8 @@ class CTROptimizer(Optimizer):
     def rank_scheduler(self, scheduler: RankScheduler) -> None:
         if self._ranks is None:
             raise ValueError("rank_scheduler: this optimizer was built without one; pass it to CTROptimizer")
-        self._scheduler = self._ranks.scheduler = scheduler
+        self._scheduler = scheduler
+        self._ranks.use(scheduler)
         if not scheduler.sketches(self.steps):
             drop_sketches(self.state, self.pairs)
             self._restack()
@@ -502,6 +513,7 @@ class CTROptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""
+        check_group_keys(param_group, self.defaults, Settings.__dataclass_fields__)
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("peak_lr", 0.0)  # checkpoints that fill in a template want it there
         check_group(self.param_groups[-1])

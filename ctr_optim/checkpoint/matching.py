@@ -79,15 +79,21 @@ def make_room(pair: LoRAPair, rank: int) -> None:
 
 
 def resize_on_load(
-    pair: LoRAPair, resize: str = "auto", loaded: Callable[[LoRAPair, bool], None] | None = None
+    pair: LoRAPair,
+    resize: str = "auto",
+    loaded: Callable[[LoRAPair, bool], None] | None = None,
+    moves: bool = True,
 ) -> list[Any]:
     """Hooks that let ``pair`` load weights of any rank.
+
+    Weights that cannot be loaded are refused with a remedy; torch would list a size mismatch for every layer.
 
     Args:
         resize: as the optimizer's: with ``"masked"``, and with ``"auto"`` in several processes, layers keep their
             shapes; fewer directions are then filled up with zeros, and more do not load. Elsewhere the layer takes
             the rank of the weights.
         loaded: called with the pair and whether its shapes changed.
+        moves: whether ranks may move here; if not, weights of another rank are refused.
     """
 
     def fit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -97,6 +103,18 @@ def resize_on_load(
         dim = 0 if module is pair.down else 1
         rank = incoming.shape[dim]
         masked = resize == "masked" or (resize == "auto" and world_size() > 1)
+        if rank != pair.rank and not moves:
+            raise RuntimeError(
+                f"{pair.name}: the weights to load have rank {rank}, and the model's layer has rank {pair.rank}. Ranks "
+                "moved in the run that saved them: call ctr_optim.match_ranks(model, weights) before loading them, or "
+                "pass callbacks=[CTRCallback()] to the trainer (ctr_optim.integrations.transformers, .lightning)"
+            )
+        if rank > pair.rank and masked:
+            raise RuntimeError(
+                f"{pair.name}: the weights to load have rank {rank}, and the layer keeps its {pair.rank} directions "
+                "(several processes, or resize='masked'). Build the adapter with a larger r, or call "
+                "ctr_optim.match_ranks(model, weights) before the optimizer is built and the model is wrapped"
+            )
         changes = rank != pair.rank and not masked
         if changes:
             make_room(pair, rank)

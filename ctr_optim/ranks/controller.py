@@ -52,7 +52,8 @@ class RankController:
             {pair.name: pair.cost for pair in pairs},
             {pair.name: pair.rank for pair in pairs},
         )
-        self.scheduler, self.damping, self.listeners = scheduler, damping, listeners
+        self.damping, self.listeners = damping, listeners
+        self.use(scheduler)
         self.numbers = numbers
         self.utility: dict[str, float] = {}
         self._pairs = list(pairs)
@@ -66,6 +67,17 @@ class RankController:
         if self._in_use is None:
             self._in_use = dict(zip((p.name for p in self._pairs), ranks_in_use(self._pairs), strict=True))
         return self._in_use
+
+    @property
+    def known(self) -> dict[str, int]:
+        """Directions in use as far as known, else the allocated ones; waits for no device and no process."""
+        return {p.name: p.rank for p in self._pairs} if self._in_use is None else dict(self._in_use)
+
+    def use(self, scheduler: RankScheduler) -> None:
+        """Follow another scheduler."""
+        self.scheduler = scheduler
+        if scheduler.next_event(0) is None:
+            checks.warn_no_event(scheduler)
 
     def forget_ranks(self) -> None:
         """The weights were loaded: count anew."""
