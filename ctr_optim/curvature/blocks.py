@@ -61,7 +61,7 @@ class Block:
 
     def __init__(self, stacks: StackedPair, structure: type[Factor]) -> None:
         self.pairs, self.indices, self.structure = list(stacks.pairs), list(stacks.indices), structure
-        self.a, self.b = stacks.a, stacks.b
+        self.a, self.b, self.borrowed = stacks.a, stacks.b, stacks.borrowed
         self._bind()
 
     def _bind(self) -> None:
@@ -192,9 +192,17 @@ class Block:
         """Whose eigenbasis comes of what: A's of D, B's of H."""
         return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
 
+    def _delta_a(self, deltas: Mapping[Stacked, Tensor]) -> Tensor | None:
+        """``(L, r, d_in)`` the step of A, which another layer's stack may hold; None where A does not move."""
+        if self.a is not None:
+            return deltas.get(self.a)
+        if not self.borrowed or any(stack not in deltas for stack, _ in self.borrowed):
+            return None
+        return torch.stack([deltas[stack][row] for stack, row in self.borrowed])
+
     def quadratic(self, deltas: Mapping[Stacked, Tensor]) -> Tensor:
         """``()`` the K-FAC quadratic form of these layers' part of a step."""
-        delta_a = deltas.get(self.a) if self.a is not None else None
+        delta_a = self._delta_a(deltas)
         return quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S).sum()
 
     def penalize_(self, deltas: Mapping[Stacked, Tensor], weight: float, finite: Tensor) -> None:

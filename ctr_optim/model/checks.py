@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,6 +74,13 @@ def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], 
     """Refuse moving ranks of nothing, where processes would fall apart, or the saved adapter would load wrongly."""
     if not (pairs and settings.curvature == "kfac"):
         raise ValueError("rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize")
+    uses = Counter(id(pair.A) for pair in pairs)
+    shared = [pair.name for pair in pairs if uses[id(pair.A)] > 1]
+    if shared:
+        raise ValueError(
+            f"rank_scheduler: {', '.join(shared[:3])} share one A, so that a rank cannot move in one layer alone; give "
+            "each layer its own A, or leave rank_scheduler out"
+        )
     if settings.resize == "physical":
         check_single_process()
     configs = [
