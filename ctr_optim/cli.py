@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from ctr_optim import __version__
 from ctr_optim.export.files import read_adapter
 from ctr_optim.export.repair import fix_torchtune_adapter
 from ctr_optim.export.uniform import export_uniform_files
@@ -32,7 +36,7 @@ def title(run: str) -> str:
 
 def inspect(args: argparse.Namespace) -> None:
     """Layers of a saved adapter."""
-    layers = read_adapter(args.adapter).layers
+    layers = sorted(read_adapter(args.adapter).layers, key=lambda layer: _natural(layer.name))
     rows = [(la.name, str(la.rank), f"{la.scaling:.4g}", f"{la.norm:.4g}", f"{la.parameters:,}") for la in layers]
     print("\n".join(columns(("layer", "rank", "scaling", "|s B A|", "parameters"), rows)))
     ranks = [layer.rank for layer in layers]
@@ -41,6 +45,11 @@ def inspect(args: argparse.Namespace) -> None:
             f"\n{len(layers)} layers, ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}, "
             f"{sum(layer.parameters for layer in layers):,} parameters"
         )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names as people count: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def uniform(args: argparse.Namespace) -> None:
@@ -58,6 +67,7 @@ def fix_torchtune(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ctr-optim", description="Look at runs and adapters of ctr_optim.")
+    parser.add_argument("--version", action="version", version=f"ctr_optim {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     one = commands.add_parser("report", help="what a run did: ranks, KL from base, trust scale")

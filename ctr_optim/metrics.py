@@ -1,4 +1,4 @@
-"""What an optimizer tells of its last step, as plain floats."""
+"""Reports of an optimizer on itself and its last step, as text and plain floats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ from typing import Any
 
 from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.curvature.blocks import Block
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.settings import Settings
 from ctr_optim.trust_region.region import TrustRegion
+
+
+def describe(
+    groups: Sequence[Mapping[str, Any]],
+    pairs: Sequence[LoRAPair],
+    ranks: Mapping[str, int],
+    settings: Settings,
+    scheduler: RankScheduler | None,
+    steps: int,
+) -> str:
+    """An optimizer in a few lines: layers, ranks, bound and groups; waits for no device."""
+    paired = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    others = [p for g in groups for p in g["params"] if id(p) not in paired and p.requires_grad]
+    adapted = sum(pair.A.numel() + pair.B.numel() for pair in pairs)
+    lines = [f"layers: {len(pairs)} LoRA layers of {adapted:,} parameters"]
+    if others:
+        lines[0] += f", {sum(p.numel() for p in others):,} other parameters"
+    if ranks:
+        spread = f"{min(ranks.values())} to {max(ranks.values())}, mean {sum(ranks.values()) / len(ranks):.2f}"
+        lines.append(f"ranks: {spread}, " + ("fixed" if scheduler is None else f"every {scheduler.interval} steps"))
+    bound = "none" if settings.max_kl is None else f"{settings.max_kl:g} nats per token a step"
+    lines.append(f"bound: {bound} (kl_schedule={settings.kl_schedule!r}, curvature={settings.curvature!r})")
+    lines.append(f"steps: {steps}")
+    for index, group in enumerate(groups):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names", "peak_lr", "ctr")}
+        text = ", ".join(f"{k}={float(v) if k == 'lr' else v!r}" for k, v in options.items())
+        lines.append(f"group {index}: {len(group['params'])} tensors, {text}")
+    return "CTROptimizer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
 
 
 def metrics_of(

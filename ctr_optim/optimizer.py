@@ -27,7 +27,7 @@ from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack, slope
 from ctr_optim.direction.step import Step, directions
-from ctr_optim.metrics import metrics_of
+from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.trained import Trained
@@ -37,7 +37,8 @@ from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
-from ctr_optim.runtime.messages import warn_failed, warn_skipped, warn_unbounded
+from ctr_optim.runtime.messages import Once, warn_failed, warn_skipped, warn_unbounded
+from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, check_group, due
 from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.coupling import Coupling
@@ -96,6 +97,7 @@ class CTROptimizer(Optimizer):
 
     _finalizer: weakref.finalize
 
+    @suggests_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -129,17 +131,11 @@ class CTROptimizer(Optimizer):
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = BOUNDS[kl_schedule](max_kl)
+        self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
-        defaults = dict(
-            lr=LEARNING_RATE if lr is None else lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            foreach=foreach,
-        )
-        super().__init__(params, defaults)
+        rate = LEARNING_RATE if lr is None else lr
+        defaults = dict(lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
+        super().__init__(given_parameters(params), defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
         if lr is None and (max_kl is None or curvature == "none"):
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
@@ -160,6 +156,7 @@ class CTROptimizer(Optimizer):
             numbers = self._numbers()
             self._finalizer()
         self._attached = True
+        self._once = getattr(self, "_once", Once())
         model = self._model() if self._model is not None else None
         self._held = parameters_of(self.param_groups)
         self._trained = Trained(self._held, model, self._settings.curvature)
@@ -177,8 +174,9 @@ class CTROptimizer(Optimizer):
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         unpack(numbers or {}, self._owners())
         handles = self._hook_forwards()
-        for pair in self.pairs if self._ranks is not None else ():
-            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
+        for pair in self.pairs:
+            moves = self._ranks is not None
+            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded), moves)
         self._finalizer = weakref.finalize(self, _detach, self._curvature.closer(), probe, handles)
         self._layout: Layout | None = None
         self._fused = Fused(())
@@ -284,8 +282,8 @@ class CTROptimizer(Optimizer):
         assert isinstance(self._curvature, KFAC)
         self._stack()
         opened = self._curvature.open_sketch(rank, self.state)
-        if opened:
-            self._rank_state.sketched = 0
+        if opened and self._ranks is not None:
+            self._ranks.begin_sketch()
         return opened
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -303,6 +301,8 @@ class CTROptimizer(Optimizer):
         """
         checks.check_outside_backward()
         loss = _evaluated(closure)
+        if closure is None and self._bound.needs_closure:
+            self._once.warn(checks.NO_CLOSURE)
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             return loss
         stacks = self._stack()
@@ -315,8 +315,12 @@ class CTROptimizer(Optimizer):
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
-        self._reallocate()
-        self._arm()
+        try:
+            self._reallocate()
+        finally:
+            self._arm()
+        if self._ranks is not None:
+            self._ranks.notify()  # last: a listener that raises must leave an optimizer that works
         return loss
 
     def _look(self) -> Tensor:
@@ -334,7 +338,8 @@ class CTROptimizer(Optimizer):
         self._follow_devices()
         sketched = self._curvature.due(self._counters.steps)
         self._curvature.update(finite, (self._settings, self._scheduler))
-        self._rank_state.sketched += sketched
+        if sketched and self._ranks is not None:
+            self._ranks.count_sketched(finite)
         if sketched and not self._fused.stacks:
             self._fused, self._fuses = Fused(self._fusible()), False  # from the next step on
         if due(self._counters.steps, self._settings.basis_interval) and (failed := self._curvature.refresh()):
@@ -373,9 +378,11 @@ class CTROptimizer(Optimizer):
             checks.check_single_process()
         blocks = self.blocks
         distributed.reshard(self._trained.fsdp)
-        with exact(block.H.device for block in blocks):
-            self._ranks.event(blocks, self.state, step, masked)
-        self._restack()
+        try:
+            with exact(block.H.device for block in blocks):
+                self._ranks.event(blocks, self.state, step, masked)
+        finally:
+            self._restack()
 
     def _masked(self) -> bool:
         """Whether layers keep their shapes when ranks move."""
@@ -385,6 +392,10 @@ class CTROptimizer(Optimizer):
 
     # -- what users read and save -------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        ranks = {p.name: p.rank for p in self.pairs} if self._ranks is None else self._ranks.known
+        return describe(self.param_groups, self.pairs, ranks, self._settings, self._scheduler, self.steps)
+
     def _owners(self) -> list[Any]:
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
@@ -392,6 +403,8 @@ class CTROptimizer(Optimizer):
 
     def _numbers(self) -> dict[str, Any]:
         """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
+        if self._ranks is not None:
+            self._ranks.settle()
         return pack(self._owners())
 
     @property
@@ -416,7 +429,8 @@ class CTROptimizer(Optimizer):
     def rank_scheduler(self, scheduler: RankScheduler) -> None:
         if self._ranks is None:
             raise ValueError("rank_scheduler: this optimizer was built without one; pass it to CTROptimizer")
-        self._scheduler = self._ranks.scheduler = scheduler
+        self._scheduler = scheduler
+        self._ranks.use(scheduler)
         if not scheduler.sketches(self.steps):
             drop_sketches(self.state, self.pairs)
             self._restack()
@@ -529,6 +543,7 @@ class CTROptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; LoRA layers in the new group are found and hooked."""
+        check_group_keys(param_group, self.defaults, Settings.__dataclass_fields__)
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("peak_lr", 0.0)  # checkpoints that fill in a template want it there
         check_group(self.param_groups[-1])
@@ -536,12 +551,7 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {
-            "_settings": self._settings,
-            "_scheduler": self._scheduler,
-            "_default_rate": self._default_rate,
-        }
-        own["_carried"] = self._numbers()
+        own = {"_settings": self._settings, "_scheduler": self._scheduler, "_carried": self._numbers()}
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

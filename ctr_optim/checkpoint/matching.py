@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ _PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 
 
-def match_ranks(model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, int]:
+def match_ranks(
+    model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | None = None
+) -> dict[str, int]:
     """Resize every LoRA layer of ``model`` to the rank that it has in ``checkpoint``; call it before loading.
 
     Only needed where the optimizer is built after the model is loaded: an optimizer with a ``rank_scheduler`` does
@@ -29,27 +31,38 @@ def match_ranks(model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[s
     Args:
         model: with LoRA layers.
         checkpoint: a state dict, or a directory (or file) with adapter weights.
+        adapter: the adapter that weights belong to whose names lack one, such as those of PEFT's files; None for the
+            model's only or active adapter. Only needed where a model carries several.
 
     Returns:
         the ranks of the layers that changed.
 
     Raises:
         FileNotFoundError: no weights there.
-        ValueError: the checkpoint names none of the model's LoRA layers.
+        ValueError: the checkpoint names none of the model's LoRA layers, or its weights could be those of several
+            adapters.
     """
     weights = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
-    by_suffix = {_plain(key): value for key, value in weights.items()}
+    incoming: dict[str, dict[str | None, Tensor]] = {}
+    for key, value in weights.items():
+        name, owner = _split(key)
+        incoming.setdefault(name, {})[owner] = value
     modules = {id(module): name for name, module in model.named_modules()}
-    found, changed = 0, {}
+    alike: dict[str, list[LoRAPair]] = {}
     for pair in find_pairs(model):
-        incoming = by_suffix.get(_plain(modules[id(pair.down)] + ".weight"))
-        if incoming is None:
-            continue
-        found += 1
-        if incoming.shape[0] != pair.rank:
-            make_room(pair, incoming.shape[0])
+        alike.setdefault(_split(modules[id(pair.down)] + ".weight")[0], []).append(pair)
+    matched = [
+        (pair, weight)
+        for name, pairs in alike.items()
+        for pair in pairs
+        if (weight := _weight_of(pair, pairs, incoming.get(name, {}), adapter)) is not None
+    ]
+    changed = {}
+    for pair, weight in matched:
+        if weight.shape[0] != pair.rank:
+            make_room(pair, weight.shape[0])
             changed[pair.name] = pair.rank
-    if not found:
+    if not matched:
         raise ValueError(
             "match_ranks: the checkpoint has weights for none of the model's LoRA layers; is it another model's?"
         )
@@ -66,15 +79,21 @@ def make_room(pair: LoRAPair, rank: int) -> None:
 
 
 def resize_on_load(
-    pair: LoRAPair, resize: str = "auto", loaded: Callable[[LoRAPair, bool], None] | None = None
+    pair: LoRAPair,
+    resize: str = "auto",
+    loaded: Callable[[LoRAPair, bool], None] | None = None,
+    moves: bool = True,
 ) -> list[Any]:
     """Hooks that let ``pair`` load weights of any rank.
+
+    Weights that cannot be loaded are refused with a remedy; torch would list a size mismatch for every layer.
 
     Args:
         resize: as the optimizer's: with ``"masked"``, and with ``"auto"`` in several processes, layers keep their
             shapes; fewer directions are then filled up with zeros, and more do not load. Elsewhere the layer takes
             the rank of the weights.
         loaded: called with the pair and whether its shapes changed.
+        moves: whether ranks may move here; if not, weights of another rank are refused.
     """
 
     def fit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -84,6 +103,18 @@ def resize_on_load(
         dim = 0 if module is pair.down else 1
         rank = incoming.shape[dim]
         masked = resize == "masked" or (resize == "auto" and world_size() > 1)
+        if rank != pair.rank and not moves:
+            raise RuntimeError(
+                f"{pair.name}: the weights to load have rank {rank}, and the model's layer has rank {pair.rank}. Ranks "
+                "moved in the run that saved them: call ctr_optim.match_ranks(model, weights) before loading them, or "
+                "pass callbacks=[CTRCallback()] to the trainer (ctr_optim.integrations.transformers, .lightning)"
+            )
+        if rank > pair.rank and masked:
+            raise RuntimeError(
+                f"{pair.name}: the weights to load have rank {rank}, and the layer keeps its {pair.rank} directions "
+                "(several processes, or resize='masked'). Build the adapter with a larger r, or call "
+                "ctr_optim.match_ranks(model, weights) before the optimizer is built and the model is wrapped"
+            )
         changes = rank != pair.rank and not masked
         if changes:
             make_room(pair, rank)
@@ -96,13 +127,43 @@ def resize_on_load(
     return [m.register_load_state_dict_pre_hook(Hook(fit, id(m))) for m in halves]
 
 
-def _plain(key: str) -> str:
-    """A parameter's name without adapter names and wrappers: PEFT's files leave the adapter's name out."""
+def _split(key: str) -> tuple[str, str | None]:
+    """A parameter's name without adapter and wrappers, and the adapter's name: PEFT's files leave the latter out."""
     parts = [part for part in _PREFIX.sub("", key).split(".") if part != "_orig_mod"]
+    owner = None
     for half in ("lora_A", "lora_B"):
         if half in parts:
-            parts = [*parts[: parts.index(half) + 1], "weight"]
-    return ".".join(parts)
+            end = parts.index(half) + 1
+            owner = ".".join(parts[end:-1]) or None
+            parts = [*parts[:end], "weight"]
+    return ".".join(parts), owner
+
+
+def _weight_of(
+    pair: LoRAPair, alike: Sequence[LoRAPair], incoming: Mapping[str | None, Tensor], adapter: str | None
+) -> Tensor | None:
+    """The checkpoint's A for a pair; None where there is none.
+
+    Args:
+        alike: all pairs of the same layer, one for each adapter.
+        incoming: the layer's A in the checkpoint, by the adapter's name; None stands for a name without an adapter.
+        adapter: the adapter that weights without one belong to.
+    """
+    if pair.adapter in incoming and (pair.adapter is not None or len(alike) == 1):
+        return incoming[pair.adapter]
+    nameless = incoming.get(None)
+    if len(alike) == 1:
+        # The names of a layer's only adapter may differ: libraries load one adapter's weights into another.
+        return nameless if nameless is not None else next(iter(incoming.values())) if len(incoming) == 1 else None
+    if nameless is None:
+        return None
+    active = list(getattr(pair.layer, "active_adapters", ())) if adapter is None else [adapter]
+    if len(active) != 1:
+        raise ValueError(
+            f"match_ranks: {pair.name} carries the adapters {[p.adapter for p in alike]}, of which {active} are "
+            "active, and the checkpoint's names lack the adapter; pass match_ranks(..., adapter=name)"
+        )
+    return nameless if pair.adapter == active[0] else None
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.model.pair import LoRAPair
+from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
 
 State = dict[nn.Parameter, dict[str, Tensor]]
@@ -47,19 +49,17 @@ def checked(
         if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), kind)):
             raise ValueError(f"checkpoint: no {key!r} in it; expected what CTROptimizer.state_dict() returns")
     new_groups, loaded = _checked_groups(state_dict["param_groups"], groups, numbers)
-    expected, pair_of = _expected_state(groups, pairs, settings), {pair.B: pair for pair in pairs}
+    loaded["max_kl"] = _restored_bound(loaded["max_kl"], settings)
+    pair_of = {p: pair for pair in pairs for p in (pair.A, pair.B)}
     state: State = {}
     for mine, theirs in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(mine["params"], theirs["params"], strict=True):
             entry = state_dict["state"].get(key)
             if not entry:
                 continue
-            if p in pair_of and "factor_updates" in expected[p]:
-                expected[p] |= _sketches_like(entry, pair_of[p])
-            state[p] = _checked_entry(key, entry, expected[p], p, settings)
-    halved = any(
-        {pair.A, pair.B} <= expected.keys() and (pair.A in state) != (pair.B in state) for pair in pair_of.values()
-    )
+            state[p] = _checked_entry(key, entry, _expected_entry(p, entry, pair_of.get(p), settings), p, settings)
+    ours = {p for group in groups for p in group["params"]}
+    halved = any({pair.A, pair.B} <= ours and (pair.A in state) != (pair.B in state) for pair in pairs)
     if halved or (pairs and not state and loaded["steps"]):
         raise ValueError("checkpoint: the state of parameters that have been trained is missing in it")
     return state, new_groups, loaded
@@ -118,19 +118,38 @@ def _check_number(name: str, value: Any, whole: bool = False) -> None:
         raise ValueError(f"checkpoint: {name} is {value!r}, expected {kind} of at least 0")
 
 
-def _expected_state(
-    groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair], settings: Settings
-) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """What the state of every parameter looks like."""
-    kfac = settings.curvature == "kfac"
-    rank_dims = {p: dim for pair in pairs if kfac for p, dim in ((pair.A, -2), (pair.B, -1))}
-    expected = {p: initial_state(p, rank_dims.get(p)) for group in groups for p in group["params"]}
-    for pair in pairs if kfac else ():
-        if pair.B in expected:
-            expected[pair.B].update(factor_state(pair, STRUCTURES[settings.factor_structure]))
+def _restored_bound(saved: float | None, settings: Settings) -> float | None:
+    """The bound to continue with: the live one where it adapts, else the constructor's."""
+    own = settings.max_kl
+    adapts = settings.kl_schedule == "adaptive" and own is not None
+    if adapts and saved is not None:
+        return float(saved)
+    if saved != own and not adapts:
+        warnings.warn(
+            f"checkpoint: max_kl={saved!r} wrote it, and this optimizer has max_kl={own!r}: the optimizer's own "
+            "holds. Build the optimizer with the checkpoint's to continue the same run.",
+            stacklevel=users_line(),
+        )
+    return own
+
+
+def _expected_entry(p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings: Settings) -> dict[str, Tensor]:
+    """Shapes and dtypes of one parameter's state, one at a time: a model's base weights may be large.
+
+    Args:
+        entry: the checkpoint's, which tells the number of columns of sketches.
+        pair: the LoRA layer that p is A or B of; None for other parameters.
+    """
+    # Without storage: the parameter may be as large as a model's embedding.
+    bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+    if pair is not None and settings.curvature == "kfac":
+        expected = initial_state(bare, -1 if p is pair.B else -2)
+        if p is pair.B:
+            expected |= factor_state(pair, STRUCTURES[settings.factor_structure]) | _sketches_like(entry, pair)
+        return expected
+    expected = initial_state(bare, None)
     if settings.curvature == "hutchinson":
-        for entry in expected.values():
-            entry["hessian_diagonal"] = torch.zeros_like(entry["exp_avg"])
+        expected["hessian_diagonal"] = expected["exp_avg"]
     return expected
 
 
@@ -166,7 +185,8 @@ def _checked_entry(
             raise ValueError(
                 f"checkpoint: {name} of parameter {key} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(expected[name].shape)} for a parameter of shape {tuple(p.shape)}; load the model's weights "
-                "first (ranks may have changed), and check that it is the same model"
+                "first, and check that it is the same model. If ranks moved in the run that wrote it: call "
+                "ctr_optim.match_ranks(model, weights) before loading them, or pass CTRCallback to the trainer"
             )
         if not bool(tensor.isfinite().all()) or (name in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
             raise ValueError(f"checkpoint: {name} of parameter {key} holds values that it cannot have; it is damaged")

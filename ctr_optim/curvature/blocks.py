@@ -66,7 +66,7 @@ class Block:
 
     def __init__(self, stacks: StackedPair, structure: type[Factor]) -> None:
         self.pairs, self.indices, self.structure = list(stacks.pairs), list(stacks.indices), structure
-        self.a, self.b = stacks.a, stacks.b
+        self.a, self.b, self.borrowed = stacks.a, stacks.b, stacks.borrowed
         self._bind()
 
     def _bind(self) -> None:
@@ -182,6 +182,14 @@ class Block:
         """``(L,)`` whether a layer has factors."""
         return self.b.tensors["factor_updates"] > 0
 
+    def _delta_a(self, deltas: Mapping[Stacked, Tensor]) -> Tensor | None:
+        """``(L, r, d_in)`` the step of A, which another layer's stack may hold; None where A does not move."""
+        if self.a is not None:
+            return deltas.get(self.a)
+        if not self.borrowed or any(stack not in deltas for stack, _ in self.borrowed):
+            return None
+        return torch.stack([deltas[stack][row] for stack, row in self.borrowed])
+
     def quadratic(self, deltas: Mapping[Stacked, Tensor], fallback: Tensor | None = None) -> Tensor:
         """``()`` the quadratic form of these layers' part of a step.
 
@@ -189,8 +197,8 @@ class Block:
             deltas: the step.
             fallback: ``()`` weight of the form from gradients, for layers without factors; None: all have factors.
         """
-        delta_a = deltas.get(self.a) if self.a is not None else None
-        form = quadratic(delta_a, deltas.get(self.b), *self.weights(), self.H, self.D, self.C, self.S)
+        delta_a, delta_b = self._delta_a(deltas), deltas.get(self.b)
+        form = quadratic(delta_a, delta_b, *self.weights(), self.H, self.D, self.C, self.S)
         if fallback is not None:
             halves = [(s, deltas[s]) for s in (self.a, self.b) if s is not None and s in deltas]
             for stack, delta in halves:

@@ -21,13 +21,15 @@ class PairStacks:
 
     Attributes:
         pairs: the pairs; indices: their places among the optimizer's pairs.
-        a, b: stacks of their A and B; ``a`` is None where A is not trained.
+        a, b: stacks of their A and B; ``a`` is None where A is not trained, or is another layer's.
+        borrowed: where A is another layer's, each pair's stack and row in it: one parameter takes one step.
     """
 
     pairs: list[LoRAPair]
     indices: list[int]
     a: Stack | None
     b: Stack
+    borrowed: list[tuple[Stack, int]]
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,26 @@ def lay_out(
         elif not state[p]:
             state[p].update(initial_state(p, None))
     prepare(state, kept)
+    owner: dict[int, int] = {}  # of each trained A, the first pair that has it
     alike: dict[Any, list[int]] = {}
     for index, pair in enumerate(pairs):
         group = group_of[id(pair.B)]
         kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
         cut = (distributed.layout(pair.A), distributed.layout(pair.B))
-        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group))
+        owns = id(pair.A) not in group_of or owner.setdefault(id(pair.A), index) == index
+        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group), owns)
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
     paired = []
     for indices in alike.values():
         some = [pairs[i] for i in indices]
-        group_a = group_of.get(id(some[0].A))
+        group_a = group_of.get(id(some[0].A)) if owner.get(id(some[0].A), indices[0]) == indices[0] else None
         a = None if group_a is None else Stack([pair.A for pair in some], group_a, state, -2)
         b = Stack([pair.B for pair in some], group_of[id(some[0].B)], state, -1)
-        paired.append(PairStacks(some, indices, a, b))
+        paired.append(PairStacks(some, indices, a, b, []))
+    place = {id(p): (s.a, row) for s in paired if s.a is not None for row, p in enumerate(s.a.params)}
+    for stacks in paired:
+        if stacks.a is None and id(stacks.pairs[0].A) in place:
+            stacks.borrowed.extend(place[id(pair.A)] for pair in stacks.pairs)
     others: dict[Any, list[nn.Parameter]] = {}
     for p, group in _trained(groups):
         if id(p) not in rank_dims:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,6 +74,13 @@ def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], 
     """Refuse moving ranks of nothing, where processes would fall apart, or the saved adapter would load wrongly."""
     if not (pairs and settings.curvature == "kfac"):
         raise ValueError("rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize")
+    uses = Counter(id(pair.A) for pair in pairs)
+    shared = [pair.name for pair in pairs if uses[id(pair.A)] > 1]
+    if shared:
+        raise ValueError(
+            f"rank_scheduler: {', '.join(shared[:3])} share one A, so that a rank cannot move in one layer alone; give "
+            "each layer its own A, or leave rank_scheduler out"
+        )
     if settings.resize == "physical":
         check_single_process()
     configs = [
@@ -185,6 +193,34 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
             stacklevel=users_line(),
         )
 
+
+def warn_if_frozen(pairs: Sequence[LoRAPair]) -> None:
+    """Warn that the adapter will not train: PEFT loads adapters frozen unless it is asked not to."""
+    if pairs and not any(p.requires_grad for pair in pairs for p in (pair.A, pair.B)):
+        adapters = sorted({pair.adapter for pair in pairs if pair.adapter is not None})
+        names = f" (adapters {', '.join(adapters)})" if adapters else ""
+        warnings.warn(
+            f"CTROptimizer: all LoRA layers that it was given{names} are frozen, "
+            "and will not train. Call requires_grad_(True) on their weights; PEFT does so with "
+            "PeftModel.from_pretrained(..., is_trainable=True)",
+            stacklevel=users_line(),
+        )
+
+
+def warn_no_event(scheduler: Any) -> None:
+    """Warn that a rank scheduler moves nothing within its ``total_steps``."""
+    warnings.warn(
+        f"rank_scheduler: no rank event falls into a run of total_steps={scheduler.total_steps}, so that ranks never "
+        f"move: events come every interval={scheduler.interval} steps from start={scheduler.start} to "
+        f"until={scheduler.until} of the run; choose a smaller interval",
+        stacklevel=users_line(),
+    )
+
+
+NO_CLOSURE = (
+    "CTROptimizer: kl_schedule='adaptive' compares the loss before and after a step, and step() got no closure: the "
+    "bound stays as it is. Call step(closure), or choose kl_schedule='lr' or 'constant'."
+)
 
 REPLACED = (
     "CTROptimizer: the parameters with gradients are not those that it was built with; something replaced them in its "

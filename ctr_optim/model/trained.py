@@ -47,6 +47,7 @@ class Trained:
                 "after the adapters have been added to the model.",
                 stacklevel=users_line(),
             )
+        checks.warn_if_frozen(self.pairs)
         self._roots = [weakref.ref(root) for root in roots]  # the optimizer must not keep the model alive
         self.fsdp = distributed.fsdp_modules(roots)
 

@@ -230,12 +230,17 @@ def reallocate(
             continue
         changes.setdefault((id(s.block), s.rank, kept, new[name] - kept), []).append(s)
         reason = "turn" if new[name] == ranks[name] else "grow" if new[name] > ranks[name] else "shrink"
-        worth = 1e6 * chosen[-1][0] / s.pair.cost if chosen else 0.0
+        worth = 1e6 * _utility(*chosen[-1], scheduler.hysteresis) / s.pair.cost if chosen else 0.0
         events.append(RankEvent(step, name, ranks[name], new[name], kept, worth, reason))
     for (_, _, kept, added), alike in changes.items():
         for some in _portions(alike):
             resize(some, kept, added, state, masked)
     return events
+
+
+def _utility(candidate: float, exists: bool, hysteresis: float) -> float:
+    """A candidate's own utility, without the factor that favours existing directions."""
+    return candidate / (1 + hysteresis) if exists else candidate
 
 
 def resize(

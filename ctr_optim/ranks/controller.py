@@ -25,7 +25,7 @@ class RankState:
     """Numbers of the ranks that a checkpoint carries.
 
     Attributes:
-        sketched: steps that the open sketches sum over.
+        sketched: steps that the open sketches sum over; skipped steps add nothing to a sketch, and do not count.
         budget: mean rank that the model started with; None before the first event.
     """
 
@@ -54,11 +54,14 @@ class RankController:
             {pair.name: pair.cost for pair in pairs},
             {pair.name: pair.rank for pair in pairs},
         )
-        self.scheduler, self.damping, self.listeners = scheduler, damping, listeners
+        self.damping, self.listeners = damping, listeners
+        self.use(scheduler)
         self.numbers, self.counters = numbers, counters
         self.utility: dict[str, float] = {}
         self._pairs = list(pairs)
         self._in_use: dict[str, int] | None = None
+        self._counted: Tensor | None = None  # () steps sketched since the last settle(), on the device
+        self._pending: list[RankEvent] = []
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -67,9 +70,39 @@ class RankController:
             self._in_use = dict(zip((p.name for p in self._pairs), ranks_in_use(self._pairs), strict=True))
         return self._in_use
 
+    @property
+    def known(self) -> dict[str, int]:
+        """Directions in use as far as known, else the allocated ones; waits for no device and no process."""
+        return {p.name: p.rank for p in self._pairs} if self._in_use is None else dict(self._in_use)
+
+    def use(self, scheduler: RankScheduler) -> None:
+        """Follow another scheduler."""
+        self.scheduler = scheduler
+        if scheduler.next_event(0) is None:
+            checks.warn_no_event(scheduler)
+
     def forget_ranks(self) -> None:
         """The weights were loaded: count anew."""
         self._in_use = None
+
+    def begin_sketch(self) -> None:
+        """Count sketched steps from zero."""
+        self.numbers.sketched, self._counted = 0, None
+
+    def count_sketched(self, finite: Tensor) -> None:
+        """Count one sketched step, unless it is skipped; does not wait for the device.
+
+        Args:
+            finite: ``()`` whether the step's gradients are finite.
+        """
+        one = finite.long()
+        self._counted = one if self._counted is None else self._counted + one.to(self._counted.device)
+
+    def settle(self) -> None:
+        """Move the count of sketched steps from the device to the numbers; waits for the device."""
+        if self._counted is not None:
+            self.numbers.sketched += int(self._counted)
+            self._counted = None
 
     def event(
         self,
@@ -80,10 +113,11 @@ class RankController:
     ) -> list[RankEvent]:
         """Survey, share out, resize; returns the events, none where the factors could not be decomposed.
 
-        The event drops the sketches from the state, so the caller restacks in any case. The budget that the model
-        starts with is kept: the next event may use what one event leaves unspent.
+        :meth:`notify` calls the listeners. The event drops the sketches from the state, so the caller restacks in any
+        case. The budget that the model starts with is kept: the next event may use what one event leaves unspent.
         """
         ranks = self.ranks
+        self.settle()
         try:
             count = max(1, self.numbers.sketched)
             surveys = [s for block in blocks for s in survey(block, count, self.damping, ranks=ranks)]
@@ -102,13 +136,24 @@ class RankController:
         scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
         if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
             checks.warn_if_full()
+        self.forget_ranks()  # an event that fails halfway leaves ranks that only the weights tell
         events = reallocate(surveys, scheduler, lambda p: state.get(p), step, masked=masked)
-        for event in events:
-            ranks[event.name] = event.new_rank
+        self._in_use = ranks | {event.name: event.new_rank for event in events}
+        self._pending += events
+        return events
+
+    def notify(self) -> None:
+        """Call every listener with every event since the last call; then raise the first error of a listener."""
+        events, self._pending = self._pending, []
+        errors: list[Exception] = []
         for event in events:
             for listener in self.listeners:
-                listener(event)
-        return events
+                try:
+                    listener(event)
+                except Exception as error:  # the other listeners, such as logs, must not miss the event
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _allocated(self) -> int:
         """Parameters that there is room for."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from ctr_optim.runtime.options import suggests_options
+
 
 @dataclass(frozen=True)
 class RankScheduler:
@@ -101,7 +103,7 @@ class RankScheduler:
         if isinstance(given, RankScheduler):
             return given
         if isinstance(given, Mapping):
-            return RankScheduler(**given)
+            return suggests_options(RankScheduler)(**given)
         raise TypeError(
             f"rank_scheduler: got {type(given).__name__}, expected a RankScheduler or a dict of its arguments"
         )

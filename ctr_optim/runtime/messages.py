@@ -14,6 +14,19 @@ def users_line() -> int:
     return level
 
 
+class Once:
+    """Gives each warning once, whatever Python's filters say."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def warn(self, message: str) -> None:
+        """Warn, unless this message was given before."""
+        if message not in self._given:
+            self._given.add(message)
+            warnings.warn(message, stacklevel=users_line())
+
+
 def warn_skipped() -> None:
     """Tell the user about a step that was not taken; Python shows it once."""
     warnings.warn(
@@ -43,7 +56,7 @@ def warn_unmeasured(source: str) -> None:
 def warn_unbounded(reason: str, lr: float) -> None:
     """Warn that no trust region holds; Python shows the warning once."""
     warnings.warn(
-        f"{reason}: no trust region here, so that the default lr is AdamW's everyday rate, {lr:g}; give lr=... to choose "
-        "another rate.",
+        f"{reason}: no trust region here, so that the default lr is AdamW's everyday rate, {lr:g}; give lr=... to "
+        "choose another rate.",
         stacklevel=users_line(),
     )
