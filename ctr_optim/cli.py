@@ -68,7 +68,8 @@ def compress(args: argparse.Namespace) -> None:
     print("\n".join(columns(("", "before", "after"), rows)))
     print(
         f"\ncost {done.cost:.3g} nats per token of a tolerance of {args.tolerance:g}: KL {done.kl:.3g}, "
-        f"loss {cost:+.3g} on {done.tokens:,} tokens\nranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}; "
+        f"loss {cost:+.3g} on {done.tokens:,} tokens\n"
+        f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}; "
         f"{sum(rank == 0 for rank in ranks)} of {len(ranks)} layers lost their adapter\nwrote {out}"
     )
 
