@@ -13,7 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair, ranks_in_use
-from ctr_optim.ranks.allocation import reallocate, survey
+from ctr_optim.ranks.allocation import Survey, reallocate, survey
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime.messages import warn_failed
@@ -75,12 +75,24 @@ class RankController:
         state: MutableMapping[Any, dict[str, Tensor]],
         step: int,
         masked: bool,
+        coupling: float | None = None,
     ) -> int:
         """Survey, share out, resize; returns 1 where the factors could not be decomposed, else 0.
 
         The event drops the sketches from the state, so the caller restacks in any case. The budget that the model
         starts with is kept: the next event may use what one event leaves unspent.
+
+        Args:
+            coupling: of the whole adapter (``Coupling.of_adapter``); a scheduler with a tolerance needs it.
+
+        Raises:
+            ValueError: a tolerance in nats, and no coupling that turns utilities into nats.
         """
+        if self.scheduler.tolerance is not None and coupling is None:
+            raise ValueError(
+                "rank_scheduler: tolerance is in nats, and this optimizer passes no coupling to the event; use "
+                "RankScheduler(budget=...), or ctr_optim.compress after training"
+            )
         ranks = self.ranks
         try:
             count = max(1, self.numbers.sketched)
@@ -92,20 +104,34 @@ class RankController:
             drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
-        parameters = sum(s.rank * s.pair.cost for s in surveys)
-        if self.numbers.budget is None:
-            self.numbers.budget = parameters / sum(s.pair.cost for s in surveys)
-        budget = self.scheduler.budget_at(step, self.numbers.budget)
-        scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
-        if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
+        scheduler = self._with_budget(surveys, step)
+        full = scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated()
+        if masked and full and scheduler.tolerance is None:
             checks.warn_if_full()
-        events = reallocate(surveys, scheduler, lambda p: state.get(p), step, masked=masked)
+        events = reallocate(
+            surveys,
+            scheduler,
+            lambda p: state.get(p),
+            step,
+            masked=masked,
+            coupling=1.0 if coupling is None else coupling,
+        )
         for event in events:
             ranks[event.name] = event.new_rank
         for event in events:
             for listener in self.listeners:
                 listener(event)
         return 0
+
+    def _with_budget(self, surveys: Sequence[Survey], step: int) -> RankScheduler:
+        """The scheduler with the budget of this event; as it is where it has a tolerance instead."""
+        if self.scheduler.tolerance is not None:
+            return self.scheduler
+        if self.numbers.budget is None:
+            parameters = sum(s.rank * s.pair.cost for s in surveys)
+            self.numbers.budget = parameters / sum(s.pair.cost for s in surveys)
+        budget = self.scheduler.budget_at(step, self.numbers.budget)
+        return replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
 
     def _allocated(self) -> int:
         """Parameters that there is room for."""

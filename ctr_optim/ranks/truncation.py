@@ -40,7 +40,7 @@ def removals(
     costs: Mapping[str, int],
     multiple: int = 1,
     uniform: bool = False,
-    min_rank: int = 0,
+    min_rank: int | Mapping[str, int] = 0,
 ) -> list[Removal]:
     """Return every removal that can be made, in the order of utility per parameter, cheapest first.
 
@@ -49,20 +49,21 @@ def removals(
         costs: for each layer, the parameters of one direction.
         multiple: ranks that remain are multiples of this number.
         uniform: all layers have one rank afterwards (or the smaller rank that they had).
-        min_rank: no layer falls below this rank.
+        min_rank: no layer falls below this rank; one for all, or (not with ``uniform``) one for each.
 
     Ties go by the layers' names, so that the order of layers does not matter.
     """
+    least = min_rank if isinstance(min_rank, Mapping) else dict.fromkeys(utilities, min_rank)
     if uniform:
         most = max((len(u) for u in utilities.values()), default=0)
-        levels = _levels(most, multiple, min_rank)
+        levels = _levels(most, multiple, max(least.values(), default=0))
         together = []
         for before, after in zip([most, *levels], levels, strict=False):
             parts = {n: u[after:before] for n, u in sorted(utilities.items()) if len(u) > after}
             saved = sum(len(part) * costs[n] for n, part in parts.items())
             together.append(Removal(tuple(parts), after, math.fsum(x for p in parts.values() for x in p), saved))
         return together
-    queues = {n: _of_layer(n, u, costs[n], multiple, min_rank) for n, u in utilities.items()}
+    queues = {n: _of_layer(n, u, costs[n], multiple, least[n]) for n, u in utilities.items()}
     heap = [(_price(queue[0]), name, 0) for name, queue in queues.items() if queue]
     heapq.heapify(heap)
     order = []
