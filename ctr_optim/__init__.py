@@ -6,6 +6,7 @@ from ctr_optim.export.compact import export_compact
 from ctr_optim.export.uniform import export_uniform
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
+from ctr_optim.ranks.compress import compress
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.initialize import initialize
 from ctr_optim.ranks.scheduler import RankScheduler
@@ -15,6 +16,7 @@ __all__ = [
     "LoRAPair",
     "RankEvent",
     "RankScheduler",
+    "compress",
     "export_compact",
     "export_uniform",
     "initialize",

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ctr_optim import __version__
+from ctr_optim.export.compress import compress_files
 from ctr_optim.export.files import read_adapter
 from ctr_optim.export.repair import fix_torchtune_adapter
 from ctr_optim.export.uniform import export_uniform_files
@@ -58,6 +59,30 @@ def uniform(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: every layer of rank {rank}")
 
 
+def compress(args: argparse.Namespace) -> None:
+    """Cut a saved adapter to a tolerance."""
+    out = args.out or f"{Path(args.adapter)}-compressed"
+    found = compress_files(
+        args.adapter, args.model, args.data, args.tolerance, out,
+        uniform=args.rank_uniform, multiple=args.multiple, rows=args.rows, batch=args.batch,
+        max_length=args.max_length, device=args.device,
+    )  # fmt: skip
+    done, ranks = found.done, found.done.ranks.values()
+    cost = done.loss_after - done.loss_before
+    rows = [
+        ("parameters", f"{done.parameters_before:,}", f"{done.parameters_after:,}"),
+        ("bytes", f"{found.bytes_before:,}", f"{found.bytes_after:,}"),
+        ("loss", f"{done.loss_before:.4f}", f"{done.loss_after:.4f}"),
+    ]
+    print("\n".join(columns(("", "before", "after"), rows)))
+    print(
+        f"\ncost {done.cost:.3g} nats per token of a tolerance of {args.tolerance:g}: KL {done.kl:.3g}, "
+        f"loss {cost:+.3g} on {done.tokens:,} tokens\n"
+        f"ranks {min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.2f}; "
+        f"{sum(rank == 0 for rank in ranks)} of {len(ranks)} layers lost their adapter\nwrote {out}"
+    )
+
+
 def fix_torchtune(args: argparse.Namespace) -> None:
     """Write the ranks of an adapter that torchtune saved into its config."""
     ranks = fix_torchtune_adapter(args.adapter).values()
@@ -84,6 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.add_argument("out", help="the directory to write")
     one.set_defaults(run_command=uniform)
+
+    one = commands.add_parser("compress", help="the smallest adapter that costs at most so many nats per token")
+    one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
+    one.add_argument("--model", required=True, help="the base model: a directory, or a name on the Hub")
+    one.add_argument(
+        "--data", required=True, metavar="FILE", help="rows of the task, JSON Lines: prompt and completion"
+    )
+    one.add_argument("--tolerance", type=float, default=0.01, help="nats per token that it may cost (default: 0.01)")
+    one.add_argument("--out", metavar="DIR", help="the directory to write (default: ADAPTER-compressed)")
+    one.add_argument("--rank-uniform", action="store_true", help="one rank for all layers, for servers that want that")
+    one.add_argument("--multiple", type=int, default=1, metavar="N", help="ranks are multiples of N, such as 8")
+    one.add_argument("--rows", type=int, default=256, help="rows that are used at most (default: 256)")
+    one.add_argument("--batch", type=int, default=8, help="rows in a forward pass (default: 8)")
+    one.add_argument("--max-length", type=int, default=1024, help="tokens of a row at most (default: 1024)")
+    one.add_argument("--device", help="where the model runs (default: a GPU, if there is one)")
+    one.set_defaults(run_command=compress)
 
     one = commands.add_parser(
         "fix-torchtune-adapter", help="write ranks that moved into torchtune's adapter_config.json"

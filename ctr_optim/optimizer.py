@@ -380,7 +380,8 @@ class CTROptimizer(Optimizer):
         distributed.reshard(self._trained.fsdp)
         try:
             with exact(block.H.device for block in blocks):
-                self._ranks.event(blocks, self.state, step, masked)
+                coupling = self._trust.coupling.of_adapter if self._trust.coupling.known else None
+                self._ranks.event(blocks, self.state, step, masked, coupling)
         finally:
             self._restack()
 

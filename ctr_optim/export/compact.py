@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ def export_compact(model: Any, directory: str | os.PathLike[str], adapter: str =
     """Save a PEFT model's adapter without the directions that are zero; the model itself is not touched.
 
     What masked training saves is a plain adapter, too, of the ranks that were allocated. This one holds those in use,
-    in ``rank_pattern``, and leaves out layers that use none (with DoRA they stay: their magnitude is trained, too).
+    and leaves out layers that use none (with DoRA they stay: their magnitude is trained, too). The most frequent rank
+    becomes the config's ``r``; ``rank_pattern`` names the other layers.
     Under FSDP2 every process calls it; the first one writes.
 
     Args:
@@ -39,9 +41,11 @@ def export_compact(model: Any, directory: str | os.PathLike[str], adapter: str =
     if not any(ranks.values()):
         raise ValueError("export_compact: every direction of the adapter is zero; there is nothing to save")
     root = {layer: math.sqrt(rank) if config.use_rslora else rank for layer, rank in ranks.items()}
-    patterns = {layer: "^" + re.escape(name[layer]) for layer, rank in ranks.items() if rank}
-    config.rank_pattern = {pattern: ranks[layer] for layer, pattern in patterns.items()}
-    config.alpha_pattern = {pattern: scalings[layer] * root[layer] for layer, pattern in patterns.items()}
+    kinds = {layer: (rank, scalings[layer] * root[layer]) for layer, rank in ranks.items() if rank}
+    config.r, config.lora_alpha = Counter(kinds.values()).most_common(1)[0][0]
+    patterns = {layer: "^" + re.escape(name[layer]) for layer in kinds}
+    config.rank_pattern = {patterns[layer]: r for layer, (r, _) in kinds.items() if r != config.r}
+    config.alpha_pattern = {patterns[layer]: a for layer, (_, a) in kinds.items() if a != config.lora_alpha}
     config.exclude_modules = _excluded(
         config.exclude_modules, [name[layer] for layer, rank in ranks.items() if not rank]
     )

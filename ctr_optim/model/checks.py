@@ -83,22 +83,25 @@ def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], 
         )
     if settings.resize == "physical":
         check_single_process()
-    configs = [
-        config
-        for root in roots
-        for module in root.modules()
-        if isinstance(getattr(module, "peft_config", None), dict)
-        for name, config in module.peft_config.items()  # type: ignore[union-attr,operator]
-        if any(pair.adapter == name for pair in pairs)
-    ]
-    for config in configs:
-        start: Any = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            raise ValueError(
-                f"rank_scheduler: init_lora_weights={start!r} takes the first adapter out of the base weights, and "
-                "PEFT would take out one of another rank when it loads what was saved; use init_lora_weights=True (and "
-                "ctr_optim.initialize for a good start), or leave rank_scheduler out"
-            )
+    if (start := changes_base(roots, pairs)) is not None:
+        raise ValueError(
+            f"rank_scheduler: init_lora_weights={start!r} takes the first adapter out of the base weights, and "
+            "PEFT would take out one of another rank when it loads what was saved; use init_lora_weights=True (and "
+            "ctr_optim.initialize for a good start), or leave rank_scheduler out"
+        )
+
+
+def changes_base(roots: Iterable[nn.Module], pairs: Sequence[LoRAPair]) -> str | None:
+    """Return the ``init_lora_weights`` of an adapter that changed the base weights (PiSSA and its kin), else None."""
+    adapters = {pair.adapter for pair in pairs}
+    for root in roots:
+        for module in root.modules():
+            configs = getattr(module, "peft_config", None)
+            for name, config in configs.items() if isinstance(configs, dict) else ():
+                start: Any = getattr(config, "init_lora_weights", True)
+                if name in adapters and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+                    return start
+    return None
 
 
 def check_single_process() -> None:

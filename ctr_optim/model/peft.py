@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,14 +41,23 @@ class PeftLibrary:
         layer.lora_alpha[adapter] = old_scaling * (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank)
         if config is not None:
             self._write_patterns(config, adapter)
-            config.rank_pattern[_exactly(pair.name)] = rank
-            config.alpha_pattern[_exactly(pair.name)] = layer.lora_alpha[adapter]
+            self._name(config, _exactly(pair.name), rank, layer.lora_alpha[adapter])
+
+    def tidy(self, adapter: str) -> None:
+        """Make the most frequent rank and alpha the config's own, so that its patterns name only other layers."""
+        config = self._config(adapter)
+        if config is None or not self.layers:
+            return
+        pairs = [(layer.r[adapter], layer.lora_alpha[adapter]) for _, layer in self.layers if adapter in layer.r]  # type: ignore
+        config.r, config.lora_alpha = Counter(pairs).most_common(1)[0][0]
+        self._written.clear()
+        self._write_patterns(config, adapter)
 
     def _config(self, adapter: str | None) -> Any:
         return next((m.peft_config[adapter] for m in self._configs if adapter in m.peft_config), None)  # type: ignore
 
     def _write_patterns(self, config: Any, adapter: str | None) -> None:
-        """Replace the patterns by one exact entry a layer.
+        """Replace the patterns by one exact entry for each layer that differs from the config.
 
         PEFT takes the first key that matches and may sort the keys, so that a user's own, broader pattern could
         hide ours: the whole dict is ours from the first change on.
@@ -55,9 +65,22 @@ class PeftLibrary:
         if any(config.rank_pattern is ranks and config.alpha_pattern is alphas for ranks, alphas in self._written):
             return
         mine: dict[str, Any] = {_exactly(name): layer for name, layer in self.layers if adapter in layer.r}  # type: ignore
-        config.rank_pattern = {key: layer.r[adapter] for key, layer in mine.items()}
-        config.alpha_pattern = {key: layer.lora_alpha[adapter] for key, layer in mine.items()}
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        for key, layer in mine.items():
+            self._name(config, key, layer.r[adapter], layer.lora_alpha[adapter])
         self._written.append((config.rank_pattern, config.alpha_pattern))
+
+    @staticmethod
+    def _name(config: Any, key: str, rank: int, alpha: float) -> None:
+        """Write one layer into the patterns, or take it out where the config's own rank and alpha are right."""
+        for pattern, value, usual in (
+            (config.rank_pattern, rank, config.r),
+            (config.alpha_pattern, alpha, config.lora_alpha),
+        ):
+            if value == usual:
+                pattern.pop(key, None)
+            else:
+                pattern[key] = value
 
 
 def _exactly(name: str) -> str:

@@ -76,6 +76,11 @@ class Survey:
         ordered = sorted(have + lack, key=lambda c: (-c[0], not c[1]))
         return ordered if change is None else ordered[: self.rank + change]
 
+    def in_nats(self, coupling: float) -> list[tuple[float, bool]]:
+        """Utilities in nats per token, largest first: of what exists, then what its spectrum promises for the rest."""
+        existing = [coupling * u for u in self.existing.utility.tolist()]
+        return [(u, True) for u in existing] + [(u, False) for u in extrapolate(existing, len(self.absent))]
+
 
 def exchange_rate(surveys: Sequence[Survey]) -> float:
     """The median over layers of what the next direction is worth by its spectrum, over what it is by the sketch."""
@@ -198,6 +203,7 @@ def reallocate(
     step: int,
     fresh: bool = False,
     masked: bool = False,
+    coupling: float = 1.0,
 ) -> list[RankEvent]:
     """Share out the budget and resize the layers that change; the same way in every process.
 
@@ -205,6 +211,7 @@ def reallocate(
         state: the optimizer's state of a parameter, changed in place; None for one that it does not train.
         fresh: take new directions only (before the first step).
         masked: layers keep the shapes that they were allocated with.
+        coupling: of the whole adapter; turns utilities into nats, for a scheduler with a tolerance.
     """
     by_name = {s.pair.name: s for s in lend_second_moments(surveys)}
     ranks = {name: s.rank for name, s in by_name.items()}
@@ -214,14 +221,16 @@ def reallocate(
     candidates = {name: s.candidates(scheduler, exchange, change) for name, s in by_name.items()}
     if fresh:
         candidates = {name: [(u, False) for u in s.absent.tolist()] for name, s in by_name.items()}
+    if scheduler.tolerance is not None:
+        candidates = {name: s.in_nats(coupling) for name, s in by_name.items()}
     candidates = of_first(candidates)
-    new = scheduler.allocate(
-        {name: [u for u, _ in cs] for name, cs in candidates.items()},
-        costs,
-        ranks,
-        {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()},
-        {} if fresh or change is None else {name: rank - change for name, rank in ranks.items()},
-    )
+    worth = {name: [u for u, _ in cs] for name, cs in candidates.items()}
+    limits = {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()}
+    if scheduler.tolerance is not None:
+        new = scheduler.within(worth, costs, ranks, limits)
+    else:
+        floors = {} if fresh or change is None else {name: rank - change for name, rank in ranks.items()}
+        new = scheduler.allocate(worth, costs, ranks, limits, floors)
     events, changes = [], dict[Any, list[Survey]]()
     for name, s in by_name.items():
         chosen = candidates[name][: new[name]]

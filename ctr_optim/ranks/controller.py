@@ -14,7 +14,7 @@ from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair, ranks_in_use
-from ctr_optim.ranks.allocation import reallocate, survey
+from ctr_optim.ranks.allocation import Survey, reallocate, survey
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.runtime.messages import warn_failed
@@ -110,12 +110,24 @@ class RankController:
         state: MutableMapping[Any, dict[str, Tensor]],
         step: int,
         masked: bool,
+        coupling: float | None = None,
     ) -> list[RankEvent]:
         """Survey, share out, resize; returns the events, none where the factors could not be decomposed.
 
         :meth:`notify` calls the listeners. The event drops the sketches from the state, so the caller restacks in any
         case. The budget that the model starts with is kept: the next event may use what one event leaves unspent.
+
+        Args:
+            coupling: of the whole adapter (``Coupling.of_adapter``); a scheduler with a tolerance needs it.
+
+        Raises:
+            ValueError: a tolerance in nats, and no coupling that turns utilities into nats.
         """
+        if self.scheduler.tolerance is not None and coupling is None:
+            raise ValueError(
+                "rank_scheduler: tolerance is in nats, and this optimizer passes no coupling to the event; use "
+                "RankScheduler(budget=...), or ctr_optim.compress after training"
+            )
         ranks = self.ranks
         self.settle()
         try:
@@ -129,15 +141,19 @@ class RankController:
             drop_sketches(state, [pair for block in blocks for pair in block.pairs])
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
-        parameters = sum(s.rank * s.pair.cost for s in surveys)
-        if self.numbers.budget is None:
-            self.numbers.budget = parameters / sum(s.pair.cost for s in surveys)
-        budget = self.scheduler.budget_at(step, self.numbers.budget)
-        scheduler = replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
-        if masked and scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated():
+        scheduler = self._with_budget(surveys, step)
+        full = scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated()
+        if masked and full and scheduler.tolerance is None:
             checks.warn_if_full()
         self.forget_ranks()  # an event that fails halfway leaves ranks that only the weights tell
-        events = reallocate(surveys, scheduler, lambda p: state.get(p), step, masked=masked)
+        events = reallocate(
+            surveys,
+            scheduler,
+            lambda p: state.get(p),
+            step,
+            masked=masked,
+            coupling=1.0 if coupling is None else coupling,
+        )
         self._in_use = ranks | {event.name: event.new_rank for event in events}
         self._pending += events
         return events
@@ -154,6 +170,16 @@ class RankController:
                     errors.append(error)
         if errors:
             raise errors[0]
+
+    def _with_budget(self, surveys: Sequence[Survey], step: int) -> RankScheduler:
+        """The scheduler with the budget of this event; as it is where it has a tolerance instead."""
+        if self.scheduler.tolerance is not None:
+            return self.scheduler
+        if self.numbers.budget is None:
+            parameters = sum(s.rank * s.pair.cost for s in surveys)
+            self.numbers.budget = parameters / sum(s.pair.cost for s in surveys)
+        budget = self.scheduler.budget_at(step, self.numbers.budget)
+        return replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
 
     def _allocated(self) -> int:
         """Parameters that there is room for."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from ctr_optim.ranks.truncation import cumulative, ranks_after, removals
 from ctr_optim.runtime.options import suggests_options
 
 
@@ -37,6 +39,12 @@ class RankScheduler:
             ranks than by multiples of 8.
         window: steps before each event on which the gradient is sketched.
         sketch_rank: candidate directions that a layer may gain at one event.
+        tolerance: nats per token that all events together may cost, in place of a budget: at each event, the directions
+            that are worth least per parameter go, as many as fit into the event's share. The cost is predicted, through
+            the coupling of the whole adapter that the optimizer measures. Training then wins back some of it. Allocate
+            more directions than you need. A layer loses half of its directions at most at one event. Layers grow only
+            where ``max_rank`` is given: one that lost nothing, and whose next direction promises ``1 + hysteresis``
+            times the price at which others keep theirs.
     """
 
     budget: float | None = None
@@ -53,6 +61,7 @@ class RankScheduler:
     multiple: int | None = None
     window: int = 8
     sketch_rank: int = 8
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not (math.isfinite(self.budget) and self.budget >= self.min_rank):
@@ -72,6 +81,13 @@ class RankScheduler:
             raise ValueError(
                 "gradual: got True without a budget to reach; set RankScheduler(budget=...), the mean rank"
             )
+        if self.tolerance is not None:
+            if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+                raise ValueError(f"tolerance: got {self.tolerance!r}, expected a positive number of nats per token")
+            if self.budget is not None:
+                raise ValueError(
+                    f"tolerance: got {self.tolerance!r} together with budget={self.budget!r}; choose one of the two"
+                )
         if self.budget == 0:
             raise ValueError("budget: got 0, expected a mean rank above 0")
         if self.max_rank is not None and self.max_rank < self.min_rank:
@@ -132,6 +148,16 @@ class RankScheduler:
         last = round(self.until * self.total_steps, 6) // self.interval * self.interval
         done = (step - first + self.interval) / max(self.interval, last - first + self.interval)
         return start + (self.budget - start) * min(1.0, done)
+
+    def share(self) -> float:
+        """Nats per token of the tolerance that one event may spend: equal parts, a tenth where events never stop."""
+        if self.tolerance is None:
+            raise ValueError("share: this scheduler has no tolerance")
+        first = self.next_event(0)
+        if self.total_steps is None or first is None:
+            return self.tolerance / 10
+        last = round(self.until * self.total_steps, 6) // self.interval * self.interval
+        return self.tolerance / (1 + (last - first) // self.interval)
 
     def sketches(self, step: int) -> bool:
         """Whether the step that is about to be taken (``step`` taken so far) is in the window before an event."""
@@ -216,4 +242,36 @@ class RankScheduler:
         if ranks is not None and fits and all(least[n] <= ranks[n] <= most[n] for n in costs):
             before, after = (math.fsum(u for n in costs for u in utilities[n][: r[n]]) for r in (ranks, new))
             return dict(ranks) if before >= after else new
+        return new
+
+    def within(
+        self,
+        utilities: Mapping[str, Sequence[float]],
+        costs: Mapping[str, int],
+        ranks: Mapping[str, int],
+        limits: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """Return ranks whose missing directions are worth at most an event's :meth:`share` of the tolerance.
+
+        Args:
+            utilities: for each layer, in nats per token, those of its ``ranks`` directions, largest first, followed by
+                those that directions which it lacks promise.
+            costs: for each layer, parameters a direction costs (d_in + d_out).
+            limits: for each layer, the most directions that it can hold.
+        """
+        multiple = self.multiple_at(sum(ranks[n] * costs[n] for n in costs) / sum(costs.values()))
+        have = {name: list(utilities[name][:rank]) for name, rank in ranks.items()}
+        least = {name: min(rank, max(self.min_rank, rank // 2)) for name, rank in ranks.items()}
+        order = removals(have, costs, multiple, min_rank=least)
+        count = bisect_right(cumulative(order), self.share()) - 1
+        new = ranks_after(order, count, ranks)
+        if self.max_rank is None or count == len(order):
+            return new
+        price = (1 + self.hysteresis) * order[count].utility / order[count].parameters
+        for name, rank in ranks.items():
+            following = utilities[name][rank : rank + multiple]
+            most = min(self.max_rank, (limits or {}).get(name, self.max_rank))
+            full = new[name] == rank and len(following) == multiple and rank + multiple <= most
+            if full and math.fsum(following) > price * multiple * costs[name]:
+                new[name] = rank + multiple
         return new

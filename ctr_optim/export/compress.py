@@ -1,0 +1,99 @@
+"""Compress a saved PEFT adapter into another directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctr_optim.export.compact import export_compact
+from ctr_optim.export.files import WEIGHTS, read_adapter
+from ctr_optim.export.rows import batches_of, read_rows
+from ctr_optim.model.registry import find_pairs
+from ctr_optim.ranks.compress import Compression, compress
+
+
+@dataclass(frozen=True)
+class CompressedFiles:
+    """What was written, and what it cost; sizes in bytes of the adapters' weights."""
+
+    done: Compression
+    bytes_before: int
+    bytes_after: int
+
+
+def compress_files(
+    source: str | os.PathLike[str],
+    model: str,
+    data: str | os.PathLike[str],
+    tolerance: float,
+    directory: str | os.PathLike[str],
+    *,
+    uniform: bool = False,
+    multiple: int = 1,
+    rows: int = 256,
+    batch: int = 8,
+    max_length: int = 1024,
+    device: str | None = None,
+) -> CompressedFiles:
+    """Cut the adapter in ``source`` with :func:`ctr_optim.compress`, and save the result in ``directory``.
+
+    Args:
+        source: an adapter that PEFT saved.
+        model: its base model, a directory or a name on the Hub.
+        data: a JSON Lines file of rows of the adapter's task (:mod:`ctr_optim.export.rows`).
+        tolerance: nats per loss token.
+        uniform, multiple: as in :func:`ctr_optim.compress`; with ``uniform`` every layer keeps a rank of at least 1.
+        rows: the most rows that are used.
+        batch: rows in a forward pass.
+        max_length: tokens of a row at most.
+        device: where the model runs (default: a GPU, if there is one).
+
+    Raises:
+        FileNotFoundError, ValueError: for files that are not there, and an adapter that does not fit the model.
+    """
+    if Path(source).resolve() == Path(directory).resolve():
+        raise ValueError(f"compress: {directory} is the adapter itself; write to another directory")
+    read_adapter(source)
+    examples = read_rows(data, rows)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "compress: needs transformers and peft to load the model: pip install 'ctr_optim[hf]'"
+        ) from None
+    home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    base.to(home)
+    adapted = load_adapter(base, source)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    batches = batches_of(examples, tokenizer, batch, max_length, home)
+    done = compress(adapted, tolerance, batches, uniform=uniform, multiple=multiple, min_rank=int(uniform))
+    export_compact(adapted, directory)
+    before, after = ((Path(d) / WEIGHTS).stat().st_size for d in (source, directory))
+    return CompressedFiles(done, before, after)
+
+
+def load_adapter(base: Any, source: str | os.PathLike[str]) -> Any:
+    """Return ``base`` with the adapter in ``source``.
+
+    Raises:
+        ValueError: if the adapter does not fit the model.
+    """
+    from peft import PeftModel
+
+    wanted = {layer.name for layer in read_adapter(source).layers}
+    try:
+        adapted = PeftModel.from_pretrained(base, str(source))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{source}: the adapter does not fit {type(base).__name__}: {error}") from None
+    missing = sorted(wanted - {pair.name for pair in find_pairs(adapted)})
+    if missing:
+        raise ValueError(
+            f"{source}: the adapter does not fit {type(base).__name__}, which lacks {len(missing)} of its "
+            f"{len(wanted)} layers ({missing[0]}, ...); name the base model that it was trained on"
+        )
+    return adapted
