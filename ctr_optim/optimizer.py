@@ -28,6 +28,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact
 from ctr_optim.runtime.hooks import weakly
 from ctr_optim.runtime.messages import warn_skipped
+from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import Settings, calibration_due, check_group, due
 from ctr_optim.trust_region.coupling import TrustRegion, initial_shared
 
@@ -142,6 +143,7 @@ class CTROptimizer(Optimizer):
             attachment.handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded))
         self._ranks = ranks
         self._skipped: Tensor | None = None
+        self._watch = Watch()
         self._arm()
 
     def _rank_controller(self) -> RankController | None:
@@ -199,6 +201,7 @@ class CTROptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            self._watch.no_gradient(self.steps)
             return loss
         stacks, fused = self._stack(), self._layers.fused
         found = fused.look()
@@ -217,6 +220,8 @@ class CTROptimizer(Optimizer):
         if closure is not None and self._settings.kl_schedule == "adaptive" and forms is not None:
             self._trust.adapt(closure, loss, deltas, self._shared)
         self._shared["steps"] += 1
+        if scale is not None:
+            self._watch.stepped(self.steps, self.param_groups, self._trust.predicted, scale, self._trust.bound)
         self._reallocate()
         self._arm()
         return loss
