@@ -1,26 +1,60 @@
-"""Hugging Face Trainer, and TRL's trainers, which are Trainers.
+"""Hugging Face Trainer and every trainer that derives from it, as all of TRL's do.
 
 ::
 
-    trainer = Trainer(..., optimizer_cls_and_kwargs=(CTRFactory, {"max_kl": 0.05, "rank_scheduler": {}}),
-                      callbacks=[CTRCallback()])
+    trainer = DPOTrainer(..., peft_config=LoraConfig(...))
+    attach(trainer, max_kl=0.05)
+    trainer.train()
 
-``optimizers=(CTROptimizer(...), None)`` serves as well.
+``Trainer(optimizer_cls_and_kwargs=(CTRFactory, {"max_kl": 0.05}), callbacks=[CTRCallback()])`` does the same where a
+trainer takes that argument. ``optimizers=(CTROptimizer(...), None)`` is right only for a model that has its adapter.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import Any
+import warnings
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ctr_optim.integrations import accept_ranks, set_length, unwrap
+from ctr_optim.integrations import accept_ranks, check_ownership, set_length, unwrap
 from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.report.log import EventLog, scalars
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def attach(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
+    """Make ``trainer`` train with a CTROptimizer; the optimizer is built when training begins.
+
+    The call is the same for Trainer and for TRL's SFT, DPO, KTO, GRPO, RLOO and reward trainers, with and without
+    ``peft_config=``. The trainer makes the schedule from ``lr_scheduler_type`` and ``warmup_steps`` as ever.
+
+    Args:
+        trainer: a trainer that was built without ``optimizers=``.
+        options: arguments of :class:`~ctr_optim.CTROptimizer`.
+
+    Returns:
+        the trainer, so that ``attach(trainer).train()`` works.
+
+    Raises:
+        ValueError: the trainer has an optimizer already.
+    """
+    if trainer.optimizer is not None:
+        raise ValueError(
+            f"attach: the trainer has an optimizer already ({type(trainer.optimizer).__name__}); leave out optimizers= "
+            "and call attach before train()"
+        )
+    trainer.optimizer_cls_and_kwargs = (CTRFactory, options)  # type: ignore[assignment]
+    if not any(isinstance(callback, CTRCallback) for callback in trainer.callback_handler.callbacks):
+        callback = CTRCallback()
+        trainer.add_callback(callback)
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    return trainer
 
 
 class CTRFactory:
@@ -67,6 +101,9 @@ class CTRCallback(TrainerCallback):
             hook.remove()
         _move_to_front(self)
         optimizer = unwrap(kwargs["optimizer"])
+        if kwargs.get("model") is not None:
+            check_ownership(optimizer, kwargs["model"])
+        _warn_of_ignored_rate(args, optimizer)
         set_length(optimizer, state.max_steps)
         if self._log is None or self._log.optimizer is not optimizer:  # train() may be called again
             self._log = EventLog(optimizer, self.events or args.output_dir or ".")
@@ -87,6 +124,18 @@ class CTRCallback(TrainerCallback):
         logs.update(ours)
         if state.log_history:
             state.log_history[-1].update(ours)
+
+
+def _warn_of_ignored_rate(args: TrainingArguments, optimizer: CTROptimizer) -> None:
+    """Warn where the user chose ``TrainingArguments.learning_rate``, which an optimizer of one's own does not get."""
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    if args.learning_rate not in (default, rate):
+        warnings.warn(
+            f"CTROptimizer ignores TrainingArguments.learning_rate={args.learning_rate:g}: its lr is {rate:g}, and "
+            "max_kl limits each step. Leave out learning_rate; warm-up and schedule of TrainingArguments apply",
+            stacklevel=2,
+        )
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
