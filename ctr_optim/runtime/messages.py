@@ -45,7 +45,7 @@ def warn_small_rate(lr: float, share: float) -> None:
     """Warn that the trust region never acts, since the predicted KL of a step is ``share`` of its bound."""
     warnings.warn(
         f"CTROptimizer: lr={lr:g} is so small that the trust region never acts: a step's predicted KL is "
-        f"{share:.1e} of max_kl. Leave lr out: the default suits every model, and max_kl limits each step. Rates that AdamW needs "
-        "(1e-5 to 1e-3) are far too small here.",
+        f"{share:.1e} of max_kl. Leave lr out: the default suits every model, and max_kl limits each step. Rates "
+        "that AdamW needs (1e-5 to 1e-3) are far too small here.",
         stacklevel=users_line(),
     )
