@@ -3,8 +3,8 @@
     python -m benchmarks.trust.matrix --out benchmarks/results/trust-matrix.jsonl --table docs/promises.md
 
 Each cell trains a tiny model for 30 steps with every default. Before and after each ``step()`` the program runs the
-model itself on the batch that made the step, and takes the KL over the predictions that the loss looks at. DDP and FSDP2
-run in two processes over gloo.
+model itself on the batch that made the step, and takes the KL over the predictions that the loss looks at. DDP and
+FSDP2 run in two processes over gloo.
 """
 
 from __future__ import annotations

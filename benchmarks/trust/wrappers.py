@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks.trust.tiny import ROWS, Meter, adapted, batch_of, model_of, predictions
 from ctr_optim import CTROptimizer
@@ -112,13 +113,6 @@ class Recorder:
     def run(self, model: nn.Module) -> Tensor | None:
         """Predictions for those inputs with the parameters as they are now."""
         return None if self.batch is None else predictions(model, self.form, self.batch)
-
-
-def in_order(rows: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Batches as the loop has them."""
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        yield {name: torch.stack([row[name] for row in part]) for name in part[0]}
 
 
 def with_trainer(model: nn.Module, form: str, steps: int, folder: Path) -> Result:
@@ -240,5 +234,5 @@ def with_lightning(model: nn.Module, form: str, steps: int, folder: Path) -> Res
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[CTRCallback(folder)], default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(module, list(in_order(rows_of(form, steps))))
+    trainer.fit(module, DataLoader(rows_of(form, steps), ROWS))
     return recorder.losses, module.meter
