@@ -39,6 +39,7 @@ from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import Once, warn_failed, warn_skipped, warn_unbounded
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
+from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, check_group, due
 from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.coupling import Coupling
@@ -181,6 +182,7 @@ class CTROptimizer(Optimizer):
         self._layout: Layout | None = None
         self._fused = Fused(())
         self._skipped: Tensor | None = None
+        self._watch = Watch()
         self._arm()
 
     def _curvature_of(self, probe: Probe | None) -> Curvature:
@@ -304,6 +306,7 @@ class CTROptimizer(Optimizer):
         if closure is None and self._bound.needs_closure:
             self._once.warn(checks.NO_CLOSURE)
         if all(p.grad is None for p in parameters_of(self.param_groups)):
+            self._watch.no_gradient(self.steps)
             return loss
         stacks = self._stack()
         finite = self._look()
@@ -315,6 +318,8 @@ class CTROptimizer(Optimizer):
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
+        if scale is not None:
+            self._watch.stepped(self.steps, self.param_groups, self._trust.predicted, scale, self._trust.limit)
         try:
             self._reallocate()
         finally:

@@ -26,6 +26,25 @@ def unwrap(optimizer: Any) -> CTROptimizer:
     return inner
 
 
+def check_ownership(optimizer: CTROptimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that owns none of the parameters that the model trains.
+
+    Raises:
+        ValueError: no trainable parameter of ``model`` is in a parameter group; the loss would stay where it is.
+    """
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    owned = sum(1 for p in model.parameters() if p.requires_grad and id(p) in ours)
+    if names and not owned:
+        raise ValueError(
+            f"CTROptimizer: owns none of the {len(names)} parameters that the model trains ({names[0]}, ...), so that "
+            "nothing would train. The trainer added an adapter (peft_config=...), or copied the model, after the "
+            "optimizer was built. Call ctr_optim.integrations.transformers.attach(trainer, ...) after the trainer is "
+            "built, without optimizers=; or call peft.get_peft_model first, build CTROptimizer from the result, and "
+            "leave out peft_config="
+        )
+
+
 def accept_ranks(model: nn.Module) -> list[Any]:
     """Hooks that let ``model`` load LoRA weights of any rank, for trainers that load before an optimizer exists."""
     return [hook for pair in find_pairs(model) for hook in resize_on_load(pair)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ctr_optim.integrations import accept_ranks, set_length, unwrap
+from ctr_optim.integrations import accept_ranks, check_ownership, set_length, unwrap
 from ctr_optim.report.log import EventLog, scalars
 
 
@@ -36,6 +36,7 @@ class CTRCallback(pl.Callback):
         for hook in self._hooks:
             hook.remove()
         optimizer = unwrap(trainer.optimizers[0])
+        check_ownership(optimizer, pl_module)
         total = trainer.estimated_stepping_batches
         set_length(optimizer, int(total) if total != float("inf") else 0)
         if self._log is None or self._log.optimizer is not optimizer:

@@ -239,8 +239,8 @@ def reallocate(
             continue
         changes.setdefault((id(s.block), s.rank, kept, new[name] - kept), []).append(s)
         reason = "turn" if new[name] == ranks[name] else "grow" if new[name] > ranks[name] else "shrink"
-        worth = 1e6 * _utility(*chosen[-1], scheduler.hysteresis) / s.pair.cost if chosen else 0.0
-        events.append(RankEvent(step, name, ranks[name], new[name], kept, worth, reason))
+        last = 1e6 * _utility(*chosen[-1], scheduler.hysteresis) / s.pair.cost if chosen else 0.0
+        events.append(RankEvent(step, name, ranks[name], new[name], kept, last, reason))
     for (_, _, kept, added), alike in changes.items():
         for some in _portions(alike):
             resize(some, kept, added, state, masked)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.ranks.valuation import host
-from ctr_optim.trust_region.logits import chunks_of, kl_divergence, logits_of
+from ctr_optim.trust_region.logits import kl_divergence, logits_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 _MOST_KEPT = 2**28  # logits of the uncut adapter that stay in memory; where there are more, they are computed again
@@ -195,7 +195,7 @@ class Measurement:
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             if (logits := logits_of(output)) is not None:
-                seen.extend(chunks_of(output) or [logits])
+                seen.extend(logits.chunks)
 
         handle = self.model.register_forward_hook(look)
         try:

@@ -53,10 +53,30 @@ def warn_unmeasured(source: str) -> None:
     )
 
 
+def warn_no_gradient(calls: int) -> None:
+    """Warn that ``calls`` calls of ``step()``, all so far, found no gradient in any parameter."""
+    warnings.warn(
+        f"CTROptimizer: no parameter has had a gradient in the first {calls} calls of step(), so that nothing trains. "
+        "The optimizer owns other parameters than the model that trains (an adapter added later, a copy of the model), "
+        "or zero_grad() runs before step(). Build the optimizer from the model that trains, after its adapter.",
+        stacklevel=users_line(),
+    )
+
+
 def warn_unbounded(reason: str, lr: float) -> None:
     """Warn that no trust region holds; Python shows the warning once."""
     warnings.warn(
         f"{reason}: no trust region here, so that the default lr is AdamW's everyday rate, {lr:g}; give lr=... to "
         "choose another rate.",
+        stacklevel=users_line(),
+    )
+
+
+def warn_small_rate(lr: float, share: float) -> None:
+    """Warn that the trust region never acts, since the predicted KL of a step is ``share`` of its bound."""
+    warnings.warn(
+        f"CTROptimizer: lr={lr:g} is so small that the trust region never acts: a step's predicted KL is "
+        f"{share:.1e} of max_kl. Leave lr out: the default suits every model, and max_kl limits each step. Rates "
+        "that AdamW needs (1e-5 to 1e-3) are far too small here.",
         stacklevel=users_line(),
     )
