@@ -7,13 +7,12 @@ A process that dies is replaced, and its run is tried once more.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
-
-import torch.multiprocessing as mp
 
 from benchmarks.real.specs import Spec, cost
 
@@ -84,7 +83,7 @@ class Pool:
         self.entry, self.arguments, self.devices, self.each = entry, arguments, devices, each
         self.write, self.deadline, self.say = write, deadline, say
         self.pace = pace or Pace(GUESS[devices[0].partition(":")[0]])
-        self.context = mp.get_context("spawn")
+        self.context = multiprocessing.get_context("spawn")
         self.slots: list[Slot] = []
         self.waiting: list[Job] = []
         self.failed_starts = 0
@@ -127,9 +126,12 @@ class Pool:
             most = self.each >> job.memory if job.memory < 2 else 1  # runs on this device at once
             in_time = time.time() + MARGIN * self.pace.value * job.cost < self.deadline
             if in_time and not alone and busy < max(1, most):
+                try:
+                    slot.pipe.send(job.spec)
+                except OSError:  # it ended while it waited
+                    return self._died(slot)
                 self.waiting.remove(job)
                 slot.job, slot.began = job, time.time()
-                slot.pipe.send(job.spec)
                 return
 
     def _listen(self, slots: list[Slot]) -> None:

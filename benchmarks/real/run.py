@@ -30,6 +30,7 @@ from benchmarks.real.pool import GUESS, Pace, Pool, Result
 from benchmarks.real.prepare import DEFAULT
 from benchmarks.real.specs import Spec, complete, cost, key_of, tasks_of
 
+NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 PACKAGES = ("torch", "transformers", "peft", "ctr_optim")
 
 
@@ -60,6 +61,8 @@ def attempt(spec: Spec, base: Any, store: data.Store, device: torch.device) -> R
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
     except Exception as error:
+        if any(mark in str(error) for mark in NO_MEMORY):  # of libraries that do not use torch's allocator
+            return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
         where = traceback.format_exc().strip().splitlines()[-3:-1]
         return {"error": f"{type(error).__name__}: {error}"[:600], "where": " ".join(where)[-300:]}
 
@@ -92,9 +95,11 @@ def serve(
         if spec["dtype"] != "float32":
             base, _ = data.load(folder, spec["dtype"], kind)
         result = attempt(spec, base, store, kind)
-        if kind.type == "cuda":
+        if kind.type == "cuda" and "CUDA error" not in result.get("error", ""):
             torch.cuda.empty_cache()  # for the other processes
         pipe.send({**result, "versions": known})
+        if "CUDA error" in result.get("error", ""):
+            return  # nothing works in a process after such an error; the parent starts another one
 
 
 def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

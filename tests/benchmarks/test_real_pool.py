@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_processes import entry
 
 pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 
@@ -18,25 +17,6 @@ from benchmarks.real import run, specs
 from benchmarks.real.pool import Pace, Pool
 
 BASE5M = Path(__file__).resolve().parents[2] / "examples" / "assets" / "base5m"
-
-
-def entry(device: str, pipe: Connection, folder: str) -> None:
-    """A process that does what the spec's task says: work, die the first time, die always, be out of memory."""
-    pipe.send("ready")
-    while True:
-        try:
-            spec = pipe.recv()
-        except EOFError:
-            return
-        seen = Path(folder) / f"{spec['task']}-{spec['seed']}"
-        before = len(seen.read_text()) if seen.exists() else 0
-        seen.write_text("x" * (before + 1))
-        if spec["task"] == "dies" or (spec["task"] == "dies once" and not before):
-            os._exit(7)
-        if spec["task"] == "memory" and before < 2:
-            pipe.send({"error": "out of memory", "out_of_memory": True})
-        else:
-            pipe.send({"loss": float(before)})
 
 
 def pool(folder: Path, each: int = 1, deadline: float = math.inf, **more: Any) -> tuple[Pool, list[tuple[Any, Any]]]:
@@ -52,9 +32,9 @@ def spec(task: str, seed: int = 0, steps: int = 10) -> specs.Spec:
 def test_long_runs_come_first_and_deaths_and_memory_stop_nothing(tmp_path: Path) -> None:
     work, written = pool(tmp_path)
     plan = [spec("works", steps=10), spec("memory", steps=20), spec("dies", steps=40), spec("dies once", steps=30)]
-    assert work.work([*plan, spec("works", 1, steps=50)]) == 0
+    assert work.work([*plan, spec("works", 1, steps=50), spec("last", steps=15)]) == 0
     results = {(s["task"], s["seed"]): r for s, r in written}
-    assert len(written) == len(results) == 5
+    assert len(written) == len(results) == 6
     assert (written[0][0]["task"], written[0][0]["seed"]) == ("works", 1)
     assert results["works", 0] == {"loss": 0.0}
     assert results["dies once", 0] == {"loss": 1.0}
