@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.real demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=prepare.DEFAULT, help="folder of the model; made if not there")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=15, help="no run is begun that would not end in this time")
     args = parser.parse_args(arguments)
