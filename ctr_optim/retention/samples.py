@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from ctr_optim.runtime import distributed
 
 COUNT, LENGTH = 32, 160  # sequences, and tokens of each
 _TOGETHER = 16  # sequences that are drawn at a time
-_NEVER = -1  # a token id that no model draws
 
 
 def own_samples(
@@ -46,16 +46,16 @@ def own_samples(
         )
     share, device = -(-count // distributed.world_size()), device_of(model)
     sizes = [min(_TOGETHER, share - done) for done in range(0, share, _TOGETHER)]
-    start, config = _start(model), _generating(model)
+    start, generating = _start(model), _generating(model)
     batches = []
     with untouched(model), adapter_off(model, find_pairs(model)):
         torch.manual_seed(seed * distributed.world_size() + distributed.rank())
         for index in progress(len(sizes), "drawing the model's own text"):
             ids = torch.full((sizes[index], 1), start, dtype=torch.long, device=device)
-            drawn = _draw(model, ids, length, temperature) if config is None else _generate(
-                config, ids, length, temperature
-            )  # fmt: skip
-            batches.append(drawn.clone())
+            if generating is None:
+                batches.append(_draw(model, ids, length, temperature))
+            else:
+                batches.append(_generate(generating, ids, length, temperature))
     return batches
 
 
@@ -86,26 +86,34 @@ def _start(model: nn.Module) -> int:
 
 
 def _generating(model: nn.Module) -> Any:
-    """The outermost module that generates as transformers' models do; None where none does."""
-    for module in model.modules():
-        if callable(getattr(module, "generate", None)) and hasattr(module, "generation_config"):
-            return module
-    return None
+    """The module that generates as transformers' models do; None where none does.
+
+    ``generate`` goes around the outermost module's forward, where FSDP2 gathers the weights.
+    """
+    library = sys.modules.get("transformers")
+    if library is None or distributed.fsdp_modules([model]):
+        return None
+    return next((module for module in model.modules() if isinstance(module, library.GenerationMixin)), None)
 
 
 def _generate(model: Any, ids: Tensor, length: int, temperature: float) -> Tensor:
-    """Sequences ``(B, length)`` by the model's own ``generate``, with nothing of its generation config in force."""
-    from transformers import GenerationConfig
+    """Sequences ``(B, length)`` by the model's own ``generate``, with nothing of its generation config in force.
 
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True, top_k=0, top_p=1.0, temperature=temperature, use_cache=True,
-        max_new_tokens=length - 1, min_new_tokens=None, eos_token_id=_NEVER, pad_token_id=int(ids[0, 0]),
-    )  # fmt: skip
-    before, model.generation_config = model.generation_config, config
+    Without a token that ends a text, a sequence goes on until it is full.
+    """
+    config = type(model.generation_config)(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=temperature,
+        use_cache=True,
+        max_new_tokens=length - ids.shape[1],
+        eos_token_id=None,
+        pad_token_id=int(ids[0, 0]),
+    )
+    before, model.generation_config = model.generation_config, config  # generate() fills in what is None from there
     try:
-        drawn = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, eos_token_id=_NEVER
-        )
+        drawn = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     finally:
         model.generation_config = before
     sequences: Tensor = getattr(drawn, "sequences", drawn)

@@ -116,7 +116,9 @@ class Retention:
                 moments.begin(mask_of(batch), counts=index < len(found))
                 run(model, batch)
         layers, sums = moments.summed()
-        return _retention(rank, layers, sums, [pair.name for pair in pairs])
+        layers = {plain_name(name): plain_name(source) for name, source in layers.items()}
+        sums = {plain_name(name): total for name, total in sums.items()}
+        return _retention(rank, layers, sums, [plain_name(pair.name) for pair in pairs])
 
     def metric_for(self, name: str, power: float = POWER, damping: float = DAMPING) -> Metric | None:
         """Return the whitener P of one layer; None for a layer that no retained token reached.
@@ -125,9 +127,10 @@ class Retention:
             name: the layer's name, as in ``opt.pairs``.
             power, damping: p and eps, see :mod:`ctr_optim.retention.metric`.
         """
-        if name not in self.layers:
+        source = self.layers.get(plain_name(name))
+        if source is None:
             return None
-        s = self.statistics[self.layers[name]]
+        s = self.statistics[source]
         return metric_of(s.values, s.vectors, s.rest, power, damping)
 
     def merge(self, other: Retention) -> Retention:
@@ -176,6 +179,11 @@ class Retention:
         if not right:
             raise ValueError("Retention: expected what state_dict() returned; tensors or names do not fit together")
         self.rank, self.layers, self.statistics = rank, layers, statistics
+
+
+def plain_name(name: str) -> str:
+    """Return a layer's name without what DistributedDataParallel and torch.compile put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def rest_of(trace: Any, values: Tensor, width: int) -> Tensor:
