@@ -22,6 +22,7 @@ from ctr_optim.curvature.gradient import Gradient
 from ctr_optim.curvature.hutchinson import Hutchinson
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
@@ -34,6 +35,8 @@ from ctr_optim.model.trained import Trained
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.retention import Retention
+from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
@@ -89,6 +92,8 @@ class CTROptimizer(Optimizer):
             one eager process, masked in several and in compiled models.
         loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
         maximize: as in torch.
+        retain: text whose predictions should stay: an iterable of batches (dicts for ``model(**batch)``, or tensors of
+            token ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's own samples) or None.
         foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
@@ -124,6 +129,7 @@ class CTROptimizer(Optimizer):
         loss_reduction: str = "mean",
         maximize: bool = False,
         foreach: bool | None = None,
+        retain: Iterable[Any] | Retention | str | None = None,
     ) -> None:
         self._settings = Settings(
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
@@ -131,6 +137,7 @@ class CTROptimizer(Optimizer):
         )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
+        self._retained = Retained(retain)
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
@@ -141,6 +148,8 @@ class CTROptimizer(Optimizer):
         if lr is None and (max_kl is None or curvature == "none"):
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
+        if self._trained.fsdp:
+            self._retain()
 
     def _fall_back(self, reason: str) -> None:
         """Take AdamW's everyday learning rate where none was given and no trust region holds."""
@@ -194,8 +203,8 @@ class CTROptimizer(Optimizer):
         return NoCurvature() if self._settings.curvature == "none" else Gradient()
 
     def _hook_forwards(self) -> list[Any]:
-        """Hooks that call :meth:`_forward_begins` where statistics are taken."""
-        if not isinstance(self._curvature, KFAC):
+        """Hooks that call :meth:`_forward_begins` where statistics are taken, or retained text is to be measured."""
+        if not isinstance(self._curvature, KFAC) and not self._retained.pending:
             return []
         begins = partial(_forward_begins, weakly(self._forward_begins))
         return [root.register_forward_pre_hook(Hook(begins, id(root))) for root in self._trained.roots]
@@ -218,10 +227,31 @@ class CTROptimizer(Optimizer):
             distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
             kfac = isinstance(self._curvature, KFAC)
             pairs = self.pairs if kfac else []
-            self._layout = lay_out(pairs, self.param_groups, self.state, self._curvature.prepare)
+            self._layout = lay_out(pairs, self.param_groups, self.state, self._prepare)
             self._curvature.bind(self._layout.pairs, self._layout.others)
             self._fused = Fused(self._fusible())
         return self._layout.stacks
+
+    def _prepare(self, state: Any, kept: list[nn.Parameter]) -> None:
+        """Add to the state of parameters what curvature and retention keep there."""
+        self._curvature.prepare(state, kept)
+        self._retained.prepare(state, self.pairs)
+
+    def _retain(self) -> None:
+        """Measure the retained text, once, and move to its coordinates.
+
+        Before the first training forward, when the model is where it will be trained; a sharded model's outermost
+        forward is not to be entered twice, so that it is measured at construction, or at the first step.
+        """
+        if not self._retained.pending:
+            return
+        self._follow()
+        with torch.no_grad():
+            self._retained.measure(self._trained.home() or self._trained.roots[0])
+            distributed.reshard(self._trained.fsdp)
+            self._retained.start_([pair for pair in self.pairs if id(pair.A) in map(id, self._held)], self.state)
+        self._restack()
+        self._arm()
 
     def _restack(self) -> None:
         """Drop the stacks: something replaced the state that they share."""
@@ -308,6 +338,7 @@ class CTROptimizer(Optimizer):
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             self._watch.no_gradient(self.steps)
             return loss
+        self._retain()
         stacks = self._stack()
         finite = self._look()
         with exact(stack.device for stack in stacks):
@@ -501,6 +532,13 @@ class CTROptimizer(Optimizer):
         self._follow()
         distributed.reshard(self._trained.fsdp)  # the layers hold the parameters of our groups again
         state, groups, numbers = checked(state_dict, self.param_groups, self.pairs, self._settings, self._numbers())
+        carried = any(VECTORS in entry for entry in state.values())
+        if self._retained.pending and state and not carried:
+            raise ValueError(
+                "checkpoint: it was written without retain; build the optimizer without retain to go on with it"
+            )
+        if carried:
+            self._retained.settle()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         unpack(numbers, self._owners())
         self._restack()
@@ -522,6 +560,8 @@ class CTROptimizer(Optimizer):
 
     def _forward_begins(self) -> None:
         """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        if not self._trained.fsdp:
+            self._retain()
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         self._forget_dropped()
@@ -557,7 +597,12 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_settings": self._settings, "_scheduler": self._scheduler, "_carried": self._numbers()}
+        own: dict[str, Any] = {
+            "_settings": self._settings,
+            "_scheduler": self._scheduler,
+            "_retained": self._retained,
+            "_carried": self._numbers(),
+        }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
