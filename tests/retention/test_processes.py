@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import needs_fsdp2, needs_gloo, spawn
-from support import tiny_llama
+from support import llama_batch, llama_loss, optimizer, tiny_llama
 from torch import Tensor
 
 from ctr_optim.retention import Retention, own_samples
@@ -67,3 +67,35 @@ def empty_in_one(rank: int, folder: Path) -> str:
 
 def test_an_error_in_one_process_is_raised_in_both(tmp_path: Path) -> None:
     assert all("no batches" in said for said in spawn(empty_in_one, tmp_path))
+
+
+def trained(rank: int, folder: Path, kind: str) -> Any:
+    """Four steps of a fresh adapter on this process's half of each batch (on all of it for ``"one"``)."""
+    model: Any = tiny_llama()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.zero_()
+    if kind != "one":
+        model = shard(model) if kind == "fsdp" else torch.nn.parallel.DistributedDataParallel(model)
+    text = texts(4, 7)
+    opt = optimizer(
+        model, lr=0.02, max_kl=1e-2, calibration_interval=None, retain=text if kind == "one" else text[rank::2]
+    )
+    for step in range(4):
+        data = llama_batch(step)
+        half = data if kind == "one" else {key: value[2 * rank : 2 * rank + 2] for key, value in data.items()}
+        llama_loss(model, half).backward()
+        opt.step()
+        opt.zero_grad()
+    whole = [getattr(pair.A, "full_tensor", lambda p=pair.A: p)().detach() for pair in opt.pairs]
+    return whole, opt.state[opt.pairs[0].A]["retain_scales"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=needs_fsdp2)])
+def test_training_in_two_processes_is_training_in_one(tmp_path: Path, kind: str) -> None:
+    expected, scales = trained(0, tmp_path, "one")
+    for weights, theirs in spawn(trained, tmp_path, kind):
+        torch.testing.assert_close(theirs, scales)
+        for mine, other in zip(weights, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
