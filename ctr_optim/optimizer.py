@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,8 @@ from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention import Retention
+from ctr_optim.retention.budget import Budget, check_budget
+from ctr_optim.retention.meter import meter_of
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
@@ -94,6 +97,8 @@ class CTROptimizer(Optimizer):
         maximize: as in torch.
         retain: text whose predictions should stay: an iterable of batches (dicts for ``model(**batch)``, or tensors of
             token ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's own samples) or None.
+        kl_budget: bound on the KL divergence from the base model in all, nats per token, measured on retained text or
+            else on the batch; None for no bound.
         foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
@@ -130,6 +135,7 @@ class CTROptimizer(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         retain: Iterable[Any] | Retention | str | None = None,
+        kl_budget: float | None = None,
     ) -> None:
         self._settings = Settings(
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
@@ -137,7 +143,7 @@ class CTROptimizer(Optimizer):
         )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
-        self._retained = Retained(retain)
+        self._retained, self._kl_budget = Retained(retain), kl_budget
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
@@ -182,6 +188,7 @@ class CTROptimizer(Optimizer):
         self._trust = TrustRegion(self._bound, coupling)
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
+        self._budget = self._budget_of(home, coupling)
         unpack(numbers or {}, self._owners())
         handles = self._hook_forwards()
         for pair in self.pairs:
@@ -193,6 +200,15 @@ class CTROptimizer(Optimizer):
         self._skipped: Tensor | None = None
         self._watch = Watch()
         self._arm()
+
+    def _budget_of(self, home: nn.Module | None, coupling: Coupling) -> Budget | None:
+        """The bound on the distance from the base model; measured from the first step on."""
+        if self._kl_budget is None:
+            return None
+        check_budget(self._kl_budget, self.pairs, self._held, self._settings.curvature)
+        text = self._retained.text if self._retained.has_text else None
+        meter = meter_of(home, self.pairs, text, coupling.prober, coupling.quiet)
+        return Budget(float(self._kl_budget), meter, self.pairs)
 
     def _curvature_of(self, probe: Probe | None) -> Curvature:
         """The curvature that the options name."""
@@ -303,7 +319,9 @@ class CTROptimizer(Optimizer):
         if curvature.due(step):
             self._stack()
         curvature.arm(step)
-        self._trust.coupling.arm(step)
+        budget = self._budget
+        self._budget_due = budget is not None and budget.due(self._length())
+        self._trust.coupling.arm(step, self._budget_due and budget is not None and not budget.meter.on_text)
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -345,7 +363,7 @@ class CTROptimizer(Optimizer):
             self._learn(finite)
             step = self._direction(stacks, finite)
         scale = self._trust.constrain(step, self._curvature, self.param_groups) if step.bounded else None
-        step.take_(scale)
+        self._take(step, scale)
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
@@ -358,6 +376,23 @@ class CTROptimizer(Optimizer):
         if self._ranks is not None:
             self._ranks.notify()  # last: a listener that raises must leave an optimizer that works
         return loss
+
+    def _take(self, step: Step, scale: Tensor | None) -> None:
+        """Take the step, within the budget from the base model where there is one."""
+        budget = self._budget
+        if budget is None:
+            step.take_(scale)
+            return
+        budget.begin()
+        length = self._length()
+        factor = budget.factor(length)
+        step.take_(factor * (torch.ones_like(step.q) if scale is None else scale))
+        budget.moved(factor * length, self._budget_due)
+
+    def _length(self) -> float:
+        """Length of a step, the root of its KL in nats: of the bound, or of the last step where there is none."""
+        limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit
+        return math.sqrt(float(self._trust.predicted if limit is None else limit))
 
     def _look(self) -> Tensor:
         """``()`` whether all gradients are finite."""
@@ -436,6 +471,7 @@ class CTROptimizer(Optimizer):
     def _owners(self) -> list[Any]:
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
+        owners += [] if self._budget is None else [self._budget.state]
         return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson) else owners
 
     def _numbers(self) -> dict[str, Any]:
@@ -489,7 +525,8 @@ class CTROptimizer(Optimizer):
         bounded = measures and self._trust.coupling.known
         trained = sum(distributed.local(p).numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
-        return metrics | {"trust/unbounded": 0 if bounded else trained}
+        metrics |= {"trust/unbounded": 0 if bounded else trained}
+        return metrics if self._budget is None else metrics | self._budget.metrics()
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -601,6 +638,7 @@ class CTROptimizer(Optimizer):
             "_settings": self._settings,
             "_scheduler": self._scheduler,
             "_retained": self._retained,
+            "_kl_budget": self._kl_budget,
             "_carried": self._numbers(),
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]

@@ -57,12 +57,21 @@ class Retained:
             raise TypeError(f"retain: got a {type(retain).__name__}, expected batches of text, or a Retention")
         self.pending = retain is not None
 
-    def measure(self, model: nn.Module) -> Retention:
-        """Measure the text on a model, once; a named source makes the text first."""
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text, or a source that makes some."""
+        return self.batches is not None or self.source is not None
+
+    def text(self, model: nn.Module) -> list[Any]:
+        """The text; a named source makes it, from the base model and the same each time."""
         if self.source is not None and self.batches is None:
             self.batches = SOURCES[self.source](model)
+        return self.batches or []
+
+    def measure(self, model: nn.Module) -> Retention:
+        """Measure the text on a model, once."""
         if self.retention is None:
-            self.retention = Retention.measure(model, self.batches or [])
+            self.retention = Retention.measure(model, self.text(model))
         self.pending = False
         return self.retention
 
