@@ -10,12 +10,14 @@ from ctr_optim.ranks.compress import compress
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.initialize import initialize
 from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.retention import Retention
 
 __all__ = [
     "CTROptimizer",
     "LoRAPair",
     "RankEvent",
     "RankScheduler",
+    "Retention",
     "compress",
     "export_compact",
     "export_uniform",

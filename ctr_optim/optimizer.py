@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from ctr_optim.curvature.gradient import Gradient
 from ctr_optim.curvature.hutchinson import Hutchinson
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
@@ -34,6 +36,10 @@ from ctr_optim.model.trained import Trained
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.retention import Retention
+from ctr_optim.retention.budget import Budget, check_budget
+from ctr_optim.retention.meter import meter_of
+from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.hooks import Hook, weakly
@@ -89,6 +95,10 @@ class CTROptimizer(Optimizer):
             one eager process, masked in several and in compiled models.
         loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
         maximize: as in torch.
+        retain: text whose predictions should stay: an iterable of batches (dicts for ``model(**batch)``, or tensors of
+            token ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's own samples) or None.
+        kl_budget: bound on the KL divergence from the base model in all, nats per token, measured on retained text or
+            else on the batch; None for no bound.
         foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
@@ -124,6 +134,8 @@ class CTROptimizer(Optimizer):
         loss_reduction: str = "mean",
         maximize: bool = False,
         foreach: bool | None = None,
+        retain: Iterable[Any] | Retention | str | None = None,
+        kl_budget: float | None = None,
     ) -> None:
         self._settings = Settings(
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
@@ -131,6 +143,7 @@ class CTROptimizer(Optimizer):
         )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
+        self._retained, self._kl_budget = Retained(retain), kl_budget
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
         self._ranks: RankController | None = None
@@ -141,6 +154,8 @@ class CTROptimizer(Optimizer):
         if lr is None and (max_kl is None or curvature == "none"):
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
+        if self._trained.fsdp:
+            self._retain()
 
     def _fall_back(self, reason: str) -> None:
         """Take AdamW's everyday learning rate where none was given and no trust region holds."""
@@ -173,6 +188,7 @@ class CTROptimizer(Optimizer):
         self._trust = TrustRegion(self._bound, coupling)
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
+        self._budget = self._budget_of(home, coupling)
         unpack(numbers or {}, self._owners())
         handles = self._hook_forwards()
         for pair in self.pairs:
@@ -185,6 +201,15 @@ class CTROptimizer(Optimizer):
         self._watch = Watch()
         self._arm()
 
+    def _budget_of(self, home: nn.Module | None, coupling: Coupling) -> Budget | None:
+        """The bound on the distance from the base model; measured from the first step on."""
+        if self._kl_budget is None:
+            return None
+        check_budget(self._kl_budget, self.pairs, self._held, self._settings.curvature)
+        text = self._retained.text if self._retained.has_text else None
+        meter = meter_of(home, self.pairs, text, coupling.prober, coupling.quiet)
+        return Budget(float(self._kl_budget), meter, self.pairs)
+
     def _curvature_of(self, probe: Probe | None) -> Curvature:
         """The curvature that the options name."""
         if self._settings.curvature == "kfac" and self.pairs:
@@ -194,8 +219,8 @@ class CTROptimizer(Optimizer):
         return NoCurvature() if self._settings.curvature == "none" else Gradient()
 
     def _hook_forwards(self) -> list[Any]:
-        """Hooks that call :meth:`_forward_begins` where statistics are taken."""
-        if not isinstance(self._curvature, KFAC):
+        """Hooks that call :meth:`_forward_begins` where statistics are taken, or retained text is to be measured."""
+        if not isinstance(self._curvature, KFAC) and not self._retained.pending:
             return []
         begins = partial(_forward_begins, weakly(self._forward_begins))
         return [root.register_forward_pre_hook(Hook(begins, id(root))) for root in self._trained.roots]
@@ -218,10 +243,31 @@ class CTROptimizer(Optimizer):
             distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
             kfac = isinstance(self._curvature, KFAC)
             pairs = self.pairs if kfac else []
-            self._layout = lay_out(pairs, self.param_groups, self.state, self._curvature.prepare)
+            self._layout = lay_out(pairs, self.param_groups, self.state, self._prepare)
             self._curvature.bind(self._layout.pairs, self._layout.others)
             self._fused = Fused(self._fusible())
         return self._layout.stacks
+
+    def _prepare(self, state: Any, kept: list[nn.Parameter]) -> None:
+        """Add to the state of parameters what curvature and retention keep there."""
+        self._curvature.prepare(state, kept)
+        self._retained.prepare(state, self.pairs)
+
+    def _retain(self) -> None:
+        """Measure the retained text, once, and move to its coordinates.
+
+        Before the first training forward, when the model is where it will be trained; a sharded model's outermost
+        forward is not to be entered twice, so that it is measured at construction, or at the first step.
+        """
+        if not self._retained.pending:
+            return
+        self._follow()
+        with torch.no_grad():
+            self._retained.measure(self._trained.home() or self._trained.roots[0])
+            distributed.reshard(self._trained.fsdp)
+            self._retained.start_([pair for pair in self.pairs if id(pair.A) in map(id, self._held)], self.state)
+        self._restack()
+        self._arm()
 
     def _restack(self) -> None:
         """Drop the stacks: something replaced the state that they share."""
@@ -273,7 +319,9 @@ class CTROptimizer(Optimizer):
         if curvature.due(step):
             self._stack()
         curvature.arm(step)
-        self._trust.coupling.arm(step)
+        budget = self._budget
+        self._budget_due = budget is not None and budget.due(self._length())
+        self._trust.coupling.arm(step, self._budget_due and budget is not None and not budget.meter.on_text)
 
     def open_sketch(self, rank: int) -> None:
         """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
@@ -308,13 +356,14 @@ class CTROptimizer(Optimizer):
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             self._watch.no_gradient(self.steps)
             return loss
+        self._retain()
         stacks = self._stack()
         finite = self._look()
         with exact(stack.device for stack in stacks):
             self._learn(finite)
             step = self._direction(stacks, finite)
         scale = self._trust.constrain(step, self._curvature, self.param_groups) if step.bounded else None
-        step.take_(scale)
+        self._take(step, scale)
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
@@ -327,6 +376,23 @@ class CTROptimizer(Optimizer):
         if self._ranks is not None:
             self._ranks.notify()  # last: a listener that raises must leave an optimizer that works
         return loss
+
+    def _take(self, step: Step, scale: Tensor | None) -> None:
+        """Take the step, within the budget from the base model where there is one."""
+        budget = self._budget
+        if budget is None:
+            step.take_(scale)
+            return
+        budget.begin()
+        length = self._length()
+        factor = budget.factor(length)
+        step.take_(factor * (torch.ones_like(step.q) if scale is None else scale))
+        budget.moved(factor * length, self._budget_due)
+
+    def _length(self) -> float:
+        """Length of a step, the root of its KL in nats: of the bound, or of the last step where there is none."""
+        limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit
+        return math.sqrt(float(self._trust.predicted if limit is None else limit))
 
     def _look(self) -> Tensor:
         """``()`` whether all gradients are finite."""
@@ -405,6 +471,7 @@ class CTROptimizer(Optimizer):
     def _owners(self) -> list[Any]:
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
+        owners += [] if self._budget is None else [self._budget.state]
         return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson) else owners
 
     def _numbers(self) -> dict[str, Any]:
@@ -458,7 +525,8 @@ class CTROptimizer(Optimizer):
         bounded = measures and self._trust.coupling.known
         trained = sum(distributed.local(p).numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
-        return metrics | {"trust/unbounded": 0 if bounded else trained}
+        metrics |= {"trust/unbounded": 0 if bounded else trained}
+        return metrics if self._budget is None else metrics | self._budget.metrics()
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
         """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
@@ -501,6 +569,13 @@ class CTROptimizer(Optimizer):
         self._follow()
         distributed.reshard(self._trained.fsdp)  # the layers hold the parameters of our groups again
         state, groups, numbers = checked(state_dict, self.param_groups, self.pairs, self._settings, self._numbers())
+        carried = any(VECTORS in entry for entry in state.values())
+        if self._retained.pending and state and not carried:
+            raise ValueError(
+                "checkpoint: it was written without retain; build the optimizer without retain to go on with it"
+            )
+        if carried:
+            self._retained.settle()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         unpack(numbers, self._owners())
         self._restack()
@@ -522,6 +597,8 @@ class CTROptimizer(Optimizer):
 
     def _forward_begins(self) -> None:
         """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        if not self._trained.fsdp:
+            self._retain()
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         self._forget_dropped()
@@ -557,7 +634,13 @@ class CTROptimizer(Optimizer):
             self._attach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_settings": self._settings, "_scheduler": self._scheduler, "_carried": self._numbers()}
+        own: dict[str, Any] = {
+            "_settings": self._settings,
+            "_scheduler": self._scheduler,
+            "_retained": self._retained,
+            "_kl_budget": self._kl_budget,
+            "_carried": self._numbers(),
+        }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

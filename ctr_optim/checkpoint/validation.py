@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 from ctr_optim.checkpoint.numbers import FORMAT
 from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
+from ctr_optim.direction.coordinates import SCALES, VECTORS, empty
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.model.pair import LoRAPair
+from ctr_optim.retention.budget import BudgetState
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
 
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
+OPTIONAL = {field.name for field in fields(BudgetState)}  # numbers of runs without a budget from the base model
 LATER = {"version", "budget"}  # numbers that checkpoints of format 1 may lack
 
 
@@ -100,7 +104,7 @@ def _checked_groups(
         raise ValueError(
             f"checkpoint: version is {version!r}, expected 1 to {FORMAT}; update ctr_optim if a newer version wrote it"
         )
-    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set())
+    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - OPTIONAL
     if missing:
         raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
     for name, value in shared.items():
@@ -146,8 +150,8 @@ def _expected_entry(p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings
         expected = initial_state(bare, -1 if p is pair.B else -2)
         if p is pair.B:
             expected |= factor_state(pair, STRUCTURES[settings.factor_structure]) | _sketches_like(entry, pair)
-        return expected
-    expected = initial_state(bare, None)
+        return expected | _retained_like(entry, bare, pair)
+    expected = initial_state(bare, None) | _retained_like(entry, bare, pair)
     if settings.curvature == "hutchinson":
         expected["hessian_diagonal"] = expected["exp_avg"]
     return expected
@@ -158,6 +162,13 @@ def _sketches_like(entry: Any, pair: LoRAPair) -> dict[str, Tensor]:
     saved = entry.get("sketch_range") if isinstance(entry, Mapping) else None
     columns = saved.shape[-1] if isinstance(saved, Tensor) and saved.dim() else 0
     return sketch_state(pair, columns - OVERSAMPLED) if columns else {}
+
+
+def _retained_like(entry: Any, bare: Tensor, pair: LoRAPair | None) -> dict[str, Tensor]:
+    """The coordinates of retained text that the checkpoint has of an A; nothing for other parameters."""
+    vectors = entry.get(VECTORS) if isinstance(entry, Mapping) else None
+    is_a = pair is not None and bare.shape == pair.A.shape and SCALES in (entry if isinstance(entry, Mapping) else ())
+    return empty(bare, len(vectors)) if is_a and isinstance(vectors, Tensor) and vectors.dim() == 2 else {}
 
 
 def _checked_entry(

@@ -65,7 +65,7 @@ def suits(block: FactoredPair) -> bool:
     for one layer at a time.
     """
     a, b = block.a, block.b
-    if a is None or block.structure is not Diagonal or block.pairs[0].rank > max(TILES):
+    if a is None or a.retained or block.structure is not Diagonal or block.pairs[0].rank > max(TILES):
         return False
     return all(
         stack.dtype == torch.float32

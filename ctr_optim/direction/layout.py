@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.stack import Stack, initial_state
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
@@ -74,7 +75,7 @@ def lay_out(
         kind = (pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype, pair.A.device)
         cut = (distributed.layout(pair.A), distributed.layout(pair.B))
         owns = id(pair.A) not in group_of or owner.setdefault(id(pair.A), index) == index
-        key = (*kind, *cut, id(group_of.get(id(pair.A))), id(group), owns)
+        key = (*kind, *cut, _columns(state.get(pair.A, {})), id(group_of.get(id(pair.A))), id(group), owns)
         alike.setdefault(key if group["foreach"] is not False else index, []).append(index)
     paired = []
     for indices in alike.values():
@@ -90,9 +91,14 @@ def lay_out(
     others: dict[Any, list[nn.Parameter]] = {}
     for p, group in _trained(groups):
         if id(p) not in rank_dims:
-            kin = (p.shape, p.dtype, p.device, distributed.layout(p), id(group))
+            kin = (p.shape, p.dtype, p.device, distributed.layout(p), _columns(state[p]), id(group))
             others.setdefault(kin if group["foreach"] is not False else id(p), []).append(p)
     return Layout(paired, [Stack(some, group_of[id(some[0])], state, None) for some in others.values()])
+
+
+def _columns(state: Any) -> int:
+    """Eigenpairs of the coordinates that a parameter learns in; 0 where it learns in its own."""
+    return len(state[VECTORS]) if VECTORS in state else 0
 
 
 def parameters_of(groups: Groups) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.direction import coordinates
 from ctr_optim.direction.adam import adam_, change_basis_, rotate, unrotate
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import together
@@ -57,6 +58,11 @@ class Stack:
         """The dtype of the state: float32 at least."""
         return self.tensors["exp_avg"].dtype
 
+    @property
+    def retained(self) -> bool:
+        """Whether the moments are in coordinates of retained text (:mod:`ctr_optim.direction.coordinates`)."""
+        return coordinates.VECTORS in self.tensors
+
     def values(self) -> Tensor:
         """The parameters, stacked in the state's dtype."""
         return self._stacked([p.detach() for p in self.params]).to(self.dtype)
@@ -85,6 +91,8 @@ class Stack:
             return None
         grad, live = found
         t, group = self.tensors, self.group
+        if self.retained:
+            grad = coordinates.product(grad, t)
         if self.rank_dim is not None:
             grad = rotate(grad, t["basis"], self.rank_dim)
         delta, factor = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
@@ -93,12 +101,15 @@ class Stack:
             delta *= factor
         else:
             delta = unrotate(delta, t["basis"] * factor, self.rank_dim)
+        if self.retained:
+            delta = coordinates.product(delta, t)
         if group["weight_decay"] != 0:
             delta -= self.values() * (group["lr"] * group["weight_decay"] * live.view(factor.shape).to(delta.dtype))
         return delta
 
     def coordinates(self, delta: Tensor) -> Tensor:
         """A step ``(L, *shape)`` in the coordinates of the moments."""
+        delta = coordinates.solve(delta, self.tensors) if self.retained else delta
         return delta if self.rank_dim is None else rotate(delta, self.tensors["basis"], self.rank_dim)
 
     def slope(self, delta: Tensor) -> Tensor:

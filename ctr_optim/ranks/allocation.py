@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.curvature.sketch import of_layers
+from ctr_optim.direction.coordinates import VECTORS, product
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.resize import Core, State, carry, grow, padded, projection, shrink, unchanged
@@ -161,6 +162,10 @@ def _survey_alike(
         range_, corange = (sketch[at] / count for sketch in block.sketch)
         utility, directions = absent_directions(range_, corange, psi, span_in, span_out)
         rows = block.structure.whiten(w_in, directions, transpose=True)
+        if (
+            block.a is not None and VECTORS in block.a.tensors
+        ):  # new rows begin in the coordinates that the others learn in
+            rows = product(rows.mT, {key: t[at] for key, t in block.a.tensors.items()}).mT
         length = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
         # what a sketch knows nothing of is as good as any: random, as fresh adapters are
         rows, length = torch.where(length > 0, rows, omega), torch.where(length > 0, length, omega.norm(dim=-2))

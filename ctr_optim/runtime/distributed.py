@@ -23,6 +23,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number; 0 for a single process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
     return world_size() == 1 or dist.get_rank() == 0
@@ -48,6 +53,15 @@ def of_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def of_all(value: T) -> list[T]:
+    """Every process's ``value``, a plain Python object, in the order of the processes."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def copy_first_(tensors: Sequence[Tensor]) -> None:

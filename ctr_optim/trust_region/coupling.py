@@ -58,12 +58,14 @@ class Coupling:
     def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None) -> None:
         self.prober, self.quiet, self.interval = prober, quiet, interval
         self.state = CouplingState()
+        self.due = self.shared = False  # whether we measure, and whether others use the kept batch after us
         self.kappa: Tensor | float | None = None
 
-    def arm(self, step: int) -> None:
-        """Decide whether the coming forward pass is kept for a measurement."""
+    def arm(self, step: int, others: bool = False) -> None:
+        """Decide whether the coming forward pass is kept, for our measurement or for ``others``."""
+        self.due, self.shared = calibration_due(step, self.interval), others
         if self.prober is not None:
-            self.prober.enabled = calibration_due(step, self.interval)
+            self.prober.enabled = self.due or others
 
     @property
     def usual(self) -> float:
@@ -109,11 +111,12 @@ class Coupling:
             limit: its bound, nats per token.
             adapter: the trained part of the model.
         """
-        if self.prober is None or not self.prober.enabled:
+        if self.prober is None or not self.due:
             return
         if distributed.everywhere(self.prober.ready, step.q):
             self._update(step, limit, adapter)
-        self.prober.release()
+        if not self.shared:
+            self.prober.release()
 
     def _update(self, step: Step, limit: float, adapter: Adapter) -> None:
         """Measure, and fold the measurement into the state."""

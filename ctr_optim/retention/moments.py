@@ -1,0 +1,167 @@
+"""Sums over the inputs of LoRA layers, by hooks: a layer's Gram matrix, or a sketch of it where the layer is wide."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.devices import exact
+from ctr_optim.runtime.hooks import Hook
+
+EXACT_WIDTH = 1024  # up to here the Gram matrix is held whole
+EXACT_BYTES = 256 * 2**20  # and where the matrices of all layers together need no more
+OVERSAMPLED = 8  # columns of a sketch beyond twice the rank
+_PRINT = 256  # entries by which two inputs are compared
+
+
+class Sum:
+    """``sum_t x_t x_t^T`` over tokens, times the columns of ``test`` (Nystrom sketch), or whole where that is None.
+
+    Attributes:
+        product: ``(d, n)``, the sum times the test matrix ``(d, n)``.
+        trace: ``()`` its trace, exact.
+        tokens: ``()`` number of tokens.
+    """
+
+    def __init__(self, width: int, columns: int | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.width = width
+        self.test: Tensor | None = None
+        if columns is not None and columns < width:
+            generator = torch.Generator().manual_seed(width)  # the same in every process and run
+            self.test = torch.randn(width, columns, generator=generator, device="cpu").to(device, dtype)
+        self.product = torch.zeros(width, width if self.test is None else self.test.shape[1]).to(device, dtype)
+        self.trace, self.tokens = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
+
+    def add(self, rows: Tensor) -> None:
+        """Add tokens ``(n, d)``."""
+        with exact([rows.device]):
+            rows = rows.to(self.product.dtype)
+            self.product += rows.mT @ (rows if self.test is None else rows @ self.test)
+            self.trace += rows.square().sum(dtype=torch.float64)
+            self.tokens += rows.shape[0]
+
+    def eigenpairs(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the largest eigenvalues ``(k,)``, falling, and their vectors ``(d, k)``."""
+        with exact([self.product.device]):
+            if self.test is None:
+                values, vectors = torch.linalg.eigh(0.5 * (self.product + self.product.mT))
+                return values.flip(-1)[:rank].clamp_min(0), vectors.flip(-1)[:, :rank].contiguous()
+            return _nystrom(self.product, self.test, rank)
+
+
+def _nystrom(sketch: Tensor, test: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017, arXiv 1706.05736), in float64: sketches are thin."""
+    dtype = sketch.dtype
+    sketch, test = sketch.double(), test.double()
+    inner = test.mT @ sketch
+    values, turn = torch.linalg.eigh(0.5 * (inner + inner.mT))
+    floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * len(values) * torch.finfo(dtype).eps
+    roots = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0)  # directions of rounding alone are left out
+    vectors, singular, _ = torch.linalg.svd(sketch @ (turn * roots), full_matrices=False)
+    return singular[:rank].square().to(dtype), vectors[:, :rank].to(dtype).contiguous()
+
+
+class Moments:
+    """Hooks on the layers of one model, while it reads retained text; a context manager.
+
+    Layers that read one tensor (query, key and value) share one sum. That is decided when a layer is first reached:
+    by the identity of the LoRA layer's input, and, since a library may cast its own copy for every layer, by the
+    entries that reach A.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], rank: int) -> None:
+        self._pairs, self._handles = list(pairs), []  # type: list[LoRAPair], list[Any]
+        whole = 4 * sum(pair.A.shape[1] ** 2 for pair in pairs) <= EXACT_BYTES
+        self._columns = [None if whole or pair.A.shape[1] <= EXACT_WIDTH else 2 * rank + OVERSAMPLED for pair in pairs]
+        self._leader: dict[int, int] = {}
+        self._sums: dict[int, Sum] = {}
+        self._inputs: dict[int, Tensor] = {}  # of the LoRA layers that are running
+        self._read: dict[int, tuple[Any, int, Tensor]] = {}  # by id(input): weak reference, who read it first, entries
+        self._mask: Tensor | None = None
+        self._counts = True
+
+    def __enter__(self) -> Moments:
+        for index, pair in enumerate(self._pairs):
+            for module, act in ((pair.layer, self._entered), (pair.down, self._reached)):
+                hook = Hook(partial(act, index), id(module))
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._inputs.clear()
+        self._read.clear()
+
+    def begin(self, mask: Tensor | None, counts: bool = True) -> None:
+        """Begin a forward pass; ``mask``: ``(B, T)`` which tokens count; ``counts``: whether any of them do."""
+        self._mask, self._counts = mask, counts
+        self._inputs.clear()
+        self._read.clear()
+
+    def summed(self) -> tuple[dict[str, str], dict[str, Sum]]:
+        """Return for each layer that was reached the name of its sum, and the sums over all processes."""
+        leaders: dict[int, int] = {}
+        for found in reversed(distributed.of_all(self._leader)):
+            leaders.update(found)
+        needed = sorted({leader for found in distributed.of_all(self._leader) for leader in found.values()})
+        for leader in needed:  # experts that no token of this process reached
+            if leader not in self._sums:
+                self._sums[leader] = self._new(leader, self._pairs[leader].A)
+        sums = [self._sums[leader] for leader in needed]
+        distributed.add_up([t for total in sums for t in (total.product, total.trace, total.tokens)])
+        name = [pair.name for pair in self._pairs]
+        return {name[i]: name[j] for i, j in sorted(leaders.items())}, {name[j]: self._sums[j] for j in needed}
+
+    def _new(self, index: int, like: Tensor) -> Sum:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return Sum(self._pairs[index].A.shape[1], self._columns[index], like.device, dtype)
+
+    def _entered(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _first(args, kwargs)
+        if x is not None:
+            self._inputs[index] = x
+
+    def _reached(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _first(args, kwargs)
+        source = self._inputs.pop(index, x)
+        if x is None or source is None:
+            return
+        leader = self._leader.get(index)
+        if leader is None:
+            leader = self._leader[index] = self._leader_of(index, x, source)
+        if leader != index or not self._counts:
+            return
+        if index not in self._sums:
+            self._sums[index] = self._new(index, x)
+        self._sums[index].add(self._rows(x))
+
+    def _leader_of(self, index: int, x: Tensor, source: Tensor) -> int:
+        entries = x.detach().flatten()
+        entries = entries[:: max(1, len(entries) // _PRINT)].clone()
+        alive, leader, theirs = self._read.get(id(source), (None, index, entries))
+        same = alive is not None and alive() is source
+        if same and theirs.shape == entries.shape and bool((theirs == entries).all()):
+            return leader
+        if not same:
+            self._read[id(source)] = weakref.ref(source), index, entries
+        return index
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Tokens ``(n, d)`` of an input ``(..., d)``, without padding."""
+        rows, mask = x.detach().flatten(0, -2), self._mask
+        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            return rows
+        return rows[mask.flatten().to(rows.device)]
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that a module reads."""
+    return next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)

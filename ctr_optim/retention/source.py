@@ -1,0 +1,120 @@
+"""What the optimizer was given to retain: resolved once, written to the state of every A, and carried from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctr_optim.direction.coordinates import SCALES, VECTORS, product
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.retention.metric import Metric
+from ctr_optim.retention.samples import own_samples, random_tokens
+from ctr_optim.retention.statistics import Retention
+from ctr_optim.runtime import distributed
+
+State = MutableMapping[Any, dict[str, Tensor]]
+
+SOURCES: dict[str, Callable[[nn.Module], list[Tensor]]] = {
+    "self": own_samples,
+    "random": random_tokens,
+}  # retained text by name: functions of the model
+
+
+class Retained:
+    """The argument ``retain``, from the constructor to the first step.
+
+    Args:
+        retain: batches of text, a :class:`Retention`, the name of a source (:data:`SOURCES`), or None.
+
+    Attributes:
+        batches: the text, once it is known; None without any.
+        retention: what was measured on it.
+        pending: whether it is still to be measured.
+
+    Raises:
+        ValueError, TypeError: if ``retain`` is none of these.
+    """
+
+    def __init__(self, retain: Iterable[Any] | Retention | str | None) -> None:
+        self.source: str | None = None
+        self.batches: list[Any] | None = None
+        self.retention: Retention | None = None
+        if isinstance(retain, str):
+            if retain not in SOURCES:
+                names = ", ".join(map(repr, SOURCES))
+                raise ValueError(f"retain: got {retain!r}, expected batches of text, a Retention, or one of {names}")
+            self.source = retain
+        elif isinstance(retain, Retention):
+            self.retention = retain
+        elif isinstance(retain, Tensor):
+            self.batches = [retain] if retain.dim() < 3 else list(retain)
+        elif isinstance(retain, Iterable) and not isinstance(retain, (bytes, Mapping)):
+            self.batches = list(retain)
+        elif retain is not None:
+            raise TypeError(f"retain: got a {type(retain).__name__}, expected batches of text, or a Retention")
+        self.pending = retain is not None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text, or a source that makes some."""
+        return self.batches is not None or self.source is not None
+
+    def text(self, model: nn.Module) -> list[Any]:
+        """The text; a named source makes it, from the base model and the same each time."""
+        if self.source is not None and self.batches is None:
+            self.batches = SOURCES[self.source](model)
+        return self.batches or []
+
+    def measure(self, model: nn.Module) -> Retention:
+        """Measure the text on a model, once."""
+        if self.retention is None:
+            self.retention = Retention.measure(model, self.text(model))
+        self.pending = False
+        return self.retention
+
+    def settle(self) -> None:
+        """Measure nothing: a checkpoint brought the coordinates."""
+        self.pending, self.retention = False, None
+
+    def prepare(self, state: State, pairs: Iterable[LoRAPair]) -> None:
+        """Write the coordinates into the state of every A that trains and has none."""
+        for pair in pairs if self.retention is not None and not self.pending else ():
+            if pair.A in state and state[pair.A] and VECTORS not in state[pair.A]:
+                state[pair.A].update(self._entry(pair) or {})
+
+    @torch.no_grad()
+    def start_(self, pairs: Iterable[LoRAPair], state: State) -> None:
+        """``A <- A P`` for every layer with ``B = 0``, which changes no function; others keep their A."""
+        for pair in pairs:
+            entry = state[pair.A] if VECTORS in state[pair.A] else self._entry(pair)
+            if entry is not None:
+                a = distributed.whole(pair.A.detach())
+                fresh = ~(distributed.whole(pair.B.detach()) != 0).any().to(a.device)
+                distributed.write_(pair.A, torch.where(fresh, product(a.to(entry[VECTORS]), entry).to(a), a))
+
+    def _entry(self, pair: LoRAPair) -> dict[str, Tensor] | None:
+        """The coordinates of one layer, ``(k, d)`` and ``(k + 1,)``; None for a layer that retained text never reached.
+
+        Raises:
+            ValueError: if they belong to a layer of another width.
+        """
+        assert self.retention is not None
+        metric = self.retention.metric_for(pair.name)
+        if metric is None:
+            return None
+        if metric.width != pair.A.shape[1]:
+            raise ValueError(
+                f"retain: {pair.name} was measured with {metric.width} input features, and here it has "
+                f"{pair.A.shape[1]}; measure this model"
+            )
+        return as_state(metric, pair.A)
+
+
+def as_state(metric: Metric, like: Tensor) -> dict[str, Tensor]:
+    """Return P in the form that the state of A holds, on the device of A and in float32 at least."""
+    kind: dict[str, Any] = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    scales = torch.cat([metric.base.unsqueeze(-1), metric.weights], -1)
+    return {VECTORS: metric.vectors.mT.contiguous().to(**kind), SCALES: scales.to(**kind)}
