@@ -218,6 +218,42 @@ def test_a_model_without_logits_is_cut_by_its_loss() -> None:
     assert 0.0 < done.cost == done.loss_after - done.loss_before <= 3e-2
 
 
+def test_a_refit_leaves_less_within_the_same_tolerance() -> None:
+    model, data = trained(), [shifted(seed, n=16, length=16) for seed in range(8)]
+    plain = compress(trained(), 2e-3, data)
+    before = logits_of(model, data[1::2])  # the batches that judge
+    done = compress(model, 2e-3, data, refit=24)
+    assert done.parameters_after < plain.parameters_after
+    assert done.kl == pytest.approx(float(exact_kl(before, logits_of(model, data[1::2])).mean()), rel=1e-3)
+    assert done.cost <= 2e-3
+    assert all(p.grad is None for p in model.parameters())
+    for pair in find_pairs(model):
+        assert pair.rank == max(1, done.ranks[pair.name])
+        assert bool(pair.B.any()) == (done.ranks[pair.name] > 0)
+
+
+def test_a_refit_that_cannot_be_judged() -> None:
+    with pytest.raises(ValueError, match="refit: got 1 batch with loss tokens, expected at least two"):
+        compress(trained(), 1e-3, batches(1), refit=4)
+    with pytest.raises(ValueError, match="refit: got -1, expected a whole number of at least 0"):
+        compress(trained(), 1e-3, batches(2), refit=-1)
+
+
+def test_an_error_leaves_the_adapter_as_it_was() -> None:
+    model, calls = trained(), [0]
+    before = snapshot(model)
+
+    def breaks(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+        calls[0] += 1
+        if calls[0] > 5:
+            raise RuntimeError("out of memory")
+        return model(**data).loss
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compress(model, 1e-3, batches(2), loss_fn=breaks)
+    assert same(before, snapshot(model))
+
+
 def pissa() -> nn.Module:
     return tiny_llama(torch.float32, init_lora_weights="pissa")
 

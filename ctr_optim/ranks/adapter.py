@@ -60,12 +60,17 @@ class Adapter:
             pair.A.copy_(sized(a, (0,), pair.rank))
             pair.B.copy_(sized(b, (1,), pair.rank))
 
+    @torch.no_grad()
     def resize(self, weights: Weights) -> None:
-        """Give layers weights of another rank; a layer without directions keeps one that is zero."""
+        """Give layers weights of any rank; a layer without directions gets one that is zero."""
         for name, (a, b) in weights.items():
-            room = max(1, len(a))
-            if room != self.pairs[name].rank or len(a) == 0:
-                self.pairs[name].resize(sized(a, (0,), room), sized(b, (1,), room))
+            pair, room = self.pairs[name], max(1, len(a))
+            a, b = sized(a, (0,), room), sized(b, (1,), room)
+            if room != pair.rank:
+                pair.resize(a, b)
+            else:
+                pair.A.copy_(a)
+                pair.B.copy_(b)
         for pair in {id(pair.library): pair for pair in self.pairs.values()}.values():
             if isinstance(pair.library, PeftLibrary) and pair.adapter is not None:
                 pair.library.tidy(pair.adapter)

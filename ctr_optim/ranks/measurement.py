@@ -30,13 +30,10 @@ class Factors:
     Attributes:
         H: ``A C A^T (r, r)``.
         D: ``B^T S B (r, r)``.
-        slope: ``B^T G A^T (r, r)`` with G the loss's gradient for ``s B A``; scaling the adapter's component
-            ``B m n A`` by ``1 + t`` changes the loss by ``t n slope^T m`` to first order.
     """
 
     H: Tensor
     D: Tensor
-    slope: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,7 @@ class Measurement:
         if not self.batches:
             raise ValueError(f"{who}: got no batches, expected a few of the training's (64 rows serve well)")
         self.counts: list[list[Tensor]] = []  # by batch and forward: which rows of the logits the loss looks at
+        self.losses: list[float] = []  # by batch, with the weights that factors() saw
         self.weights: list[float] = []  # by batch: its share in the mean over loss tokens
         self._kept: dict[int, list[Tensor]] = {}
         self.loss = math.nan
@@ -85,19 +83,19 @@ class Measurement:
         One forward and backward pass of every batch. H and D are exact means over loss tokens: no structure of C and S
         enters.
         """
-        with self._quiet(), _trained(self.model, pairs) as parameters:
+        with self.training(pairs) as parameters:
             scout = CTROptimizer(
                 parameters, lr=0.0, model=self.model, max_kl=None, calibration_interval=None, factor_interval=1,
                 factor_decay=0.9999, max_tokens=max_tokens,
             )  # fmt: skip
             try:
-                slopes = self._backward_all(scout)
+                self._backward_all(scout)
                 found = {}
                 for block in scout.blocks:
                     seen = block.b.tensors["factor_updates"] > 0
                     for i, pair in enumerate(block.pairs):
                         if bool(seen[i]):
-                            found[pair.name] = Factors(host(block.H[i]), host(block.D[i]), slopes[pair.name])
+                            found[pair.name] = Factors(host(block.H[i]), host(block.D[i]))
                 return found
             finally:
                 scout.zero_grad()
@@ -122,6 +120,46 @@ class Measurement:
                     kl += float(kl_divergence(p, q, p.new_ones(len(p), dtype=torch.bool))[0]) / tokens
         return Cost(kl if tokens else math.nan, loss)
 
+    def divergence(self, index: int) -> Tensor:
+        """Return ``KL(reference || model)`` of one batch, the mean over its loss tokens, with a graph for backward."""
+        seen: list[Tensor] = []
+        with torch.enable_grad(), self._logits(seen):
+            self._loss_of(self.batches[index])
+            there = [logits[mask] for logits, mask in zip(seen, self.counts[index], strict=True)]
+            pairs = zip(self._kept[index], there, strict=True)
+            parts = [kl_divergence(p, q, p.new_ones(len(p), dtype=torch.bool)) for p, q in pairs]
+            return torch.stack([kl for kl, _ in parts]).sum() / sum(len(q) for q in there)
+
+    @torch.no_grad()
+    def keep_references(self, before: Callable[[], Any]) -> None:
+        """Keep the logits of all batches with the weights that ``before`` writes, however many there are."""
+        before()
+        with self._quiet():
+            for index, batch in enumerate(self.batches):
+                if index not in self._kept:
+                    self._kept[index] = self._forward(index, batch)[1]
+
+    def part(self, indices: Sequence[int]) -> Measurement:
+        """Return the measurement of some of the batches; loss and references are known already."""
+        part = Measurement(self.model, [self.batches[i] for i in indices], self.loss_fn, self.who)
+        part.counts = [self.counts[i] for i in indices]
+        part.losses = [self.losses[i] for i in indices]
+        part._kept = {new: self._kept[i] for new, i in enumerate(indices) if i in self._kept}
+        part._weigh()
+        return part
+
+    @contextmanager
+    def training(self, pairs: Sequence[LoRAPair]) -> Iterator[list[nn.Parameter]]:
+        """Backward passes that only A and B of these layers get gradients from, without dropout."""
+        with self._quiet(), _trained(self.model, pairs) as parameters:
+            yield parameters
+
+    def _weigh(self) -> None:
+        """Weights of the batches, and their mean loss."""
+        shares = [float(sum(int(mask.sum()) for mask in masks)) if masks else 1.0 for masks in self.counts]
+        self.weights = [share / sum(shares) for share in shares]
+        self.loss = math.fsum(weight * loss for weight, loss in zip(self.weights, self.losses, strict=True))
+
     def _reference(self, index: int, batch: Any, before: Callable[[], Any]) -> list[Tensor]:
         """The logits of loss tokens before the change; kept where all of them fit into memory."""
         if index in self._kept:
@@ -132,13 +170,8 @@ class Measurement:
             self._kept[index] = logits
         return logits
 
-    def _backward_all(self, scout: CTROptimizer) -> dict[str, Tensor]:
-        """Gradients of every batch, a step of no length after each; and which tokens the losses look at.
-
-        Returns:
-            the mean over loss tokens of every layer's slope.
-        """
-        slopes: dict[str, Tensor] = {}
+    def _backward_all(self, scout: CTROptimizer) -> None:
+        """Gradients of every batch, a step of no length after each; and which tokens the losses look at."""
         losses, kept, counts = [], [], []
         for batch in self.batches:
             seen: list[Tensor] = []
@@ -150,10 +183,6 @@ class Measurement:
                 loss.backward()  # type: ignore[no-untyped-call]
             tokens = sum(int(mask.sum()) for mask in masks) if masks else 1
             if tokens:
-                for pair in scout.pairs:
-                    if pair.B.grad is not None:
-                        slope = tokens * host(pair.B.detach().mT.double() @ pair.B.grad.double())
-                        slopes[pair.name] = slopes.get(pair.name, 0) + slope
                 scout.step()
                 losses.append(float(loss.detach()))
                 kept.append(batch)
@@ -163,12 +192,8 @@ class Measurement:
             raise ValueError(
                 f"{self.who}: none of {len(self.batches)} batches has a loss token; expected labels other than -100"
             )
-        self.batches, self.counts = kept, counts
-        self.weights = [float(sum(int(mask.sum()) for mask in masks)) if masks else 1.0 for masks in counts]
-        total = sum(self.weights)
-        self.weights = [weight / total for weight in self.weights]
-        self.loss = math.fsum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
-        return {name: slope / total for name, slope in slopes.items()}
+        self.batches, self.counts, self.losses = kept, counts, losses
+        self._weigh()
 
     def _forward(self, index: int, batch: Any) -> tuple[float, list[Tensor]]:
         """The loss, and the logits ``(n, V)`` of loss tokens."""
