@@ -149,5 +149,5 @@ def test_an_event_without_a_coupling_refuses_nats() -> None:
     model = tiny_llama(torch.float64, r=8)
     opt = built(model)
     assert opt._ranks is not None
-    with pytest.raises(ValueError, match="tolerance is in nats, and this optimizer passes no coupling"):
+    with pytest.raises(ValueError, match="tolerance is in nats, and the optimizer has not measured the coupling"):
         type(opt._ranks).event(opt._ranks, opt.blocks, opt.state, 3, False)

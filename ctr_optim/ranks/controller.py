@@ -125,8 +125,9 @@ class RankController:
         """
         if self.scheduler.tolerance is not None and coupling is None:
             raise ValueError(
-                "rank_scheduler: tolerance is in nats, and this optimizer passes no coupling to the event; use "
-                "RankScheduler(budget=...), or ctr_optim.compress after training"
+                "rank_scheduler: tolerance is in nats, and the optimizer has not measured the coupling that turns "
+                "utilities into nats (metrics()['trust/source'] says why); use RankScheduler(budget=...), or "
+                "ctr_optim.compress after training"
             )
         ranks = self.ranks
         self.settle()
