@@ -36,9 +36,9 @@ def describe(
     lines.append(f"steps: {steps}")
     for index, group in enumerate(groups):
         options = {k: v for k, v in group.items() if k not in ("params", "param_names", "peak_lr", "ctr")}
-        text = ", ".join(f"{k}={float(v) if k == 'lr' else v!r}" for k, v in options.items())
+        text = ", ".join(f"{k}: {float(v) if k == 'lr' else v!r}" for k, v in options.items())
         lines.append(f"group {index}: {len(group['params'])} tensors, {text}")
-    return "CTROptimizer(\n" + "".join(f"    {line}\n" for line in lines) + ")"
+    return "CTROptimizer (\n" + "".join(f"    {line}\n" for line in lines) + ")"
 
 
 def metrics_of(

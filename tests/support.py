@@ -55,6 +55,19 @@ class Net(nn.Module):
         return self.head(self.down(self.dropout(x)).tanh())
 
 
+class TorchtuneLinear(nn.Module):
+    """As torchtune's LoRALinear: s = alpha / rank, computed in every forward."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in), requires_grad=False)
+        self.rank, self.alpha = rank, alpha
+        self.lora_a, self.lora_b = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT + (self.alpha / self.rank) * self.lora_b(self.lora_a(x))
+
+
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, b_std: float = 0.3, **options: Any) -> Net:
     """A seeded Net; B starts away from zero, so that every factor says something (``b_std=0`` for a fresh adapter)."""
     torch.manual_seed(seed)

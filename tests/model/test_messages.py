@@ -155,7 +155,7 @@ def test_an_optimizer_prints_its_layers_its_ranks_and_its_bound() -> None:
     text = repr(CTROptimizer(model.parameters(), max_kl=0.05, weight_decay=0.1))
     assert "2 LoRA layers of 105 parameters, 88 other parameters" in text
     assert "ranks: 3 to 3, mean 3.00, fixed" in text and "bound: 0.05 nats per token" in text
-    assert "group 0: 9 tensors, lr=0.08" in text and "weight_decay=0.1" in text
+    assert "group 0: 9 tensors, lr: 0.08" in text and "weight_decay: 0.1" in text
 
 
 def test_an_optimizer_prints_ranks_that_moved() -> None:

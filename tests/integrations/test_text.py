@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_integrations_attach import trainer_of
+from test_attach import trainer_of
 
 from ctr_optim import CTROptimizer
 from ctr_optim.integrations import transformers as ours

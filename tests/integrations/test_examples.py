@@ -12,7 +12,7 @@ import pytest
 from ctr_optim.export.files import read_adapter
 from ctr_optim.report.log import read_events
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*command: str) -> str:

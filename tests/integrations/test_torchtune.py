@@ -17,7 +17,7 @@ from ctr_optim import CTROptimizer, RankScheduler
 from ctr_optim.cli import main
 from ctr_optim.export.files import read_adapter
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TORCHTUNE = importlib.util.find_spec("torchtune") is not None
 MODEL = EXAMPLES / "assets" / "base5m"
 

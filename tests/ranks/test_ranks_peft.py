@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import llama_batch, llama_loss, net, relative_error, tiny_llama, train, trainable
-from test_discovery import TorchtuneLinear
+from support import TorchtuneLinear, llama_batch, llama_loss, net, relative_error, tiny_llama, train, trainable
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, export_compact, export_uniform

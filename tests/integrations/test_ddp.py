@@ -220,7 +220,7 @@ def test_new_shapes_are_refused_at_construction(tmp_path: Path) -> None:
 
 def _trainer(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     from accelerate.state import AcceleratorState
-    from test_integrations_transformers import trainer_of
+    from test_transformers import trainer_of
 
     AcceleratorState._reset_state(reset_partial_state=True)  # what tests before the fork left
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")

@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_bits(structure: str) -> None:
 def test_another_process_gives_the_same_bits() -> None:
     """With another hash seed, so that no order of a set or dict of strings plays a part."""
     code = "import test_determinism as t, torch; torch.set_num_threads(1); print(t.fingerprint())"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    paths = [str(path) for path in Path(__file__).resolve().parents[:3]]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == fingerprint()

@@ -19,7 +19,7 @@ pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 from benchmarks.quality import generation, plans, protocol, report, run, sensitivity, tasks
 
 CPU = torch.device("cpu")
-ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
 
 class Letters:

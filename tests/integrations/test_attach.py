@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_integrations_trl import LORA, OTHERS, TEXTS, TOKENIZER, base
+from test_trl import LORA, OTHERS, TEXTS, TOKENIZER, base
 
 from ctr_optim import CTROptimizer
 from ctr_optim.integrations import unwrap

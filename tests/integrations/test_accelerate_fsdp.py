@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import needs_fsdp2, needs_gloo, spawn
 from support import llama_loss, same
-from test_integrations_fsdp import MOVING, OPTIONS, STEPS, alone, assert_one, model_of, rows_of, whole
+from test_fsdp import MOVING, OPTIONS, STEPS, alone, assert_one, model_of, rows_of, whole
 from torch import nn
 
 from ctr_optim import CTROptimizer

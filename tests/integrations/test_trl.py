@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-TOKENIZER = Path(__file__).parents[1] / "examples" / "assets" / "base5m"
+TOKENIZER = Path(__file__).parents[2] / "examples" / "assets" / "base5m"
 TEXTS = [
     "A tale of two cities.",
     "Call me Ishmael.",

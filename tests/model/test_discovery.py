@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from support import LoRALinear, backward, batch, factors_of, lora_layers, loss_of, net, tiny_llama, train, trainable
+from support import (
+    LoRALinear,
+    TorchtuneLinear,
+    backward,
+    batch,
+    factors_of,
+    lora_layers,
+    loss_of,
+    net,
+    tiny_llama,
+    train,
+    trainable,
+)
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, LoRAPair
@@ -24,19 +36,6 @@ ALL = {f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS}
 def names(opt: CTROptimizer) -> set[str]:
     assert len({pair.name for pair in opt.pairs}) == len(opt.pairs)
     return {pair.name for pair in opt.pairs}
-
-
-class TorchtuneLinear(nn.Module):
-    """As torchtune's LoRALinear: s = alpha / rank, computed in every forward."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in), requires_grad=False)
-        self.rank, self.alpha = rank, alpha
-        self.lora_a, self.lora_b = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.mT + (self.alpha / self.rank) * self.lora_b(self.lora_a(x))
 
 
 # -- libraries --------------------------------------------------------------------------------------------------------

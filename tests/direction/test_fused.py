@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import net, optimizer, train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
