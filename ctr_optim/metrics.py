@@ -56,7 +56,7 @@ def metrics_of(
     by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
     return {
         "trust/predicted_kl": float(trust.predicted),
-        "trust/max_kl": trust.limit,
+        "trust/max_kl": None if trust.limit is None else float(trust.limit),
         "trust/scale": float(trust.scale),
         "trust/coupling": float(coupling.usual if coupling.kappa is None else coupling.kappa),
         "trust/source": coupling.source,

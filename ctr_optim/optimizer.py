@@ -47,7 +47,7 @@ from ctr_optim.runtime.messages import Once, warn_failed, warn_skipped, warn_unb
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
 from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, check_group, due
-from ctr_optim.trust_region.bound import BOUNDS
+from ctr_optim.trust_region.bound import bound_named
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
@@ -145,7 +145,7 @@ class CTROptimizer(Optimizer):
         self._attached = False
         self._retained, self._kl_budget = Retained(retain), kl_budget
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = BOUNDS[kl_schedule](self._settings.max_kl)
+        self._bound = bound_named(kl_schedule)(self._settings.max_kl)
         self._ranks: RankController | None = None
         rate = LEARNING_RATE if lr is None else lr
         defaults = dict(lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
@@ -432,7 +432,7 @@ class CTROptimizer(Optimizer):
         if not forms:
             return Step(deltas, fused, zero, zero, False)
         slopes = ([slope(rest, finite)] if rest else []) + known[1:]
-        return Step(deltas, fused, together(forms).sum(), together(slopes).sum(), True)
+        return Step(deltas, fused, together(forms).sum(), together(slopes).sum(), True, self._curvature.tokens())
 
     def _reallocate(self) -> None:
         """Hold a rank event where one is due."""
@@ -649,7 +649,7 @@ class CTROptimizer(Optimizer):
             return
         self._model, self._ranks, self._attached = None, None, False
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = BOUNDS[self._settings.kl_schedule](self._settings.max_kl)
+        self._bound = bound_named(self._settings.kl_schedule)(self._settings.max_kl)
         self._attach(self.__dict__.pop("_carried"))
 
 

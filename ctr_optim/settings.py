@@ -35,7 +35,6 @@ class Settings:
             _number("max_kl", self.max_kl, above=0.0, hint="nats per token, or None for no trust region")
             # An integer would make checkpoints take the live bound, which need not stay whole, for a counter.
             object.__setattr__(self, "max_kl", float(self.max_kl))
-        _choice("kl_schedule", self.kl_schedule, ("lr", "constant", "adaptive"))
         if self.calibration_interval is not None:
             _count(
                 "calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric"

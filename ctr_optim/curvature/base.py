@@ -120,6 +120,9 @@ class Curvature(Protocol):
             done: blocks whose terms are known already.
         """
 
+    def tokens(self) -> Tensor | None:
+        """``()`` loss tokens of a step, when statistics were last taken; None where they are not known."""
+
     def kl_form(self) -> Tensor | None:
         """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""
 

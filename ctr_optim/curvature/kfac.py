@@ -44,8 +44,9 @@ class KFAC(NoCurvature):
         self.sketching = False
         self._looked = False
         self._others: list[Stacked] = []
-        self._tokens = torch.ones(())
+        self._tokens = torch.ones((), device="cpu")
         self._complete: bool | None = None
+        self._count: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -131,9 +132,10 @@ class KFAC(NoCurvature):
         scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
         for block in self.blocks:
             block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
-        self._tokens = torch.where(
-            seen, scale.tokens_over(self.settings.loss_reduction), self._tokens.to(tokens.device)
-        )
+        before = self._count
+        self._count = tokens if before is None else torch.where(seen, tokens, before.to(tokens.device))
+        now = scale.tokens_over(self.settings.loss_reduction)
+        self._tokens = torch.where(seen, now, self._tokens.to(now.device))
         self._complete = self._complete or None  # look again, as long as some layers have no factors
 
     def refresh(self) -> int:
@@ -163,6 +165,10 @@ class KFAC(NoCurvature):
         """Add the decoupled step of the penalty on the distance from the base model, in place."""
         for block in self.blocks if self.settings.trust_penalty else ():
             block.penalize_(deltas, self.settings.trust_penalty, finite)
+
+    def tokens(self) -> Tensor | None:
+        """``()`` loss tokens of a step, when the taps were last open."""
+        return self._count
 
     def kl_form(self) -> Tensor | None:
         """``()`` the sum of ``tr(D H) / 2`` over layers."""

@@ -38,6 +38,10 @@ class NoCurvature:
         """No terms: the step has no length."""
         return []
 
+    def tokens(self) -> Tensor | None:
+        """Unknown."""
+        return None
+
     def kl_form(self) -> Tensor | None:
         """Unknown."""
         return None

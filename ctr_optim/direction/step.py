@@ -20,6 +20,7 @@ class Step:
         fused: the part that Triton kernels take.
         q: ``()`` quadratic form in the curvature's metric; slope: ``()`` derivative of the loss along the step.
         bounded: whether the curvature gives the step a length.
+        tokens: ``()`` loss tokens of the step; None where they are not known.
     """
 
     deltas: dict[Stack, Tensor]
@@ -27,6 +28,7 @@ class Step:
     q: Tensor
     slope: Tensor
     bounded: bool
+    tokens: Tensor | None = None
 
     def changes(self) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
         """The parameters that this process holds, and its delta for each."""

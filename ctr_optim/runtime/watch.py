@@ -35,7 +35,7 @@ class Watch:
         groups: Sequence[dict[str, Any]],
         predicted: Tensor | float,
         scale: Tensor | float,
-        bound: float | None,
+        bound: Tensor | float | None,
     ) -> None:
         """Look at steps 1, 20, 40, ..., 200, until the trust region has acted or the user was warned.
 
@@ -46,14 +46,14 @@ class Watch:
             scale: ``()`` the factor that the trust region applied to the step.
             bound: of this step in nats per token; None for no trust region.
         """
-        if self._rate_is_fine or not bound or steps > _LAST or (steps != 1 and steps % _INTERVAL):
+        if self._rate_is_fine or bound is None or steps > _LAST or (steps != 1 and steps % _INTERVAL) or not bound:
             return
         acted = float(scale)
         if acted != 1.0:  # 0 is a skipped step, which says nothing about the rate
             self._rate_is_fine = acted > 0
             return
         lr, peak = (max(float(group.get(key, 0.0)) for group in groups) for key in ("lr", "peak_lr"))
-        share = float(predicted) / bound
+        share = float(predicted) / float(bound)
         if steps >= _INTERVAL and lr >= _FULL_RATE * peak > 0 and 0 < share < _SMALL_SHARE:
             self._rate_is_fine = True  # said once
             warn_small_rate(lr, share)

@@ -9,7 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from torch import Tensor
+
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a bound may look at before a step.
+
+    Attributes:
+        rate: largest ratio of a group's learning rate to its peak, in [0, 1].
+        flat: steps since that ratio changed last.
+        tokens: ``()`` loss tokens of this step, over micro-batches and processes; None where they are not known.
+    """
+
+    rate: float
+    flat: int = 0
+    tokens: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -18,9 +35,12 @@ class BoundState:
 
     Attributes:
         max_kl: live value of the bound before any schedule, nats per token; None for no trust region.
+        rate: last ratio of the learning rate to its peak; flat: steps since it changed.
     """
 
     max_kl: float | None
+    rate: float = 0.0
+    flat: int = 0
 
 
 class Bound(Protocol):
@@ -34,12 +54,8 @@ class Bound(Protocol):
     state: BoundState
     needs_closure: ClassVar[bool]
 
-    def limit(self, rate: float) -> float | None:
-        """The bound of the coming step; None for no bound.
-
-        Args:
-            rate: largest ratio of a group's learning rate to its peak, in [0, 1].
-        """
+    def limit(self, evidence: Evidence) -> Tensor | float | None:
+        """The bound of the coming step; None for no bound."""
 
     def judge(self, gained: float, promised: float) -> None:
         """Learn from a step: by how much the loss fell, and by how much the quadratic model said that it would."""
@@ -53,7 +69,7 @@ class Constant:
     def __init__(self, max_kl: float | None) -> None:
         self.state = BoundState(max_kl)
 
-    def limit(self, rate: float) -> float | None:
+    def limit(self, evidence: Evidence) -> Tensor | float | None:
         return self.state.max_kl
 
     def judge(self, gained: float, promised: float) -> None:
@@ -63,8 +79,28 @@ class Constant:
 class FollowsRate(Constant):
     """``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
 
-    def limit(self, rate: float) -> float | None:
-        return None if self.state.max_kl is None else self.state.max_kl * rate**2
+    def limit(self, evidence: Evidence) -> Tensor | float | None:
+        return None if self.state.max_kl is None else self.state.max_kl * evidence.rate**2
+
+
+class Auto(FollowsRate):
+    """Follows the learning rate's schedule, decays where there is none, and asks for loss tokens.
+
+    A batch of N loss tokens says little of what the model should do on other tokens: below ``enough`` tokens the bound
+    shrinks in proportion, so that a few labels that cannot be learned do not move the whole model. Without a schedule,
+    steps of one length keep the model at a distance from its optimum: the bound falls as ``1 / (1 + t / patience)``
+    over t steps at one rate.
+    """
+
+    enough: ClassVar[float] = 256.0
+    patience: ClassVar[float] = 50.0
+
+    def limit(self, evidence: Evidence) -> Tensor | float | None:
+        bound = super().limit(evidence)
+        if bound is None:
+            return None
+        bound = bound / (1 + evidence.flat / self.patience)
+        return bound if evidence.tokens is None else bound * (evidence.tokens / self.enough).clamp_max(1.0)
 
 
 class Adaptive(Constant):
@@ -81,7 +117,7 @@ class Adaptive(Constant):
             self.state.max_kl = adapted_bound(self.state.max_kl, self.initial, gained, promised)
 
 
-BOUNDS: dict[str, type[Constant]] = {"lr": FollowsRate, "constant": Constant, "adaptive": Adaptive}
+BOUNDS: dict[str, type[Constant]] = {"auto": Auto, "lr": FollowsRate, "constant": Constant, "adaptive": Adaptive}
 
 
 def adapted_bound(bound: float, initial: float, actual: float, predicted: float) -> float:
@@ -118,3 +154,22 @@ def everyday_factor(groups: Sequence[dict[str, Any]]) -> float:
     """
     default = all(float(group["peak_lr"]) == LEARNING_RATE for group in groups)
     return EVERYDAY_RATE / LEARNING_RATE if default else 1.0
+
+
+def observed(state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor | None) -> Evidence:
+    """The evidence of the coming step; counts in ``state`` for how long the rate has stayed the same."""
+    rate = rate_ratio(groups)
+    state.flat = state.flat + 1 if rate == state.rate else 0
+    state.rate = rate
+    return Evidence(rate, state.flat, tokens)
+
+
+def bound_named(name: str) -> type[Constant]:
+    """The kind of bound that ``kl_schedule`` names.
+
+    Raises:
+        ValueError: for a name that is not registered.
+    """
+    if name not in BOUNDS:
+        raise ValueError(f"kl_schedule: got {name!r}, expected one of {', '.join(map(repr, BOUNDS))}")
+    return BOUNDS[name]

@@ -100,7 +100,7 @@ class Coupling:
         self.kappa = kappa
         return kappa
 
-    def measure(self, step: Step, limit: float, adapter: Adapter) -> None:
+    def measure(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
         """Measure the coupling along this step, if one is due, at about the length that the step will have.
 
         Measurements are averaged by their square roots, since one in a hundred is off by a factor of ten. The part
@@ -118,13 +118,15 @@ class Coupling:
         if not self.shared:
             self.prober.release()
 
-    def _update(self, step: Step, limit: float, adapter: Adapter) -> None:
+    def _update(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
         """Measure, and fold the measurement into the state."""
         state, slope, q = self.state, step.slope, step.q
         newest = max(_NEWEST, 5 / (5 + state.calibrations))  # the first counts least: models change fastest then
         typical, usual = slope.square() / q, state.alignment
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
-        found = self._measured(step, limit, self.usual * aligned, tries=1 if state.calibrations else _TRIES)
+        found = self._measured(
+            step, float(limit or 0.0), self.usual * aligned, tries=1 if state.calibrations else _TRIES
+        )
         if found is None:
             return
         coupling, here = found

@@ -22,6 +22,10 @@ class Step(Protocol):
     def slope(self) -> Tensor:
         """``()`` derivative of the loss along the step."""
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """``()`` loss tokens of the step; None where they are not known."""
+
     def changes(self) -> Changes:
         """The parameters that the step moves, and its delta for each."""
 

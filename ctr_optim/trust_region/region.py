@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
-from ctr_optim.trust_region.bound import Bound, everyday_factor, rate_ratio
+from ctr_optim.trust_region.bound import Bound, everyday_factor, observed
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.protocols import Adapter, Step
 
@@ -35,7 +35,7 @@ class TrustRegion:
 
     def __init__(self, bound: Bound, coupling: Coupling) -> None:
         self.bound, self.coupling = bound, coupling
-        self.limit: float | None = None
+        self.limit: Tensor | float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
         self.slope: Tensor | float = 0.0
@@ -48,8 +48,8 @@ class TrustRegion:
             adapter: the trained part of the model, for the KL from the base model.
             groups: the parameter groups, for the schedule of the bound.
         """
-        self.limit = self.bound.limit(rate_ratio(groups))
-        self.coupling.measure(step, self.limit or 0.0, adapter)
+        self.limit = self.bound.limit(observed(self.bound.state, groups, step.tokens))
+        self.coupling.measure(step, self.limit, adapter)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted) if self.limit is None else scale_within(predicted, self.limit)
         if not self.coupling.known:
