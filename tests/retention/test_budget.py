@@ -209,3 +209,9 @@ def test_a_model_without_logits_cannot_be_measured() -> None:
     model(TEXT[0])["value"].backward()
     with pytest.raises(CannotMeasure, match=r"cannot be measured.*no logits.*retain=batches"):
         opt.step()
+
+
+def test_dora_is_refused() -> None:
+    model = tiny_llama(use_dora=True)
+    with pytest.raises(ValueError, match="belong to no LoRA layer.*no DoRA"):
+        optimizer(model, calibration_interval=4, retain="self", kl_budget=1.0)
