@@ -213,5 +213,5 @@ def test_a_model_without_logits_cannot_be_measured() -> None:
 
 def test_dora_is_refused() -> None:
     model = tiny_llama(use_dora=True)
-    with pytest.raises(ValueError, match="belong to no LoRA layer.*no DoRA"):
+    with pytest.raises(ValueError, match=r"belong to no LoRA layer.*no DoRA"):
         optimizer(model, calibration_interval=4, retain="self", kl_budget=1.0)
