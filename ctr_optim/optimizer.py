@@ -80,7 +80,8 @@ class CTROptimizer(Optimizer):
             loss, needs ``step(closure)``, which is called twice.
         calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before;
             None: kappa is 1, the plain metric.
-        trust_penalty: weight of the decoupled penalty on ``sum tr(D H)``, the adapter's way from the base model.
+        trust_penalty: lambda, nats per nat: what is minimized is the loss plus ``lambda KL(base || model)`` per token,
+            the KL by the factors and the measured coupling of the whole adapter.
         curvature: ``"kfac"``; ``"gradient"``: the metric ``sum v^ delta^2`` from Adam's second moments, which also
             serves for parameters of no LoRA layer; ``"hutchinson"``: the Hessian's diagonal, for models that return
             their loss; ``"none"``.
@@ -420,11 +421,11 @@ class CTROptimizer(Optimizer):
     def _direction(self, stacks: Sequence[Stack], finite: Tensor) -> Step:
         """Every stack's step before the trust region, with its length and slope in the chosen curvature."""
         fused = self._fused if self._fuses else Fused(())
-        deltas, known = directions(stacks, fused, finite)
+        kfac = self._curvature if isinstance(self._curvature, KFAC) else None
+        penalties = kfac.penalties(self._trust.coupling.of_adapter) if kfac is not None else {}
+        deltas, known = directions(stacks, fused, finite, penalties)
         if not deltas:
             raise RuntimeError(checks.REPLACED)
-        if isinstance(self._curvature, KFAC):
-            self._curvature.penalize_(deltas, finite)
         done = fused if known else Fused(())
         rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
         forms = [*self._curvature.quadratic(rest if not done.blocks else deltas, done.blocks), *known[:1]]

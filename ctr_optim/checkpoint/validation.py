@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,14 +17,13 @@ from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.direction.coordinates import SCALES, VECTORS, empty
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.model.pair import LoRAPair
-from ctr_optim.retention.budget import BudgetState
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
 
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
-OPTIONAL = {field.name for field in fields(BudgetState)}  # numbers of runs without a budget from the base model
+OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age")  # what runs without kl_budget lack
 LATER = {"version", "budget"}  # numbers that checkpoints of format 1 may lack
 
 
@@ -104,7 +102,7 @@ def _checked_groups(
         raise ValueError(
             f"checkpoint: version is {version!r}, expected 1 to {FORMAT}; update ctr_optim if a newer version wrote it"
         )
-    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - OPTIONAL
+    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - set(OPTIONAL)
     if missing:
         raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
     for name, value in shared.items():

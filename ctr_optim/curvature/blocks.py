@@ -206,13 +206,14 @@ class Block:
                 form = torch.where(self.seen, form, form + rough)  # factors that are zero add nothing
         return form.sum()
 
-    def penalize_(self, deltas: Mapping[Stacked, Tensor], weight: float, finite: Tensor) -> None:
-        """Add the decoupled step of the penalty on the way from the base model, ``-lr weight gradient``, in place."""
+    def penalties(self, weight: float | Tensor) -> dict[Any, Tensor]:
+        """Gradients ``(L, *shape)`` of ``weight tr(D H) / 2``, the block-diagonal KL from the base model, by stack.
+
+        For a given D and H: ``D A C`` and ``S B H``.
+        """
         gradients = penalty_gradients(*self.weights(), self.H, self.D, self.C, self.S)
-        for stack, gradient in zip((self.a, self.b), gradients, strict=True):
-            if stack is not None and stack in deltas:
-                live = stack.live(finite)[:, None, None] > 0
-                deltas[stack].sub_(stack.group["lr"] * weight * torch.where(live, gradient, 0))
+        halves = zip((self.a, self.b), gradients, strict=True)
+        return {stack: 0.5 * weight * gradient for stack, gradient in halves if stack is not None}
 
     def kl_from_base(self) -> Tensor:
         """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""

@@ -161,10 +161,19 @@ class KFAC(NoCurvature):
                 forms.append(self._tokens.to(rough) * rough)
         return forms
 
-    def penalize_(self, deltas: dict[Any, Tensor], finite: Tensor) -> None:
-        """Add the decoupled step of the penalty on the distance from the base model, in place."""
-        for block in self.blocks if self.settings.trust_penalty else ():
-            block.penalize_(deltas, self.settings.trust_penalty, finite)
+    def penalties(self, coupling: float) -> dict[Any, Tensor]:
+        """Gradients of ``trust_penalty KL(base || model)``, in the units of the loss's own gradients, by stack.
+
+        Args:
+            coupling: of the whole adapter, from the block-diagonal form to nats.
+        """
+        weight = self.settings.trust_penalty * coupling
+        found: dict[Any, Tensor] = {}
+        for block in self.blocks if weight else ():
+            # a sum's gradients are those of all tokens, averaged over processes
+            tokens = 1 / (self._tokens.to(block.H) * distributed.world_size())
+            found |= block.penalties(weight * tokens if self.settings.loss_reduction == "sum" else weight)
+        return found
 
     def tokens(self) -> Tensor | None:
         """``()`` loss tokens of a step, when the taps were last open."""

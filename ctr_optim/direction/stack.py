@@ -84,13 +84,20 @@ class Stack:
         present = [p.grad is not None for p in self.params]
         return live if all(present) else live * torch.tensor(present, dtype=live.dtype, device="cpu").to(live.device)
 
-    def direction(self, finite: Tensor) -> Tensor | None:
-        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``; None without gradients."""
+    def direction(self, finite: Tensor, penalty: Tensor | None = None) -> Tensor | None:
+        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``; None without gradients.
+
+        Args:
+            finite: ``()`` whether the step is to be taken.
+            penalty: ``(L, *shape)`` gradient to add to that of the loss.
+        """
         found = self.gradients(finite)
         if found is None:
             return None
         grad, live = found
         t, group = self.tensors, self.group
+        if penalty is not None:
+            grad = grad + penalty * (live > 0)[:, None, None]
         if self.retained:
             grad = coordinates.product(grad, t)
         if self.rank_dim is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -42,9 +43,18 @@ class Step:
                 stack.move_(delta, scale)
 
 
-def directions(stacks: Sequence[Stack], fused: Fused, finite: Tensor) -> tuple[dict[Stack, Tensor], list[Tensor]]:
-    """Every stack's step before the trust region; and, where kernels took a part, that part's form and slope."""
+def directions(
+    stacks: Sequence[Stack], fused: Fused, finite: Tensor, penalties: Mapping[Any, Tensor]
+) -> tuple[dict[Stack, Tensor], list[Tensor]]:
+    """Every stack's step before the trust region; and, where kernels took a part, that part's form and slope.
+
+    Args:
+        stacks: what trains.
+        fused: the part that kernels take.
+        finite: ``()`` whether the step is to be taken.
+        penalties: gradients to add to those of the loss, by stack.
+    """
     deltas, known = fused.directions(finite) if fused.stacks else ({}, None)
-    rest = {stack: stack.direction(finite) for stack in stacks if stack not in deltas}
+    rest = {stack: stack.direction(finite, penalties.get(stack)) for stack in stacks if stack not in deltas}
     deltas.update({stack: delta for stack, delta in rest.items() if delta is not None})
     return deltas, list(known or ())

@@ -57,22 +57,11 @@ class Metric:
         eye = torch.eye(self.width, dtype=self.vectors.dtype, device=self.vectors.device)
         return self.apply(eye.expand(*self.base.shape, -1, -1))
 
-    def to(self, like: Tensor) -> Metric:
-        """Return the same on the device and in the dtype of ``like``."""
-        return Metric(self.base.to(like), self.weights.to(like), self.vectors.to(like))
-
     @staticmethod
     def stack(metrics: Sequence[Metric]) -> Metric:
         """Return metrics of one width and k as one, with a new leading dimension."""
         fields = ([m.base for m in metrics], [m.weights for m in metrics], [m.vectors for m in metrics])
         return Metric(*(torch.stack(tensors) for tensors in fields))
-
-    @staticmethod
-    def identity(width: int, rank: int, like: Tensor) -> Metric:
-        """Return ``P = I`` in the same form, for a layer of which no retained text is known."""
-        return Metric(
-            like.new_ones(()), like.new_zeros(rank), torch.eye(width, rank, dtype=like.dtype, device=like.device)
-        )
 
 
 def metric_of(values: Tensor, vectors: Tensor, rest: Tensor, power: float = POWER, damping: float = DAMPING) -> Metric:
