@@ -75,9 +75,11 @@ class CTROptimizer(Optimizer):
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
             sets how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
-        kl_schedule: ``"lr"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
-            scheduler as ``initial_lr``; ``"constant"``; ``"adaptive"``: from predicted and actual reduction of the
-            loss, needs ``step(closure)``, which is called twice.
+        kl_schedule: ``"auto"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
+            scheduler as ``initial_lr``; it falls as ``1 / (1 + t / 25)`` over t steps at one lr, and in proportion to a
+            batch's loss tokens below 256. ``"lr"``: the first of these alone. ``"constant"``: none of them.
+            ``"adaptive"``: from predicted and actual reduction of the loss, needs ``step(closure)``, which is called
+            twice.
         calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before;
             None: kappa is 1, the plain metric.
         trust_penalty: lambda, nats per nat: what is minimized is the loss plus ``lambda KL(base || model)`` per token,
@@ -119,7 +121,7 @@ class CTROptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         max_kl: float | None = 0.1,
-        kl_schedule: str = "lr",
+        kl_schedule: str = "auto",
         calibration_interval: int | None = 50,
         trust_penalty: float = 0.0,
         curvature: str = "kfac",
@@ -155,6 +157,7 @@ class CTROptimizer(Optimizer):
         if lr is None and (max_kl is None or curvature == "none"):
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
+        self._mirror()
         if self._trained.fsdp:
             self._retain()
 
@@ -524,7 +527,7 @@ class CTROptimizer(Optimizer):
         utility = self._ranks.utility if self._ranks is not None else {}
         measures = self._settings.curvature != "none" and self._bound.state.max_kl is not None
         bounded = measures and self._trust.coupling.known
-        trained = sum(distributed.local(p).numel() for p in self._held if p.requires_grad)
+        trained = sum(p.numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
         metrics |= {"trust/unbounded": 0 if bounded else trained}
         return metrics if self._budget is None else metrics | self._budget.metrics()
@@ -554,9 +557,12 @@ class CTROptimizer(Optimizer):
         """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
         self._count_skipped()
         self._follow()
-        state_dict = super().state_dict()
-        state_dict["param_groups"][0]["ctr"] = self._numbers()
-        return state_dict
+        self._mirror()
+        return super().state_dict()
+
+    def _mirror(self) -> None:
+        """Copy the numbers to the first group: torch.distributed.checkpoint saves what live groups hold, and no more."""
+        self.param_groups[0]["ctr"] = self._numbers()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, exactly: unlike torch's, nothing is cast to the parameters' dtype.
@@ -579,6 +585,7 @@ class CTROptimizer(Optimizer):
             self._retained.settle()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         unpack(numbers, self._owners())
+        self._mirror()
         self._restack()
         self._arm()
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -24,7 +24,7 @@ State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
 OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age")  # what runs without kl_budget lack
-LATER = {"version", "budget"}  # numbers that checkpoints of format 1 may lack
+LATER = {"version", "budget", "rate", "flat"}  # numbers that checkpoints of format 1 may lack
 
 
 def checked(

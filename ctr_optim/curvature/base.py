@@ -120,6 +120,10 @@ class Curvature(Protocol):
             done: blocks whose terms are known already.
         """
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the metric has the scale of a token's KL, so that an assumed coupling is better than none."""
+
     def tokens(self) -> Tensor | None:
         """``()`` loss tokens of a step, when statistics were last taken; None where they are not known."""
 

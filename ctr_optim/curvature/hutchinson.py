@@ -54,6 +54,8 @@ class Hutchinson(NoCurvature):
         interval: most steps between samples.
     """
 
+    per_token = True
+
     def __init__(self, prober: Gradients | None, decay: float, interval: int | None) -> None:
         self.prober, self.decay, self.interval, self.state = prober, decay, interval, HutchinsonState()
         self._stacks: list[Stacked] = []

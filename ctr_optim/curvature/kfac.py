@@ -36,6 +36,8 @@ class KFAC(NoCurvature):
         sketching: whether whitened gradients are sketched for a rank event.
     """
 
+    per_token = True
+
     def __init__(self, pairs: Sequence[LoRAPair], settings: Settings) -> None:
         self.pairs, self.settings = list(pairs), settings
         self.structure = STRUCTURES[settings.factor_structure]

@@ -14,6 +14,8 @@ from ctr_optim.curvature.base import Stacked, StackedPair, State
 class NoCurvature:
     """Implements :class:`~ctr_optim.curvature.base.Curvature` by doing nothing; others override the parts they need."""
 
+    per_token: bool = False
+
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Keep nothing in the state."""
 

@@ -93,7 +93,7 @@ class Auto(FollowsRate):
     """
 
     enough: ClassVar[float] = 256.0
-    patience: ClassVar[float] = 50.0
+    patience: ClassVar[float] = 25.0
 
     def limit(self, evidence: Evidence) -> Tensor | float | None:
         bound = super().limit(evidence)

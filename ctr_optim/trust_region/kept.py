@@ -75,7 +75,8 @@ class Kept:
         batch = sequences_in(args, kwargs) if share < 1 else None
         keep = 0 if batch is None else max(1, int(batch * share))
         kept_args, kept_kwargs = take((args, kwargs), keep or None)
-        source = None if batch is None else ((args, kwargs), versions((args, kwargs)))
+        whole = batch is None or torch.compiler.is_compiling()  # a graph cannot ask for versions
+        source = None if whole else ((args, kwargs), versions((args, kwargs)))
         device = next((p.device.type for p in module.parameters()), "cpu")
         autocast = None
         if torch.amp.is_autocast_available(device):

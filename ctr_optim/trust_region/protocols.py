@@ -33,6 +33,10 @@ class Step(Protocol):
 class Adapter(Protocol):
     """The trained part of the model, which is zero in the base model."""
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the metric has the scale of a token's KL, so that an assumed coupling is better than none."""
+
     def kl_form(self) -> Tensor | None:
         """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""
 

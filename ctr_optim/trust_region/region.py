@@ -51,7 +51,8 @@ class TrustRegion:
         self.limit = self.bound.limit(observed(self.bound.state, groups, step.tokens))
         self.coupling.measure(step, self.limit, adapter)
         predicted = 0.5 * self.coupling.along(step) * step.q
-        scale = torch.ones_like(predicted) if self.limit is None else scale_within(predicted, self.limit)
+        bounded = self.limit is not None and (self.coupling.known or adapter.per_token)
+        scale = scale_within(predicted, self.limit) if bounded else torch.ones_like(predicted)  # type: ignore[arg-type]
         if not self.coupling.known:
             factor = everyday_factor(groups)
             scale = scale * factor
