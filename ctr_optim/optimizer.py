@@ -561,7 +561,7 @@ class CTROptimizer(Optimizer):
         return super().state_dict()
 
     def _mirror(self) -> None:
-        """Copy the numbers to the first group: torch.distributed.checkpoint saves what live groups hold, and no more."""
+        """Copy the numbers to the first group: torch.distributed.checkpoint saves what live groups hold."""
         self.param_groups[0]["ctr"] = self._numbers()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ctr_optim.curvature.factors import STRUCTURES
-
 LEARNING_RATE = 8e-2  # the default, where the trust region sets the length of steps
 EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW; the default where no trust region can hold
 
@@ -41,7 +39,6 @@ class Settings:
             )
         _number("trust_penalty", self.trust_penalty, least=0.0)
         _choice("curvature", self.curvature, ("kfac", "gradient", "hutchinson", "none"))
-        _choice("factor_structure", self.factor_structure, tuple(STRUCTURES))
         _number("factor_decay", self.factor_decay, least=0.0, below=1.0)
         _count("factor_interval", self.factor_interval)
         _count("basis_interval", self.basis_interval)

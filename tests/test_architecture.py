@@ -18,7 +18,7 @@ _BELOW = (*_METHOD, "curvature", "retention", "direction", "trust_region", "rank
 RULES: Mapping[str, tuple[str, ...]] = {
     "settings": (),
     "runtime": ("settings",),
-    "model": ("runtime",),
+    "model": ("runtime", "settings"),
     "curvature": (*_METHOD, *_PROTOCOLS),
     "retention": (*_METHOD, *_PROTOCOLS),
     "direction": (*_METHOD, *_PROTOCOLS),
@@ -30,6 +30,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # These build an optimizer, so they sit above it.
     "ranks.initialize": (*_BELOW, "optimizer"),
     "ranks.compress": (*_BELOW, "optimizer"),
+    "ranks.measurement": (*_BELOW, "optimizer"),
+    "ranks.refit": (*_BELOW, "optimizer"),
 }
 TOP = ("export", "report", "integrations", "cli", "events", "__init__")  # may import all; nothing below imports them
 
@@ -39,17 +41,13 @@ KNOWN: frozenset[tuple[str, str]] = frozenset(
         ("curvature.hutchinson", "trust_region.rerun"),
         ("direction.fused", "curvature.factors"),
         ("direction.fused", "curvature.forms"),
-        ("model.checks", "settings"),
         ("ranks.allocation", "curvature.blocks"),
         ("ranks.allocation", "curvature.sketch"),
         ("ranks.allocation", "direction.coordinates"),
         ("ranks.controller", "checkpoint.numbers"),
         ("ranks.controller", "curvature.blocks"),
-        ("ranks.measurement", "optimizer"),
-        ("ranks.measurement", "trust_region.logits"),
         ("ranks.resize", "curvature.eigen"),
         ("retention.source", "direction.coordinates"),
-        ("settings", "curvature.factors"),
     }
 )
 
