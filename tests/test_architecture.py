@@ -26,7 +26,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "ranks": (*_METHOD, *_PROTOCOLS),
     "checkpoint": (*_METHOD, "curvature", "direction"),
     "metrics": _BELOW,
-    "optimizer": (*_BELOW, "metrics"),
+    "attached": (*_BELOW, "metrics"),
+    "optimizer": (*_BELOW, "metrics", "attached"),
     # These build an optimizer, so they sit above it.
     "ranks.initialize": (*_BELOW, "optimizer"),
     "ranks.compress": (*_BELOW, "optimizer"),

@@ -1,0 +1,343 @@
+"""What an optimizer holds on to: the layers it found, its hooks, its stacks of parameters, and its numbers."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ctr_optim.checkpoint.matching import resize_on_load
+from ctr_optim.checkpoint.numbers import Counters, pack, unpack
+from ctr_optim.curvature.base import Curvature
+from ctr_optim.curvature.blocks import Block, drop_sketches
+from ctr_optim.curvature.gradient import Gradient
+from ctr_optim.curvature.hutchinson import Hutchinson
+from ctr_optim.curvature.kfac import KFAC
+from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.direction.fused import Fused
+from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
+from ctr_optim.direction.stack import Stack
+from ctr_optim.model import checks
+from ctr_optim.model.pair import LoRAPair
+from ctr_optim.model.trained import Trained
+from ctr_optim.ranks.controller import RankController, RankState
+from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.retention.budget import Budget, check_budget
+from ctr_optim.retention.meter import meter_of
+from ctr_optim.retention.source import Retained
+from ctr_optim.runtime import distributed
+from ctr_optim.runtime.devices import together
+from ctr_optim.runtime.hooks import Hook, weakly
+from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
+from ctr_optim.runtime.watch import Watch
+from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings
+from ctr_optim.trust_region.bound import Bound, bound_named
+from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.probe import Probe
+from ctr_optim.trust_region.region import TrustRegion
+
+
+class Attached(Optimizer):
+    """Finds the LoRA layers of its parameters, hooks them, and stacks parameters with their state.
+
+    :class:`~ctr_optim.CTROptimizer` adds the step and all that users call.
+    """
+
+    _finalizer: weakref.finalize
+    _settings: Settings
+    _model: weakref.ref[nn.Module] | None
+    _attached: bool
+    _counters: Counters
+    _rank_state: RankState
+    _bound: Bound
+    _scheduler: RankScheduler | None
+    _ranks: RankController | None
+    _retained: Retained
+    _kl_budget: float | None
+
+    def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
+        """Find the LoRA layers that own our parameters, and hook them; ``numbers``: what they knew before."""
+        if self._attached:
+            numbers = self._numbers()
+            self._finalizer()
+        self._attached = True
+        self._once = getattr(self, "_once", Once())
+        model = self._model() if self._model is not None else None
+        self._held = parameters_of(self.param_groups)
+        self._trained = Trained(self._held, model, self._settings.curvature)
+        self.pairs = self._trained.pairs
+        self._ranks = self._rank_controller()
+        home = self._trained.home()
+        measured = self._settings.calibration_interval is not None and self._settings.curvature != "none"
+        wanted = home is not None and (measured or self._settings.curvature == "hutchinson")
+        probe = Probe(home, self._trained.owners()) if home is not None and wanted else None
+        self._curvature = self._curvature_of(probe)
+        coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
+        before: TrustRegion | None = getattr(self, "_trust", None)
+        self._trust = TrustRegion(self._bound, coupling)
+        if before is not None:  # a new group: metrics() still describes the last step
+            self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
+        self._budget = self._budget_of(home, coupling)
+        unpack(numbers or {}, self._owners())
+        handles = self._hook_forwards()
+        for pair in self.pairs:
+            moves = self._ranks is not None
+            handles += resize_on_load(pair, self._settings.resize, weakly(self._rank_loaded), moves)
+        self._finalizer = weakref.finalize(self, _detach, self._curvature.closer(), probe, handles)
+        self._layout: Layout | None = None
+        self._fused = Fused(())
+        self._skipped: Tensor | None = None
+        self._watch = Watch()
+        self._arm()
+
+    def _budget_of(self, home: nn.Module | None, coupling: Coupling) -> Budget | None:
+        """The bound on the distance from the base model; measured from the first step on."""
+        if self._kl_budget is None:
+            return None
+        check_budget(self._kl_budget, self.pairs, self._held, self._settings.curvature)
+        text = self._retained.text if self._retained.has_text else None
+        meter = meter_of(home, self.pairs, text, coupling.prober, coupling.quiet)
+        return Budget(float(self._kl_budget), meter, self.pairs)
+
+    def _curvature_of(self, probe: Probe | None) -> Curvature:
+        """The curvature that the options name."""
+        if self._settings.curvature == "kfac" and self.pairs:
+            return KFAC(self.pairs, self._settings)
+        if self._settings.curvature == "hutchinson":
+            return Hutchinson(probe, self._settings.factor_decay, self._settings.calibration_interval)
+        return NoCurvature() if self._settings.curvature == "none" else Gradient()
+
+    def _hook_forwards(self) -> list[Any]:
+        """Hooks that call :meth:`_forward_begins` where statistics are taken, or retained text is to be measured."""
+        if not isinstance(self._curvature, KFAC) and not self._retained.pending:
+            return []
+        begins = partial(_forward_begins, weakly(self._forward_begins))
+        return [root.register_forward_pre_hook(Hook(begins, id(root))) for root in self._trained.roots]
+
+    def _rank_controller(self) -> RankController | None:
+        if self._scheduler is None:
+            return None
+        checks.check_ranks_can_move(self.pairs, self._trained.roots, self._settings)
+        listeners = self._ranks.listeners if self._ranks is not None else []
+        return RankController(
+            self._scheduler, self._settings.damping, self.pairs, listeners, self._rank_state, self._counters
+        )
+
+    def _stack(self) -> list[Stack]:
+        """Everything that trains, by shape; laid out anew after anything replaced the state that the stacks share."""
+        self._follow()
+        if self._layout is None:
+            distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
+            kfac = isinstance(self._curvature, KFAC)
+            pairs = self.pairs if kfac else []
+            self._layout = lay_out(pairs, self.param_groups, self.state, self._prepare)
+            self._curvature.bind(self._layout.pairs, self._layout.others)
+            self._fused = Fused(self._fusible())
+        return self._layout.stacks
+
+    def _prepare(self, state: Any, kept: list[nn.Parameter]) -> None:
+        """Add to the state of parameters what curvature and retention keep there."""
+        self._curvature.prepare(state, kept)
+        self._retained.prepare(state, self.pairs)
+
+    def _retain(self) -> None:
+        """Measure the retained text, once, and move to its coordinates.
+
+        Before the first training forward, when the model is where it will be trained; a sharded model's outermost
+        forward is not to be entered twice, so that it is measured at construction, or at the first step.
+        """
+        if not self._retained.pending:
+            return
+        self._follow()
+        with torch.no_grad():
+            self._retained.measure(self._trained.home() or self._trained.roots[0])
+            distributed.reshard(self._trained.fsdp)
+            self._retained.start_([pair for pair in self.pairs if id(pair.A) in map(id, self._held)], self.state)
+        self._restack()
+        self._arm()
+
+    def _restack(self) -> None:
+        """Drop the stacks: something replaced the state that they share."""
+        self._layout, self._fused = None, Fused(())
+        if isinstance(self._curvature, KFAC):
+            self._curvature.unbind()
+
+    def _fusible(self) -> list[Block]:
+        """Blocks whose quadratic form the kernels know: all layers have factors, and nothing is added to the step."""
+        kfac = self._curvature
+        usable = isinstance(kfac, KFAC) and kfac.blocks and self._settings.trust_penalty == 0 and kfac.complete
+        return self._blocks() if usable else []
+
+    def _blocks(self) -> list[Block]:
+        return self._curvature.blocks if isinstance(self._curvature, KFAC) else []
+
+    @property
+    def blocks(self) -> list[Block]:
+        """LoRA pairs stacked by shape, with their factors."""
+        self._stack()
+        return self._blocks()
+
+    def _follow(self) -> None:
+        """Take the parameters that Accelerate puts into our groups when it shards the model that we were built with.
+
+        Modules, and with them hooks and layers, stay; so do their statistics. In other cases ``step()`` refuses.
+        """
+        parameters = parameters_of(self.param_groups)
+        if same_parameters(parameters, self._held):
+            return
+        fsdp = distributed.fsdp_modules(self._trained.roots)
+        distributed.reshard(fsdp)
+        ours = {id(p) for p in parameters}
+        if self._counters.steps or not all(id(pair.B) in ours for pair in self.pairs):
+            return
+        checks.check_sharding(parameters, self._settings.curvature)
+        for p in self._held:
+            self.state.pop(p, None)
+        self._held, self._trained.fsdp, self._layout = parameters, fsdp, None
+        self._stack()
+
+    def _arm(self) -> None:
+        """Decide what the coming forward and backward passes record."""
+        step, curvature = self._counters.steps, self._curvature
+        if isinstance(curvature, KFAC):
+            curvature.sketching = self._ranks is not None and self._ranks.scheduler.sketches(step) and curvature.able
+            if curvature.sketching and self._ranks is not None:
+                self._open_sketch(self._ranks.scheduler.sketch_rank)
+        if curvature.due(step):
+            self._stack()
+        curvature.arm(step)
+        budget = self._budget
+        self._budget_due = budget is not None and budget.due(self._length())
+        self._trust.coupling.arm(step, self._budget_due and budget is not None and not budget.meter.on_text)
+
+    def open_sketch(self, rank: int) -> None:
+        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
+        if self._open_sketch(rank):
+            self._arm()
+
+    def _open_sketch(self, rank: int) -> bool:
+        assert isinstance(self._curvature, KFAC)
+        self._stack()
+        opened = self._curvature.open_sketch(rank, self.state)
+        if opened and self._ranks is not None:
+            self._ranks.begin_sketch()
+        return opened
+
+    def _owners(self) -> list[Any]:
+        """Objects that own numbers of a checkpoint."""
+        owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
+        owners += [] if self._budget is None else [self._budget.state]
+        return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson) else owners
+
+    def _numbers(self) -> dict[str, Any]:
+        """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
+        if self._ranks is not None:
+            self._ranks.settle()
+        return pack(self._owners())
+
+    def _count_skipped(self) -> None:
+        """Move the count of skipped steps from the device to the state; waits for the device."""
+        skipped, self._skipped = int(self._skipped or 0), None
+        if skipped:
+            self._counters.skipped += skipped
+            warn_skipped()
+
+    def _mirror(self) -> None:
+        """Copy the numbers to the first group: torch.distributed.checkpoint saves what live groups hold."""
+        self.param_groups[0]["ctr"] = self._numbers()
+
+    def _rank_loaded(self, pair: LoRAPair, resized: bool) -> None:
+        """The model loads a pair's weights; of another shape, they leave its state here void until ours is loaded."""
+        if self._ranks is not None:
+            self._ranks.forget_ranks()
+        if not resized:
+            return
+        for p in (pair.A, pair.B):
+            self.state.pop(p, None)
+        drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
+        self._restack()
+        self._arm()
+
+    def _forward_begins(self) -> None:
+        """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        if not self._trained.fsdp:
+            self._retain()
+        self._curvature.follow_devices(self.state)
+        self._follow_devices()
+        self._forget_dropped()
+
+    def _follow_devices(self) -> None:
+        """Move the state of parameters of no LoRA layer to where the model has been moved."""
+        for stack in self._layout.others if self._layout is not None else ():
+            stack.to_(stack.params[0].device, self.state)
+
+    def _forget_dropped(self) -> None:
+        """Drop staged statistics where all gradients are None or zero: ``model.zero_grad()`` notifies no optimizer."""
+        kfac = self._curvature
+        if not isinstance(kfac, KFAC) or not kfac.taps.enabled or self._trained.fsdp:
+            return  # FSDP2 keeps what it accumulates elsewhere
+        if not same_parameters(parameters_of(self.param_groups), self._held):
+            return
+        grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
+        kfac.forget(together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None)
+
+    def _fall_back(self, reason: str) -> None:
+        """Take AdamW's everyday learning rate where none was given and no trust region holds."""
+        self.defaults["lr"] = EVERYDAY_RATE
+        for group in self.param_groups:
+            group["lr"] = EVERYDAY_RATE if group["lr"] == LEARNING_RATE else group["lr"]
+        warn_unbounded(reason, EVERYDAY_RATE)
+
+    def _length(self) -> float:
+        """Length of a step, the root of its KL in nats: of the bound, or of the last step where there is none."""
+        limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit
+        return math.sqrt(float(self._trust.predicted if limit is None else limit))
+
+    def _masked(self) -> bool:
+        """Whether layers keep their shapes when ranks move."""
+        if self._settings.resize != "auto":
+            return self._settings.resize == "masked"
+        return checks.shapes_must_stay(self._trained.roots)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "_settings": self._settings,
+            "_scheduler": self._scheduler,
+            "_retained": self._retained,
+            "_kl_budget": self._kl_budget,
+            "_carried": self._numbers(),
+        }
+        return {**super().__getstate__(), **own}  # type: ignore[misc]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
+            return
+        self._model, self._ranks, self._attached = None, None, False
+        self._counters, self._rank_state = Counters(), RankState()
+        self._bound = bound_named(self._settings.kl_schedule)(self._settings.max_kl)
+        self._attach(self.__dict__.pop("_carried"))
+
+
+def _detach(close: Callable[[], None], probe: Probe | None, handles: Iterable[Any]) -> None:
+    """Remove every hook from the model."""
+    close()
+    for handle in handles:
+        handle.remove()
+    if probe is not None:
+        probe.close()
+
+
+def _forward_begins(begins: Callable[[], Any], *_: Any) -> None:
+    """Look at the gradients before a forward pass: a GradScaler skips ``step()`` on an overflow.
+
+    The hook sits on the whole model: checkpointing runs parts of the model again during backward.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        begins()
