@@ -84,7 +84,7 @@ class Attached(Optimizer):
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         self._budget = self._budget_of(home, coupling)
-        unpack(numbers or {}, self._owners())
+        self._go_on(numbers or {})
         handles = self._hook_forwards()
         for pair in self.pairs:
             moves = self._ranks is not None
@@ -233,12 +233,20 @@ class Attached(Optimizer):
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
         owners += [] if self._budget is None else [self._budget.state]
-        return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson) else owners
+        return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson | KFAC) else owners
+
+    def _go_on(self, numbers: Mapping[str, Any]) -> None:
+        """Give loaded numbers to their owners."""
+        unpack(numbers, self._owners())
+        if isinstance(self._curvature, KFAC):
+            self._curvature.resume()
 
     def _numbers(self) -> dict[str, Any]:
         """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
         if self._ranks is not None:
             self._ranks.settle()
+        if isinstance(self._curvature, KFAC):
+            self._curvature.settle()
         return pack(self._owners())
 
     def _count_skipped(self) -> None:

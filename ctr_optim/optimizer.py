@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ctr_optim.attached import Attached
-from ctr_optim.checkpoint.numbers import Counters, unpack
+from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
 from ctr_optim.curvature.kfac import KFAC
@@ -355,7 +355,7 @@ class CTROptimizer(Attached):
         if carried:
             self._retained.settle()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
-        unpack(numbers, self._owners())
+        self._go_on(numbers)
         self._mirror()
         self._restack()
         self._arm()

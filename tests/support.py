@@ -103,8 +103,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def optimizer(model: nn.Module, **options: Any) -> CTROptimizer:
     """Every step counts, unless told otherwise."""
-    defaults = dict(model=model, factor_interval=1, basis_interval=1, calibration_interval=None)
+    defaults = dict(model=model, factor_interval=1, basis_interval=1, calibration_interval=None, kl_schedule="lr")
     return CTROptimizer(trainable(model), **{**defaults, **options})
+
+
+def plain_bound(params: Any, *args: Any, **options: Any) -> CTROptimizer:
+    """An optimizer whose bound is ``max_kl`` times the schedule, however few loss tokens a tiny batch has."""
+    return CTROptimizer(params, *args, **{"kl_schedule": "lr", **options})
 
 
 def backward(model: nn.Module, data: tuple[Tensor, Tensor], reduction: str = "mean", weight: float = 1.0) -> Tensor:

@@ -24,7 +24,7 @@ State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
 OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age")  # what runs without kl_budget lack
-LATER = {"version", "budget", "rate", "flat"}  # numbers that checkpoints of format 1 may lack
+LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that checkpoints of format 1 may lack
 
 
 def checked(
@@ -104,7 +104,10 @@ def _checked_groups(
         )
     missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - set(OPTIONAL)
     if missing:
-        raise ValueError(f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it")
+        raise ValueError(
+            f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it, or other options: "
+            "build the optimizer with the options that wrote it"
+        )
     for name, value in shared.items():
         counts = isinstance(numbers.get(name), int)
         if not (value is None and not counts):

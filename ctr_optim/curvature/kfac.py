@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.amp import grad_scale
 from ctr_optim.runtime.devices import together
 from ctr_optim.settings import Settings, due
+
+
+@dataclass(slots=True)
+class TokenState:
+    """Numbers that a checkpoint carries: ``tokens``, loss tokens of a step when the taps were last open; 0: never."""
+
+    tokens: float = 0.0
 
 
 class KFAC(NoCurvature):
@@ -49,6 +57,7 @@ class KFAC(NoCurvature):
         self._tokens = torch.ones((), device="cpu")
         self._complete: bool | None = None
         self._count: Tensor | None = None
+        self.state = TokenState()
 
     @property
     def complete(self) -> bool:
@@ -176,6 +185,18 @@ class KFAC(NoCurvature):
             tokens = 1 / (self._tokens.to(block.H) * distributed.world_size())
             found |= block.penalties(weight * tokens if self.settings.loss_reduction == "sum" else weight)
         return found
+
+    def settle(self) -> None:
+        """Bring :attr:`state` up to date; waits for the device."""
+        self.state.tokens = 0.0 if self._count is None else float(self._count)
+
+    def resume(self) -> None:
+        """Go on with the numbers that were loaded into :attr:`state`."""
+        tokens, device = self.state.tokens, self.pairs[0].B.device
+        dtype = torch.promote_types(self.pairs[0].B.dtype, torch.float32)
+        self._count = torch.tensor(tokens, device=device, dtype=dtype) if tokens else None
+        if self._count is not None:
+            self._tokens = self._count if self.settings.loss_reduction == "mean" else 1 / self._count
 
     def tokens(self) -> Tensor | None:
         """``()`` loss tokens of a step, when the taps were last open."""

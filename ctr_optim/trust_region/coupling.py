@@ -156,7 +156,7 @@ class Coupling:
             here = self.prober.logits_in_training()
         if here is None:  # nobody has any
             return None
-        for _ in range(tries):
+        for attempt in range(tries):
             # no further than the step itself goes, or the least move: a model that cannot reach the target would look
             # flatter the further one pushes it
             unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
@@ -171,7 +171,8 @@ class Coupling:
             if coupling < _LEAST:
                 self.prober.refused = f"the logits hardly move with the parameters: a coupling of {coupling:.1g}"
                 return None
-            if 0.5 < off < 2:
+            # a model that cannot reach the target looks flatter with every further push
+            if 0.5 < off < 2 or (off < 1 and attempt >= 2):
                 break
             guess = found
         return coupling, here

@@ -109,7 +109,7 @@ class Kept:
             rows = self._cut(whole).flatten(0, -2)
             self.rows = evenly(len(rows), self.phase)
             self.logits = rows[self.rows].clone()
-        elif self.batch is not None:  # two passes of half the sequences cost what one of all would
+        elif self.source is not None:  # two passes of half the sequences cost what one of all would
             self.resize(max(1, self.sequences // 2))
         self.before = None
 

@@ -17,6 +17,7 @@ from support import (
     factors_of,
     net,
     optimizer,
+    plain_bound,
     same,
     snapshot,
     tiny_llama,
@@ -228,7 +229,7 @@ def test_factors_of_another_structure_are_refused() -> None:
 def test_model_and_optimizer_copy_together() -> None:
     for copied in (lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy):
         model = net()
-        opt = CTROptimizer(trainable(model), **UNEVEN)
+        opt = plain_bound(trainable(model), **UNEVEN)
         train(model, opt, 3)
         opt.close()  # hooks belong to the process that made them
         with warnings.catch_warnings():
@@ -245,7 +246,7 @@ def test_model_and_optimizer_copy_together() -> None:
 
 def test_a_deep_copy_of_a_hooked_pair_trains_on_its_own() -> None:
     model = net()
-    opt = CTROptimizer(trainable(model), **UNEVEN)
+    opt = plain_bound(trainable(model), **UNEVEN)
     train(model, opt, 3)
     before, factors = weights_of(opt), factors_of(opt)
     clone, other = copy.deepcopy((model, opt))

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import exact_kl, same
+from support import exact_kl, plain_bound, same
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from ctr_optim import CTROptimizer
 from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
 from ctr_optim.report.log import read_events
 
@@ -47,7 +46,7 @@ def trainer_of(folder: Path, **args: Any) -> Any:
         output_dir=str(folder), max_steps=8, per_device_train_batch_size=2, max_length=16, save_steps=4,
         logging_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    options = dict(lr=0.02, max_kl=1e-3, calibration_interval=4, rank_scheduler=RANKS)
+    options = dict(lr=0.02, max_kl=1e-3, kl_schedule="lr", calibration_interval=4, rank_scheduler=RANKS)
     return trl.SFTTrainer(
         model=base(),
         args=trl.SFTConfig(**{**defaults, **args}),
@@ -119,7 +118,7 @@ def test_trainers_that_prefer_and_reward(name: str, tmp_path: Path) -> None:
     rows, args, extra = OTHERS[name]
     torch.manual_seed(0)
     model = peft.get_peft_model(base(), LORA)
-    opt = CTROptimizer([p for p in model.parameters() if p.requires_grad], lr=0.02, max_kl=1e-3, rank_scheduler=RANKS)
+    opt = plain_bound([p for p in model.parameters() if p.requires_grad], lr=0.02, max_kl=1e-3, rank_scheduler=RANKS)
     defaults = dict(output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to="none")
     getattr(trl, f"{name}Trainer")(
         model=model,

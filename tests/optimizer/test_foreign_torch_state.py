@@ -131,7 +131,12 @@ def test_a_loaded_state_goes_on_alike(kwargs: dict[str, Any]) -> None:
         for p, q in zip(others, params, strict=True):
             p.copy_(q)
     fresh = build(
-        others, {name: kwargs[name] for name in ("foreach", "curvature", "calibration_interval") if name in kwargs}
+        others,
+        {
+            name: kwargs[name]
+            for name in ("foreach", "curvature", "calibration_interval", "kl_schedule")
+            if name in kwargs
+        },
     )
     fresh.load_state_dict(torch.load(file, weights_only=True))
     keys = ("lr", "betas", "eps", "weight_decay", "maximize")

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from processes import needs_gloo, spawn
-from support import batch, exact_kl, loss_of, net, optimizer, same, snapshot, tiny_llama, trainable
+from support import batch, exact_kl, loss_of, net, optimizer, plain_bound, same, snapshot, tiny_llama, trainable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ctr_optim import CTROptimizer
 from ctr_optim.trust_region.logits import kl_divergence
 from ctr_optim.trust_region.loss_tokens import from_labels, shifts_labels
 
@@ -69,10 +68,10 @@ def _ddp(rank: int, folder: Path, first: str, kind: str) -> Any:
     """One process's training; ``first``: what is built first."""
     model = WithLoss(kind)
     if first == "optimizer":
-        opt = CTROptimizer(trainable(model), **OPTIONS)
+        opt = plain_bound(trainable(model), **OPTIONS)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     if first == "model":
-        opt = CTROptimizer(trainable(wrapped), **OPTIONS)
+        opt = plain_bound(trainable(wrapped), **OPTIONS)
     kls = []
     for step in range(4):
         opt.zero_grad()
@@ -107,7 +106,7 @@ def _one_fails(rank: int, folder: Path) -> Any:
             return self.net(ids)
 
     wrapped = DistributedDataParallel(Once())
-    opt = CTROptimizer(trainable(wrapped), **OPTIONS)
+    opt = plain_bound(trainable(wrapped), **OPTIONS)
     for step in range(5):
         opt.zero_grad()
         ids, labels = batch(10 * step + rank)
