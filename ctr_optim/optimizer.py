@@ -15,6 +15,7 @@ from ctr_optim.attached import Attached
 from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
+from ctr_optim.curvature.factors import structure_named
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.fused import Fused
@@ -128,6 +129,7 @@ class CTROptimizer(Attached):
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
             factor_interval, basis_interval, damping, max_tokens, resize, loss_reduction,
         )  # fmt: skip
+        structure_named(factor_structure)  # a wrong name is refused before any hook is set
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
         self._retained, self._kl_budget = Retained(retain), kl_budget

@@ -75,8 +75,8 @@ def both(**options: Any) -> tuple[tuple[nn.Module, CTROptimizer], tuple[nn.Modul
     """After two steps of torch, which are soon done: one to go on fused, and one as before."""
     slow = start(foreach=True, **options)
     train(*slow, 2)
-    scheduler = options.get("rank_scheduler")
-    return twin(*slow, None, rank_scheduler=scheduler), slow
+    kept = {name: options[name] for name in ("rank_scheduler", "max_kl") if name in options}
+    return twin(*slow, None, **kept), slow
 
 
 def assert_same_state(one: CTROptimizer, other: CTROptimizer) -> None:

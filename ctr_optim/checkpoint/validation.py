@@ -105,8 +105,8 @@ def _checked_groups(
     missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - set(OPTIONAL)
     if missing:
         raise ValueError(
-            f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it, or other options: "
-            "build the optimizer with the options that wrote it"
+            f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it, or other "
+            "options: build the optimizer with the options that wrote it"
         )
     for name, value in shared.items():
         counts = isinstance(numbers.get(name), int)
