@@ -123,8 +123,12 @@ def bypass(layer: Any) -> Callable[[Tensor], Tensor]:
     """A forward that reads the weights of A and B and never calls the modules, as fused kernels do."""
 
     def forward(x: Tensor) -> Tensor:
-        a, b, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
-        return F.linear(x, base.weight, base.bias) + layer.scaling["default"] * F.linear(F.linear(x, a), b)
+        out = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+        if not layer.disable_adapters:  # TRL's reference model is the same model without its adapter
+            for name in layer.active_adapters:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                out = out + layer.scaling[name] * F.linear(F.linear(x, a), b)
+        return out
 
     return forward
 
@@ -168,15 +172,18 @@ def kl(before: Tensor, after: Tensor) -> float:
 class Meter:
     """Measures every step of an optimizer: the model runs before and after it on the batch that made the step."""
 
-    def __init__(self, optimizer: Any, run: Callable[[], Tensor | None]) -> None:
+    def __init__(self, optimizer: Any, run: Callable[[], Tensor | None], closure: bool = False) -> None:
+        """``closure``: ``step()`` runs the forward itself, and the caller calls :meth:`start` in that forward."""
         self.ratios: list[float] = []
         self.unbounded = 0  # steps without any bound
         self.source = ""
         self._run, self._before, self._optimizer = run, None, optimizer
-        optimizer.register_step_pre_hook(self._start)
+        if not closure:
+            optimizer.register_step_pre_hook(self.start)
         optimizer.register_step_post_hook(self._finish)
 
-    def _start(self, *_: Any) -> None:
+    def start(self, *_: Any) -> None:
+        """Remember the predictions before the step."""
         with torch.no_grad():
             self._before = self._run()
 

@@ -75,7 +75,12 @@ def in_a_loop(wrapper: str, model: nn.Module, form: str, steps: int) -> Result:
     def batch() -> dict[str, Tensor]:
         return batch_of(form, step * world + rank)
 
-    meter = Meter(unwrap(optimizer), lambda: everywhere(predictions(inner, form, batch())))
+    def run() -> Tensor:
+        if wrapper == "FSDP2":  # else the forward reads the gathered weights of the forward before
+            inner.reshard()
+        return everywhere(predictions(inner, form, batch()))
+
+    meter = Meter(unwrap(optimizer), run)
     losses = []
     for step in range(steps):  # noqa: B007 -- the closure reads it
         optimizer.zero_grad()
@@ -134,6 +139,8 @@ def arguments(steps: int, folder: Path) -> dict[str, Any]:
 
 def run_trainer(trainer: Any, form: str, inputs_of: Callable[[dict[str, Any]], dict[str, Tensor]]) -> Result:
     """Train through ``attach``, every step measured on the inputs that ``compute_loss`` got last."""
+    from transformers import PrinterCallback
+
     from ctr_optim.integrations.transformers import attach
 
     recorder, original, build = Recorder(form), trainer.compute_loss, trainer.create_optimizer
@@ -152,6 +159,7 @@ def run_trainer(trainer: Any, form: str, inputs_of: Callable[[dict[str, Any]], d
         return optimizer
 
     trainer.compute_loss, trainer.create_optimizer = compute_loss, create_optimizer
+    trainer.remove_callback(PrinterCallback)
     attach(trainer).train()
     return recorder.losses, meters[0]
 
@@ -182,6 +190,10 @@ def with_trl(name: str, adapter: str, steps: int, folder: Path) -> Result:
         extra["ref_model"] = copy.deepcopy(base)
     if name in ("GRPO", "RLOO"):
         extra["reward_funcs"] = lambda completions, **_: [float(len(text) % 7) for text in completions]
+    if adapter == "whole model" and name in ("GRPO", "RLOO"):
+        options = {**options, "beta": 0.0}  # the reference would be loaded by the name of a model that has none
+    if adapter in ("only A", "only B"):  # TRL's change of adapters trains both again while checkpointing recomputes
+        options = {**options, "gradient_checkpointing": False}
     config = getattr(trl, f"{name}Config")(
         **arguments(steps, folder), per_device_train_batch_size=4, bf16=False, **options
     )
@@ -221,12 +233,13 @@ def with_lightning(model: nn.Module, form: str, steps: int, folder: Path) -> Res
 
         def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
             recorder.batch = batch
+            self.meter.start()
             loss = loss_of(self.model(**batch))
             recorder.losses.append(float(loss))
             return loss
 
         def configure_optimizers(self) -> Any:
-            self.meter = Meter(optimizer := optimizer_of(self), lambda: recorder.run(model))
+            self.meter = Meter(optimizer := optimizer_of(self), lambda: recorder.run(model), closure=True)
             return optimizer
 
     module = Module()

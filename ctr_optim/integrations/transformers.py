@@ -76,8 +76,8 @@ class CTRFactory:
     ``retain`` and ``holdout`` may be names, as in :func:`attach`, but for ``holdout="eval"``, which needs the trainer.
     """
 
-    def __call__(self, model: nn.Module, **kwargs: Any) -> CTROptimizer:
-        """An optimizer of every parameter that wants a gradient."""
+    def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> CTROptimizer:
+        """An optimizer of every parameter that wants a gradient; axolotl passes its arguments second."""
         for name, resolve in (("retain", retained), ("holdout", partial(held_out, eval_batches=None))):
             if name in kwargs:
                 kwargs[name] = resolve(kwargs[name], tokenizer=_tokenizer_of(model))
