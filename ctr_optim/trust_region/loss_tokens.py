@@ -31,9 +31,14 @@ class Watch:
         self._masks: dict[int, Tensor] = {}
         self._sums: list[Tensor] = []
         self._missing = len(logits.chunks)
+        watch = self
+
+        def seen(index: int, grad: Tensor | None) -> None:  # a function: a graph cannot hold a bound method
+            watch._seen(index, grad)
+
         for index, chunk in enumerate(logits.chunks):
             if chunk.requires_grad:
-                chunk.register_hook(partial(self._seen, index))  # type: ignore[no-untyped-call]
+                chunk.register_hook(partial(seen, index))  # type: ignore[no-untyped-call]
 
     def _seen(self, index: int, grad: Tensor | None) -> None:
         if grad is None:  # DistributedDataParallel(find_unused_parameters=True): the loss does not use this output
