@@ -109,7 +109,7 @@ class Kept:
             rows = self._cut(whole).flatten(0, -2)
             self.rows = evenly(len(rows), self.phase)
             self.logits = rows[self.rows].clone()
-        elif self.source is not None:  # two passes of half the sequences cost what one of all would
+        elif self.batch is not None:  # two passes of half the sequences cost what one of all would
             self.resize(max(1, self.sequences // 2))
         self.before = None
 
@@ -162,11 +162,12 @@ class Kept:
 
     def resize(self, sequences: int) -> bool:
         """Take another number of sequences; False where the batch was changed in place since."""
-        assert self.source is not None
-        inputs, seen = self.source
-        if sequences > self.sequences and versions(inputs) != seen:
-            return False
-        self.args, self.kwargs = take(inputs if sequences > self.sequences else (self.args, self.kwargs), sequences)
+        inputs: Any = (self.args, self.kwargs)
+        if sequences > self.sequences:
+            if self.source is None or versions(self.source[0]) != self.source[1]:
+                return False
+            inputs = self.source[0]
+        self.args, self.kwargs = take(inputs, sequences)
         self.sequences, self.logits = sequences, None
         return True
 
