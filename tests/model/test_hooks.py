@@ -92,5 +92,11 @@ def test_steps_within_a_compiled_function_are_the_same_steps(what: str) -> None:
         for step in range(6):
             call(step)
         found.append((snapshot(model), opt.metrics()))
-    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    (weights, plain), (others, compiled_metrics) = found
+    assert same(weights, others) and plain.keys() == compiled_metrics.keys()
+    # a graph keeps a slice that cannot be enlarged, so the coupling is measured on other rows there
+    measured = (
+        {"trust/coupling", "trust/predicted_kl", "kl_from_base", "kl_from_base/layer"} if what == "training" else set()
+    )
+    assert all(plain[name] == compiled_metrics[name] for name in plain.keys() - measured)
     torch.compiler.reset()
