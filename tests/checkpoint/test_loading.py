@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support import backward, batch, net, optimizer, same, snapshot, tiny_llama, train
-from torch import nn
+from support import backward, batch, loss_of, net, optimizer, same, snapshot, tiny_llama, train
+from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, match_ranks
 
@@ -25,24 +26,46 @@ def add_huge_frozen_weight(model: nn.Module) -> None:
     model.register_parameter("huge", nn.Parameter(torch.zeros(1).expand(1 << 24, 1 << 24), requires_grad=False))
 
 
-@pytest.mark.parametrize("curvature", ["kfac", "gradient", "none"])
+class WithLoss(nn.Module):
+    """A net that returns its loss: ``curvature="hutchinson"`` measures the Hessian of that loss."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.net = net(seed)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.net(ids)
+        return SimpleNamespace(logits=logits, loss=loss_of(logits, labels))
+
+
+def train_on_own_loss(model: nn.Module, opt: CTROptimizer, steps: int, start: int = 0) -> None:
+    """Train on the loss that the model returns."""
+    for step in range(start, start + steps):
+        opt.zero_grad()
+        model(*batch(step)).loss.backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "gradient", "hutchinson", "none"])
 def test_loading_allocates_nothing_for_frozen_weights(curvature: str) -> None:
-    model, fresh = net(), net(seed=3)
+    model, fresh = WithLoss(), WithLoss(seed=3)
     add_huge_frozen_weight(model)
     add_huge_frozen_weight(fresh)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = {**OPTIONS, "curvature": curvature, "calibration_interval": None}
         opt, other = (CTROptimizer(m.parameters(), model=m, **options) for m in (model, fresh))
-    train(model, opt, 3)
+    train_on_own_loss(model, opt, 3)
     with torch.no_grad():
         for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
             if p.numel() < 1000:
                 q.copy_(p)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert other.state_dict()["state"].keys() == opt.state_dict()["state"].keys()
-    train(model, opt, 3, 3)
-    train(fresh, other, 3, 3)
+    if curvature == "hutchinson":
+        assert all(entry["hessian_diagonal"].any() for entry in opt.state.values())
+    train_on_own_loss(model, opt, 3, 3)
+    train_on_own_loss(fresh, other, 3, 3)
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True) if p.requires_grad
     )
