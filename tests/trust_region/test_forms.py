@@ -189,28 +189,28 @@ def test_kl_from_base_is_half_the_trace_of_the_factors() -> None:
 @pytest.mark.parametrize("zeros", [False, True], ids=["frozen", "gradient-zero"])
 def test_a_layer_that_starts_late_counts_from_its_first_step(zeros: bool) -> None:
     """Its gradients bound it until the taps are open; from then on its factors do."""
-    model, rare = net(), net(seed=1)
-    opt = CTROptimizer(
-        [*trainable(model), *trainable(rare)], lr=0.05, max_kl=1e-5, factor_interval=8, calibration_interval=None
-    )
-    start = snapshot(rare)
 
-    def step(both: bool) -> None:
-        opt.zero_grad()
-        backward(model, batch(opt.steps))
-        if both or zeros:
-            backward(rare, batch(opt.steps), weight=float(both))
-        opt.step()
+    def tenth_step(joins: bool) -> tuple[bool, dict[str, Any]]:
+        """Whether the late layer moved in the tenth step, and the metrics of that step."""
+        model, rare = net(), net(seed=1)
+        opt = CTROptimizer(
+            [*trainable(model), *trainable(rare)], lr=0.05, max_kl=1e-5, factor_interval=8, calibration_interval=None
+        )
+        start = snapshot(rare)
+        for late in (*[False] * 9, joins):
+            assert same(start, snapshot(rare))
+            opt.zero_grad()
+            backward(model, batch(opt.steps))
+            if late or zeros:
+                backward(rare, batch(opt.steps), weight=float(late))
+            opt.step()
+        return not same(start, snapshot(rare)), opt.metrics()
 
-    for _ in range(9):
-        step(both=False)
-    assert same(start, snapshot(rare))
-    alone = opt.metrics()["trust/scale"]
-    step(both=True)
-    assert not same(start, snapshot(rare))
-    assert opt.metrics()["trust/scale"] < (1.1 if zeros else 0.9) * alone and opt.metrics()[
-        "trust/predicted_kl"
-    ] <= 1e-5 * (1 + 1e-6)
+    (stays, without), (moves, metrics) = tenth_step(False), tenth_step(True)
+    assert moves and not stays and metrics["trust/max_kl"] == without["trust/max_kl"]
+    # Adam's second moments average the zeros too: one gradient after nine zeros counts a tenth
+    assert metrics["trust/scale"] < (0.95 if zeros else 0.9) * without["trust/scale"]
+    assert metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-6)
 
 
 def test_a_layer_that_is_never_seen_need_not_wait() -> None:
