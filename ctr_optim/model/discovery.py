@@ -23,7 +23,7 @@ def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
     Every ``torch.optim`` user passes bare parameters; this is what makes that enough. The scan reads only
     ``_parameters`` and ``_modules``, costs about a tenth of a second, and runs once, at construction.
     """
-    wanted = {id(p) for p in parameters}
+    wanted = {id(p): place for place, p in reversed(list(enumerate(parameters)))}
     modules = live_modules()
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
@@ -43,4 +43,9 @@ def find_roots(parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
             frontier.extend(above)
         else:
             roots[id(module)] = module
-    return sorted(roots.values(), key=lambda m: -sum(1 for _ in m.modules()))
+
+    def place(root: nn.Module) -> tuple[int, int]:
+        """Larger models first; then by their first parameter, for the heap's order differs between processes."""
+        return -sum(1 for _ in root.modules()), min(wanted.get(id(p), len(wanted)) for p in root.parameters())
+
+    return sorted(roots.values(), key=place)

@@ -266,3 +266,13 @@ def test_the_same_layer_under_two_names_is_one_pair() -> None:
     backward(model, batch())
     opt.step()
     assert opt.metrics()["ranks"] == {"up": 3, "down": 3}
+
+
+def test_models_of_one_size_come_in_the_order_of_their_parameters() -> None:
+    """Processes add up statistics layer by layer, so that the heap must not choose the order."""
+    models = [net(seed) for seed in range(4)]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        opt = CTROptimizer([p for i in order for p in trainable(models[i])])
+        layers = [next(i for i, m in enumerate(models) if pair.layer in set(m.modules())) for pair in opt.pairs]
+        assert layers == [i for i in order for _ in range(2)]
+        opt.close()
