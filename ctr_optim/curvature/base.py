@@ -125,7 +125,7 @@ class Curvature(Protocol):
         """Whether the metric has the scale of a token's KL, so that an assumed coupling is better than none."""
 
     def tokens(self) -> Tensor | None:
-        """``()`` loss tokens of a step, when statistics were last taken; None where they are not known."""
+        """``()`` loss tokens of a step, when statistics were last taken; None or infinite where they are not known."""
 
     def kl_form(self) -> Tensor | None:
         """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""

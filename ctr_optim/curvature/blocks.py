@@ -52,10 +52,6 @@ class TokenScale:
     tokens: Tensor
     grad: Tensor
 
-    def tokens_over(self, reduction: str) -> Tensor:
-        """``()`` factor from squared batch gradients to the per-token Fisher diagonal: N for a mean, 1/N for a sum."""
-        return self.tokens if reduction == "mean" else 1 / self.tokens
-
     def to(self, device: torch.device) -> TokenScale:
         """The same on another device."""
         return TokenScale(self.tokens.to(device), self.grad.to(device))

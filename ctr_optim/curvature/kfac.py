@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,9 +55,8 @@ class KFAC(NoCurvature):
         self.sketching = False
         self._looked = False
         self._others: list[Stacked] = []
-        self._tokens = torch.ones((), device="cpu")
         self._complete: bool | None = None
-        self._count: Tensor | None = None
+        self._count: Tensor | None = None  # infinite until some layer's tokens are seen
         self.state = TokenState()
 
     @property
@@ -131,7 +131,7 @@ class KFAC(NoCurvature):
         if not self._looked:
             checks.check_agreement(agreed, self.blocks)
         world = distributed.add_up([t for block in self.blocks for t in block.staged])
-        tokens = together([block.loss_tokens() for block in self.blocks]).amin()
+        tokens = counted = together([block.loss_tokens() for block in self.blocks]).amin()
         seen = torch.isfinite(tokens) & finite.to(tokens.device)
         if not self._looked:  # once: it waits for the device
             self._looked = True
@@ -143,10 +143,8 @@ class KFAC(NoCurvature):
         scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
         for block in self.blocks:
             block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
-        before = self._count
-        self._count = tokens if before is None else torch.where(seen, tokens, before.to(tokens.device))
-        now = scale.tokens_over(self.settings.loss_reduction)
-        self._tokens = torch.where(seen, now, self._tokens.to(now.device))
+        before = torch.full_like(tokens, torch.inf) if self._count is None else self._count.to(tokens.device)
+        self._count = torch.where(seen, counted, before)
         self._complete = self._complete or None  # look again, as long as some layers have no factors
 
     def refresh(self) -> int:
@@ -164,13 +162,21 @@ class KFAC(NoCurvature):
         """Terms of the K-FAC quadratic form, one a block; parameters without factors count by their gradients."""
         known = list(done)
         rest = [block for block in self.blocks if block not in known]
-        fallback = None if not rest or self.complete else self._tokens
+        weight = self._weight()
+        fallback = None if not rest or self.complete else weight
         forms = [block.quadratic(deltas, fallback) for block in rest]
         for stack in self._others:
             if stack in deltas:
                 rough = over_parts(stack, diagonal_form(stack, deltas[stack]).sum())
-                forms.append(self._tokens.to(rough) * rough)
+                forms.append(weight.to(rough) * rough)
         return forms
+
+    def _weight(self) -> Tensor:
+        """``()`` factor from squared batch gradients to the per-token Fisher diagonal: N for a mean, 1/N for a sum."""
+        if self._count is None:
+            return torch.ones((), device="cpu")
+        tokens = torch.where(torch.isfinite(self._count), self._count, 1.0)
+        return tokens if self.settings.loss_reduction == "mean" else 1 / tokens
 
     def penalties(self, coupling: float) -> dict[Any, Tensor]:
         """Gradients of ``trust_penalty KL(base || model)``, in the units of the loss's own gradients, by stack.
@@ -182,24 +188,23 @@ class KFAC(NoCurvature):
         found: dict[Any, Tensor] = {}
         for block in self.blocks if weight else ():
             # a sum's gradients are those of all tokens, averaged over processes
-            tokens = 1 / (self._tokens.to(block.H) * distributed.world_size())
+            tokens = 1 / (self._weight().to(block.H) * distributed.world_size())
             found |= block.penalties(weight * tokens if self.settings.loss_reduction == "sum" else weight)
         return found
 
     def settle(self) -> None:
         """Bring :attr:`state` up to date; waits for the device."""
-        self.state.tokens = 0.0 if self._count is None else float(self._count)
+        tokens = 0.0 if self._count is None else float(self._count)
+        self.state.tokens = tokens if math.isfinite(tokens) else 0.0
 
     def resume(self) -> None:
         """Go on with the numbers that were loaded into :attr:`state`."""
         tokens, device = self.state.tokens, self.pairs[0].B.device
         dtype = torch.promote_types(self.pairs[0].B.dtype, torch.float32)
         self._count = torch.tensor(tokens, device=device, dtype=dtype) if tokens else None
-        if self._count is not None:
-            self._tokens = self._count if self.settings.loss_reduction == "mean" else 1 / self._count
 
     def tokens(self) -> Tensor | None:
-        """``()`` loss tokens of a step, when the taps were last open."""
+        """``()`` loss tokens of a step, when the taps were last open; infinite where no layer's tokens are seen."""
         return self._count
 
     def kl_form(self) -> Tensor | None:
@@ -217,7 +222,3 @@ class KFAC(NoCurvature):
     def closer(self) -> Callable[[], None]:
         """Remove the taps."""
         return self.taps.close
-
-    def close(self) -> None:
-        """Remove every hook."""
-        self.taps.close()

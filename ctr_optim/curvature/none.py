@@ -67,7 +67,8 @@ class NoCurvature:
         return nothing
 
     def close(self) -> None:
-        """There are no hooks."""
+        """Remove every hook."""
+        self.closer()()
 
 
 def nothing() -> None:

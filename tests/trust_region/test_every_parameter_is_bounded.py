@@ -184,3 +184,18 @@ def test_steps_that_cannot_be_measured_are_as_short_as_adamws() -> None:
         opt.step()
     furthest = max(float((p - b).abs().max()) for p, b in zip(trainable(model), before, strict=True))
     assert furthest < 2e-4 * 3 and opt.metrics()["trust/unbounded"] > 0
+
+
+def test_a_forward_that_no_hook_sees_keeps_the_whole_bound() -> None:
+    """Its loss tokens are not known; the bound shrinks for few tokens, not for unknown ones."""
+    model = bypassed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = CTROptimizer(trainable(model), max_kl=BOUND)
+    for step in range(3):
+        ids, labels = ids_and_labels(step)
+        opt.zero_grad()
+        loss_of(model(input_ids=ids).logits, labels).backward()
+        opt.step()
+        assert opt.metrics()["trust/max_kl"] == pytest.approx(BOUND / (1 + step / 25))
+        opt.load_state_dict(opt.state_dict())  # and a checkpoint knows no more
