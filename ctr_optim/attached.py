@@ -36,8 +36,8 @@ from ctr_optim.runtime.devices import together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
 from ctr_optim.runtime.watch import Watch
-from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings
-from ctr_optim.trust_region.bound import Bound, bound_named
+from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen
+from ctr_optim.trust_region.bound import BOUNDS, Bound
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
@@ -329,7 +329,7 @@ class Attached(Optimizer):
             return
         self._model, self._ranks, self._attached = None, None, False
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = bound_named(self._settings.kl_schedule)(self._settings.max_kl)
+        self._bound = chosen("kl_schedule", self._settings.kl_schedule, BOUNDS)(self._settings.max_kl)
         self._attach(self.__dict__.pop("_carried"))
 
 

@@ -15,7 +15,7 @@ from ctr_optim.attached import Attached
 from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
-from ctr_optim.curvature.factors import structure_named
+from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.fused import Fused
@@ -34,8 +34,8 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.messages import warn_failed
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
-from ctr_optim.settings import LEARNING_RATE, Settings, check_group, due
-from ctr_optim.trust_region.bound import bound_named
+from ctr_optim.settings import LEARNING_RATE, Settings, check_group, chosen, due
+from ctr_optim.trust_region.bound import BOUNDS
 
 
 class CTROptimizer(Attached):
@@ -129,18 +129,18 @@ class CTROptimizer(Attached):
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
             factor_interval, basis_interval, damping, max_tokens, resize, loss_reduction,
         )  # fmt: skip
-        structure_named(factor_structure)  # a wrong name is refused before any hook is set
+        chosen("factor_structure", factor_structure, STRUCTURES)  # a wrong name is refused before any hook is set
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
         self._retained, self._kl_budget = Retained(retain), kl_budget
         self._counters, self._rank_state = Counters(), RankState()
-        self._bound = bound_named(kl_schedule)(self._settings.max_kl)
+        self._bound = chosen("kl_schedule", kl_schedule, BOUNDS)(self._settings.max_kl)
         self._ranks: RankController | None = None
         rate = LEARNING_RATE if lr is None else lr
         defaults = dict(lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(given_parameters(params), defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
-        if lr is None and (max_kl is None or curvature == "none"):
+        if lr is None and not self._settings.bounded:
             self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
         self._attach()
         self._mirror()
@@ -233,7 +233,7 @@ class CTROptimizer(Attached):
             raise RuntimeError(checks.REPLACED)
         done = fused if known else Fused(())
         rest = {stack: delta for stack, delta in deltas.items() if stack not in done.stacks}
-        forms = [*self._curvature.quadratic(rest if not done.blocks else deltas, done.blocks), *known[:1]]
+        forms = [*self._curvature.quadratic(deltas, done.blocks), *known[:1]]
         zero = torch.zeros((), device=next(iter(deltas.values())).device)
         if not forms:
             return Step(deltas, fused, zero, zero, False)
@@ -302,15 +302,13 @@ class CTROptimizer(Attached):
         """What the last step did, as plain floats; waits for the device.
 
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
-        step), ``trust/coupling`` and ``trust/source``, ``trust/unbounded`` (parameters that no measured
-        metric bounds), ``kl_from_base`` (nats per token; an estimate, right in
-        proportion between layers) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
-        event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
+        step), ``trust/coupling`` and ``trust/source``, ``trust/unbounded`` (parameters that no measured metric
+        bounds), ``kl_from_base`` (nats per token; an estimate, right in proportion between layers) and
+        ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
-        measures = self._settings.curvature != "none" and self._bound.state.max_kl is not None
-        bounded = measures and self._trust.coupling.known
+        bounded = self._settings.bounded and self._trust.coupling.known
         trained = sum(p.numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
         metrics |= {"trust/unbounded": 0 if bounded else trained}

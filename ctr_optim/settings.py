@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 LEARNING_RATE = 8e-2  # the default, where the trust region sets the length of steps
 EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW; the default where no trust region can hold
@@ -27,6 +30,11 @@ class Settings:
     max_tokens: int | None
     resize: str
     loss_reduction: str
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the options ask for a trust region."""
+        return self.max_kl is not None and self.curvature != "none"
 
     def __post_init__(self) -> None:
         if self.max_kl is not None:
@@ -108,6 +116,16 @@ def _count(name: str, value: Any, hint: str = "") -> None:
         )
     if value < 1:
         raise ValueError(f"{name}: got {value!r}, expected at least 1 {hint}".rstrip())
+
+
+def chosen(name: str, value: Any, registry: Mapping[str, T]) -> T:
+    """The entry of a registry that an option names.
+
+    Raises:
+        ValueError: for a name that is not registered.
+    """
+    _choice(name, value, tuple(registry))
+    return registry[value]
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ctr_optim.curvature.base import Stacked, StackedPair, State
 from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, refresh_bases
 from ctr_optim.curvature.capture import Taps
-from ctr_optim.curvature.factors import structure_named
+from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.gradient import diagonal_form, over_parts
 from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.model import checks
@@ -22,7 +22,7 @@ from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.amp import grad_scale
 from ctr_optim.runtime.devices import together
-from ctr_optim.settings import Settings, due
+from ctr_optim.settings import Settings, chosen, due
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class KFAC(NoCurvature):
 
     def __init__(self, pairs: Sequence[LoRAPair], settings: Settings) -> None:
         self.pairs, self.settings = list(pairs), settings
-        self.structure = structure_named(settings.factor_structure)
+        self.structure = chosen("factor_structure", settings.factor_structure, STRUCTURES)
         self.taps = Taps(pairs, settings.max_tokens)
         self.blocks: list[Block] = []
         self.sketching = False

@@ -189,9 +189,9 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
     """Warn where layers have gradients though no forward of theirs was seen (``tokens``: infinite). Waits once."""
     if bool(torch.isinf(tokens) & finite) and any(bool(p.B.grad.any()) for p in pairs if p.B.grad is not None):
         warnings.warn(
-            "CTROptimizer saw gradients, but no tokens in any LoRA layer's forward: it knows no curvature, and steps "
-            "as Adam does. Was the model compiled and run before the optimizer was built? Then call "
-            "torch.compiler.reset() after building it. Is the model that runs a copy, or a replica (nn.DataParallel)? "
+            "CTROptimizer saw gradients, but no tokens in any LoRA layer's forward: gradients alone bound its steps. "
+            "Was the model compiled and run before the optimizer was built? Then call torch.compiler.reset() after "
+            "building it. Do fused kernels compute the LoRA layers? Then nothing is wrong. Is the model that runs a copy, or a replica (nn.DataParallel)? "
             "Then build the optimizer from that one.",
             stacklevel=users_line(),
         )

@@ -162,14 +162,3 @@ def observed(state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor
     state.flat = state.flat + 1 if rate == state.rate else 0
     state.rate = rate
     return Evidence(rate, state.flat, tokens)
-
-
-def bound_named(name: str) -> type[Constant]:
-    """The kind of bound that ``kl_schedule`` names.
-
-    Raises:
-        ValueError: for a name that is not registered.
-    """
-    if name not in BOUNDS:
-        raise ValueError(f"kl_schedule: got {name!r}, expected one of {', '.join(map(repr, BOUNDS))}")
-    return BOUNDS[name]

@@ -23,15 +23,4 @@ from ctr_optim.curvature.factors.lowrank import LowRank
 STRUCTURES: dict[str, type[Factor]] = {"diagonal": Diagonal, "lowrank": LowRank, "dense": Dense}
 
 
-def structure_named(name: str) -> type[Factor]:
-    """The structure that ``factor_structure`` names.
-
-    Raises:
-        ValueError: for a name that is not registered.
-    """
-    if name not in STRUCTURES:
-        raise ValueError(f"factor_structure: got {name!r}, expected one of {', '.join(map(repr, STRUCTURES))}")
-    return STRUCTURES[name]
-
-
-__all__ = ["STRUCTURES", "Dense", "Diagonal", "Factor", "LowRank", "structure_named"]
+__all__ = ["STRUCTURES", "Dense", "Diagonal", "Factor", "LowRank"]
