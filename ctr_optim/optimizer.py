@@ -304,7 +304,8 @@ class CTROptimizer(Attached):
         Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
         step), ``trust/coupling`` and ``trust/source``, ``trust/unbounded`` (parameters that no measured metric
         bounds), ``kl_from_base`` (nats per token; an estimate, right in proportion between layers) and
-        ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``, ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
+        ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``,
+        ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}

@@ -288,3 +288,13 @@ def exact_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """``KL(p || q)`` for each token, in float64."""
     log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def finite(model: torch.nn.Module) -> bool:
+    return all(p.isfinite().all() for p in model.parameters())
+
+
+def held(opt: CTROptimizer) -> bool:
+    """The last step's predicted KL is within its bound."""
+    metrics = opt.metrics()
+    return metrics["trust/max_kl"] is None or metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-4)

@@ -191,8 +191,8 @@ def warn_if_blind(tokens: Tensor, finite: Tensor, pairs: Sequence[LoRAPair]) -> 
         warnings.warn(
             "CTROptimizer saw gradients, but no tokens in any LoRA layer's forward: gradients alone bound its steps. "
             "Was the model compiled and run before the optimizer was built? Then call torch.compiler.reset() after "
-            "building it. Do fused kernels compute the LoRA layers? Then nothing is wrong. Is the model that runs a copy, or a replica (nn.DataParallel)? "
-            "Then build the optimizer from that one.",
+            "building it. Do fused kernels compute the LoRA layers? Then nothing is wrong. Is the model that runs a "
+            "copy, or a replica (nn.DataParallel)? Then build the optimizer from that one.",
             stacklevel=users_line(),
         )
 

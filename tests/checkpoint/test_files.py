@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
 import signal
@@ -153,14 +152,3 @@ def test_a_hostile_file_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tensors and plain values"):
         load_checkpoint(path)
     assert not trace.exists()
-
-
-@pytest.fixture(scope="module")
-def saved() -> dict[str, Any]:
-    """A state dict in the middle of a sketch window: everything that there can be is in it."""
-    model = net(seed=1)
-    opt = optimizer(model, rank_scheduler=RANKS, max_kl=1e-3, calibration_interval=2)
-    train(model, opt, 3)
-    state = opt.state_dict()
-    assert "sketch_range" in state["state"][1] and state["param_groups"][0]["ctr"]["coupling"] > 0
-    return copy.deepcopy(state)

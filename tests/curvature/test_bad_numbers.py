@@ -16,6 +16,8 @@ from support import (
     backward,
     batch,
     factors_of,
+    finite,
+    held,
     loss_of,
     net,
     optimizer,
@@ -27,20 +29,9 @@ from support import (
 )
 from torch.linalg import LinAlgError
 
-from ctr_optim import CTROptimizer
 from ctr_optim.curvature.factors import Dense, LowRank
 
 RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketch")
-
-
-def finite(model: torch.nn.Module) -> bool:
-    return all(p.isfinite().all() for p in model.parameters())
-
-
-def held(opt: CTROptimizer) -> bool:
-    """The last step's predicted KL is within its bound."""
-    metrics = opt.metrics()
-    return metrics["trust/max_kl"] is None or metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-4)
 
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------

@@ -3,62 +3,28 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from oracles import DENSE, llama_factors, oracle
 from support import (
-    Net,
     assert_factors,
     backward,
     batch,
-    dense_factors,
     factors_of,
     llama_batch,
-    llama_layers,
     llama_loss,
-    lora_layers,
     loss_of,
     net,
     optimizer,
-    peft_weights,
-    plain_weights,
     tiny_llama,
     trainable,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ctr_optim import CTROptimizer
-
-DENSE: dict[str, Any] = dict(factor_structure="dense", max_kl=None)
-
-
-def oracle(model: Net, data: tuple[Tensor, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return dense_factors(model, lora_layers(model), plain_weights, lambda m: loss_of(m(data[0]), data[1]))
-
-
-def llama_oracle(model: nn.Module, data: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    return dense_factors(model, llama_layers(model), peft_weights, lambda m: llama_loss(m, data))
-
-
-def llama_factors(
-    model: nn.Module, *batches: dict[str, Tensor], reduction: str = "mean"
-) -> dict[str, dict[str, Tensor]]:
-    """Factors after one step on these micro-batches."""
-    opt = optimizer(model, loss_reduction=reduction, **DENSE)
-    for data in batches:
-        (llama_loss(model, data, reduction) / (len(batches) if reduction == "mean" else 1)).backward()
-    opt.step()
-    found = factors_of(opt)
-    opt.close()
-    return found
-
-
-@pytest.fixture(scope="module")
-def llama_expected() -> dict[str, dict[str, Tensor]]:
-    return llama_oracle(tiny_llama(), llama_batch())
 
 
 def split(data: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

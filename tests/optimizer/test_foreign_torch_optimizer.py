@@ -16,8 +16,6 @@ from torch.nn import Parameter
 
 from ctr_optim import CTROptimizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:CTROptimizer found no LoRA layers")
-
 
 def quadratic(p: Tensor) -> Tensor:
     return p.square().sum()

@@ -13,6 +13,8 @@ from support import (
     backward,
     batch,
     factors_of,
+    finite,
+    held,
     loss_of,
     net,
     optimizer,
@@ -21,19 +23,7 @@ from support import (
     train,
 )
 
-from ctr_optim import CTROptimizer
-
 RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketch")
-
-
-def finite(model: torch.nn.Module) -> bool:
-    return all(p.isfinite().all() for p in model.parameters())
-
-
-def held(opt: CTROptimizer) -> bool:
-    """The last step's predicted KL is within its bound."""
-    metrics = opt.metrics()
-    return metrics["trust/max_kl"] is None or metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-4)
 
 
 # -- loss scaling ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,13 @@
+"""Fixtures of the factors' tests."""
+
+from __future__ import annotations
+
+import pytest
+from oracles import llama_oracle
+from support import llama_batch, tiny_llama
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def llama_expected() -> dict[str, dict[str, Tensor]]:
+    return llama_oracle(tiny_llama(), llama_batch())
