@@ -4,7 +4,7 @@
     python examples/classify.py --model NAME       # a pretrained encoder, from a folder or the hub
 
 The bundled encoder has random weights, so that LoRA and the head have to find everything by themselves: it shows that
-the set-up works, nothing more. The head is no LoRA layer: CTROptimizer trains it as AdamW does, its step scaled alike.
+the set-up works, nothing more. The head is no LoRA layer: it counts in the bound by Adam's second moments.
 In a classifier one example has one prediction: "per token" means per example here.
 """
 

@@ -1,4 +1,4 @@
-"""How small a trained adapter can be cut, and what it costs: ``ctr_optim.compress`` beside other ways.
+"""Size and loss of trained adapters cut by ``ctr_optim.compress`` and by other methods.
 
     python -m benchmarks.ranks.compress --model DIR --data DIR --out compress.jsonl --slots 9
     python -m benchmarks.ranks.compress --report compress.jsonl

@@ -69,7 +69,7 @@ def _chunks(ids: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def new_arguments(spec: dict, context: Context) -> dict[str, Any]:
-    """``retain``, ``kl_budget`` and ``holdout`` of CTROptimizer as the spec has them; what it leaves out is left out.
+    """``retain``, ``kl_budget`` and ``holdout`` of CTROptimizer that the spec sets.
 
     Raises ValueError where the installed CTROptimizer has no such argument.
     """

@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(eq=False)
 class Slot:
-    """A process and what it does at present."""
+    """A worker process and its current run."""
 
     device: str
     process: Any

@@ -3,7 +3,7 @@
     python -m benchmarks.real report lines.jsonl [more.jsonl] > tables.md
 
 One table for each setting (task, rank, steps, batch, schedule, rows). A peer's learning rate is the one of lowest mean
-validation loss among those that were run; its test loss is never looked at for that. The best tuned peer is the one of
+validation loss among those that were run, never by test loss. The best tuned peer is the one of
 lowest validation loss. Forgetting is the rise of the loss on plain text over the untrained base's. Differences are
 paired by seed, with their 95 % interval (Student's t).
 """
