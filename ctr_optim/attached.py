@@ -23,6 +23,7 @@ from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack
+from ctr_optim.holdout import Holdout, Judge
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.trained import Trained
@@ -60,6 +61,7 @@ class Attached(Optimizer):
     _ranks: RankController | None
     _retained: Retained
     _kl_budget: float | None
+    _holdout: Holdout | None
 
     def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
         """Find the LoRA layers that own our parameters, and hook them; ``numbers``: what they knew before."""
@@ -84,6 +86,7 @@ class Attached(Optimizer):
         if before is not None:  # a new group: metrics() still describes the last step
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         self._budget = self._budget_of(home, coupling)
+        self._judge = None if self._holdout is None else Judge(self._holdout, weakly(self._home), coupling.quiet)
         self._go_on(numbers or {})
         handles = self._hook_forwards()
         for pair in self.pairs:
@@ -113,12 +116,16 @@ class Attached(Optimizer):
             return Hutchinson(probe, self._settings.factor_decay, self._settings.calibration_interval)
         return NoCurvature() if self._settings.curvature == "none" else Gradient()
 
+    def _home(self) -> nn.Module:
+        """The model that holds all parameters, or else the largest one."""
+        return self._trained.home() or self._trained.roots[0]
+
     def _hook_forwards(self) -> list[Any]:
-        """Hooks that call :meth:`_forward_begins` where statistics are taken, or retained text is to be measured."""
-        if not isinstance(self._curvature, KFAC) and not self._retained.pending:
-            return []
+        """Hooks that call :meth:`_forward_begins` before every forward pass that will be trained on."""
         begins = partial(_forward_begins, weakly(self._forward_begins))
-        return [root.register_forward_pre_hook(Hook(begins, id(root))) for root in self._trained.roots]
+        return [
+            root.register_forward_pre_hook(Hook(begins, id(root)), with_kwargs=True) for root in self._trained.roots
+        ]
 
     def _rank_controller(self) -> RankController | None:
         if self._scheduler is None:
@@ -156,7 +163,7 @@ class Attached(Optimizer):
             return
         self._follow()
         with torch.no_grad():
-            self._retained.measure(self._trained.home() or self._trained.roots[0])
+            self._retained.measure(self._home())
             distributed.reshard(self._trained.fsdp)
             self._retained.start_([pair for pair in self.pairs if id(pair.A) in map(id, self._held)], self.state)
         self._restack()
@@ -233,11 +240,14 @@ class Attached(Optimizer):
         """Objects that own numbers of a checkpoint."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
         owners += [] if self._budget is None else [self._budget.state]
+        owners += [] if self._judge is None else [self._judge.state]
+        owners += [self._trust.rows.state] if self._bound.needs_rows else []
         return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson | KFAC) else owners
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
         """Give loaded numbers to their owners."""
         unpack(numbers, self._owners())
+        self._trust.rows.resume()
         if isinstance(self._curvature, KFAC):
             self._curvature.resume()
 
@@ -247,6 +257,7 @@ class Attached(Optimizer):
             self._ranks.settle()
         if isinstance(self._curvature, KFAC):
             self._curvature.settle()
+        self._trust.rows.settle()
         return pack(self._owners())
 
     def _count_skipped(self) -> None:
@@ -272,8 +283,10 @@ class Attached(Optimizer):
         self._restack()
         self._arm()
 
-    def _forward_begins(self) -> None:
+    def _forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        if self._bound.needs_rows:
+            self._trust.rows.look(args, kwargs)
         if not self._trained.fsdp:
             self._retain()
         self._curvature.follow_devices(self.state)
@@ -319,6 +332,7 @@ class Attached(Optimizer):
             "_scheduler": self._scheduler,
             "_retained": self._retained,
             "_kl_budget": self._kl_budget,
+            "_holdout": self._holdout,
             "_carried": self._numbers(),
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
@@ -342,10 +356,10 @@ def _detach(close: Callable[[], None], probe: Probe | None, handles: Iterable[An
         probe.close()
 
 
-def _forward_begins(begins: Callable[[], Any], *_: Any) -> None:
+def _forward_begins(begins: Callable[..., Any], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Look at the gradients before a forward pass: a GradScaler skips ``step()`` on an overflow.
 
     The hook sits on the whole model: checkpointing runs parts of the model again during backward.
     """
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        begins()
+        begins(args, kwargs)

@@ -52,12 +52,14 @@ def metrics_of(
     names = [pair.name for block in blocks for pair in block.pairs]
     shares = [share for block in blocks for share in block.kl_from_base().tolist()]
     coupling = trust.coupling
+    reasons = {f"trust/factor/{name}": float(factor) for name, factor in trust.factors.items()}
     factor = coupling.of_adapter
     by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
     return {
         "trust/predicted_kl": float(trust.predicted),
         "trust/max_kl": None if trust.limit is None else float(trust.limit),
         "trust/scale": float(trust.scale),
+        **reasons,
         "trust/coupling": float(coupling.usual if coupling.kappa is None else coupling.kappa),
         "trust/source": coupling.source,
         "kl_from_base": sum(by_layer.values()),

@@ -23,6 +23,7 @@ from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import parameters_of
 from ctr_optim.direction.stack import Stack, slope
 from ctr_optim.direction.step import Step, directions
+from ctr_optim.holdout import Holdout
 from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
 from ctr_optim.ranks.controller import RankController, RankState
@@ -87,6 +88,8 @@ class CTROptimizer(Attached):
             token ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's own samples) or None.
         kl_budget: bound on the KL divergence from the base model in all, nats per token, measured on retained text or
             else on the batch; None for no bound.
+        holdout: a few batches that are never trained on, or a :class:`~ctr_optim.holdout.Holdout`: where the loss on
+            them rises, the bound shrinks and the weights go back to the best ones.
         foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
@@ -124,6 +127,7 @@ class CTROptimizer(Attached):
         foreach: bool | None = None,
         retain: Iterable[Any] | Retention | str | None = None,
         kl_budget: float | None = None,
+        holdout: Iterable[Any] | Holdout | None = None,
     ) -> None:
         self._settings = Settings(
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
@@ -132,7 +136,7 @@ class CTROptimizer(Attached):
         chosen("factor_structure", factor_structure, STRUCTURES)  # a wrong name is refused before any hook is set
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
-        self._retained, self._kl_budget = Retained(retain), kl_budget
+        self._retained, self._kl_budget, self._holdout = Retained(retain), kl_budget, Holdout.of(holdout)
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = chosen("kl_schedule", kl_schedule, BOUNDS)(self._settings.max_kl)
         self._ranks: RankController | None = None
@@ -169,11 +173,13 @@ class CTROptimizer(Attached):
             return loss
         self._retain()
         stacks = self._stack()
+        self._judged(first=True)
         finite = self._look()
         with exact(stack.device for stack in stacks):
             self._learn(finite)
             step = self._direction(stacks, finite)
-        scale = self._trust.constrain(step, self._curvature, self.param_groups) if step.bounded else None
+        given = {} if self._judge is None else {"holdout": self._judge.state.holdout_factor}
+        scale = self._trust.constrain(step, self._curvature, self.param_groups, given) if step.bounded else None
         self._take(step, scale)
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
@@ -181,6 +187,7 @@ class CTROptimizer(Attached):
         if scale is not None:
             self._watch.stepped(self.steps, self.param_groups, self._trust.predicted, scale, self._trust.limit)
         try:
+            self._judged()
             self._reallocate()
         finally:
             self._arm()
@@ -199,6 +206,26 @@ class CTROptimizer(Attached):
         factor = budget.factor(length)
         step.take_(factor * (torch.ones_like(step.q) if scale is None else scale))
         budget.moved(factor * length, self._budget_due)
+
+    def _judged(self, first: bool = False) -> None:
+        """Look at the held-out rows where it is time: before the first step, and after some others."""
+        judge, steps = self._judge, self.steps
+        if judge is None or (steps != 0 if first else not judge.holdout.due(steps)):
+            return
+        distributed.reshard(self._trained.fsdp)
+        if judge.look(steps, self._held, self.state) and self._budget is not None:
+            self._budget.doubt()
+
+    def restore_best(self) -> float:
+        """Go back to the weights of the lowest loss on the held-out rows; returns that loss.
+
+        Raises:
+            ValueError: without a hold-out.
+        """
+        if self._judge is None:
+            raise ValueError("restore_best: this optimizer has no hold-out; pass holdout=batches to CTROptimizer")
+        distributed.reshard(self._trained.fsdp)
+        return self._judge.restore_best(self.steps, self._held, self.state)
 
     def _look(self) -> Tensor:
         """``()`` whether all gradients are finite."""
@@ -260,6 +287,8 @@ class CTROptimizer(Attached):
                 coupling = self._trust.coupling.of_adapter if self._trust.coupling.known else None
                 self._ranks.event(blocks, self.state, step, masked, coupling)
         finally:
+            if self._judge is not None:
+                self._judge.forget(self.state)
             self._restack()
 
     # -- what users read and save -------------------------------------------------------------------------------
@@ -313,6 +342,7 @@ class CTROptimizer(Attached):
         trained = sum(p.numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
         metrics |= {"trust/unbounded": 0 if bounded else trained}
+        metrics |= {} if self._judge is None else self._judge.metrics()
         return metrics if self._budget is None else metrics | self._budget.metrics()
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ctr_optim"
 # A part may import itself and these: parts, or single modules of them. What only protocols connect is told so.
 _PROTOCOLS = ("curvature.base", "trust_region.protocols")
 _METHOD = ("runtime", "settings", "model")
-_BELOW = (*_METHOD, "curvature", "retention", "direction", "trust_region", "ranks", "checkpoint")
+_BELOW = (*_METHOD, "curvature", "retention", "direction", "trust_region", "ranks", "holdout", "checkpoint")
 RULES: Mapping[str, tuple[str, ...]] = {
     "settings": (),
     "runtime": ("settings",),
@@ -24,7 +24,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "direction": (*_METHOD, *_PROTOCOLS),
     "trust_region": ("runtime", "settings", *_PROTOCOLS),
     "ranks": (*_METHOD, *_PROTOCOLS),
-    "checkpoint": (*_METHOD, "curvature", "direction"),
+    "holdout": (*_METHOD, "retention.passes"),
+    "checkpoint": (*_METHOD, "curvature", "direction", "holdout.judge", "trust_region.rows"),
     "metrics": _BELOW,
     "attached": (*_BELOW, "metrics"),
     "optimizer": (*_BELOW, "metrics", "attached"),

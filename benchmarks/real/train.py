@@ -157,6 +157,8 @@ def _phase(trial: Trial, run: methods.Run, loss_of: methods.Loss, task: str, num
             stopping.look(step + 1)
         paused += time.time() - pause
     result = {"train_loss": float(torch.stack(losses[-20:]).mean()) if losses else math.nan, "curve": curve}
+    if spec["holdout"] and spec["method"] == "ctr":
+        optimizer.restore_best()
     if stopping is not None and steps:
         stopping.restore()
         result["stopped_at"] = stopping.at

@@ -16,14 +16,19 @@ from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.direction.coordinates import SCALES, VECTORS, empty
 from ctr_optim.direction.stack import initial_state
+from ctr_optim.holdout.judge import BEST
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
+from ctr_optim.trust_region.rows import REGISTERS
 
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
-OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age")  # what runs without kl_budget lack
+# what runs without kl_budget, holdout, or a bound that looks at rows lack
+OPTIONAL = {"budget_used", "budget_rate", "budget_path", "budget_age", "rows_seen", "rows_sketch"} | {
+    "holdout_loss", "holdout_best", "holdout_best_step", "holdout_factor",
+}  # fmt: skip
 LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that checkpoints of format 1 may lack
 
 
@@ -102,24 +107,33 @@ def _checked_groups(
         raise ValueError(
             f"checkpoint: version is {version!r}, expected 1 to {FORMAT}; update ctr_optim if a newer version wrote it"
         )
-    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - set(OPTIONAL)
+    missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - OPTIONAL
     if missing:
         raise ValueError(
             f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it, or other "
             "options: build the optimizer with the options that wrote it"
         )
     for name, value in shared.items():
+        if name == "rows_sketch":
+            _check_sketch(value)
+            continue
         counts = isinstance(numbers.get(name), int)
         if not (value is None and not counts):
             _check_number(name, value, whole=counts)
     return groups, shared
 
 
+def _check_sketch(value: Any) -> None:
+    if not (isinstance(value, str) and len(value) in (0, 2 * REGISTERS) and set(value) <= set("0123456789abcdef")):
+        raise ValueError(f"checkpoint: rows_sketch is damaged, expected {2 * REGISTERS} hexadecimal digits")
+
+
 def _check_number(name: str, value: Any, whole: bool = False) -> None:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not whole else value
     kind = "a whole number" if whole else "a finite number"
     right = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
-    if not (right and math.isfinite(number) and number >= 0):
+    signed = name in ("holdout_loss", "holdout_best")
+    if not (right and math.isfinite(number) and (signed or number >= 0)):
         raise ValueError(f"checkpoint: {name} is {value!r}, expected {kind} of at least 0")
 
 
@@ -147,12 +161,13 @@ def _expected_entry(p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings
     """
     # Without storage: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
+    best = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
     if pair is not None and settings.curvature == "kfac":
         expected = initial_state(bare, -1 if p is pair.B else -2)
         if p is pair.B:
             expected |= factor_state(pair, STRUCTURES[settings.factor_structure]) | _sketches_like(entry, pair)
-        return expected | _retained_like(entry, bare, pair)
-    expected = initial_state(bare, None) | _retained_like(entry, bare, pair)
+        return expected | _retained_like(entry, bare, pair) | best
+    expected = initial_state(bare, None) | _retained_like(entry, bare, pair) | best
     if settings.curvature == "hutchinson":
         expected["hessian_diagonal"] = expected["exp_avg"]
     return expected

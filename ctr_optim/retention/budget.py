@@ -105,6 +105,10 @@ class Budget:
             )
         self.state.budget_used = used
 
+    def doubt(self) -> None:
+        """The weights were replaced: measure at the next step."""
+        self.state.budget_age = _INTERVAL
+
     def factor(self, length: float) -> float:
         """Return what a step of this length is to be multiplied by."""
         distance = self.state.budget_rate * length

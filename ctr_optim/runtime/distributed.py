@@ -80,6 +80,24 @@ def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:
     return total[0] / total[1]
 
 
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if world_size() == 1:
+        return value
+    found = value.clone()
+    add_up([found])
+    return found
+
+
+def largest(value: Tensor) -> Tensor:
+    """The largest of each entry over all processes."""
+    if world_size() == 1:
+        return value
+    found = value.clone()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
 def everywhere(condition: Tensor | bool, like: Tensor | None = None) -> Tensor:
     """``()`` whether a condition holds in every process.
 

@@ -5,7 +5,8 @@ A bound owns ``max_kl`` and its live value. A new kind is one class and one entr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -22,11 +23,13 @@ class Evidence:
         rate: largest ratio of a group's learning rate to its peak, in [0, 1].
         flat: steps since that ratio changed last.
         tokens: ``()`` loss tokens of this step, over micro-batches and processes; None where they are not known.
+        passes: ``()`` how often a row was seen so far, on average; None where rows are not known.
     """
 
     rate: float
     flat: int = 0
     tokens: Tensor | None = None
+    passes: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -43,19 +46,27 @@ class BoundState:
     flat: int = 0
 
 
+Factors = Mapping[str, Tensor | float]
+
+
 class Bound(Protocol):
-    """The bound of a step, in nats per token.
+    """The bound of a step, in nats per token: its ``max_kl`` times factors, each with the name of its reason.
 
     Attributes:
         state: numbers that a checkpoint carries.
         needs_closure: whether :meth:`judge` wants the loss before and after a step.
+        needs_rows: whether it looks at :attr:`Evidence.passes`.
+        sets_length: whether a step may be longer than its learning rate says, so that only the schedule of the rate
+            matters.
     """
 
     state: BoundState
     needs_closure: ClassVar[bool]
+    needs_rows: ClassVar[bool]
+    sets_length: ClassVar[bool]
 
-    def limit(self, evidence: Evidence) -> Tensor | float | None:
-        """The bound of the coming step; None for no bound."""
+    def factors(self, evidence: Evidence) -> Factors:
+        """What ``max_kl`` is multiplied by in the coming step, by reason."""
 
     def judge(self, gained: float, promised: float) -> None:
         """Learn from a step: by how much the loss fell, and by how much the quadratic model said that it would."""
@@ -65,12 +76,14 @@ class Constant:
     """``max_kl`` at every step."""
 
     needs_closure: ClassVar[bool] = False
+    needs_rows: ClassVar[bool] = False
+    sets_length: ClassVar[bool] = False
 
     def __init__(self, max_kl: float | None) -> None:
         self.state = BoundState(max_kl)
 
-    def limit(self, evidence: Evidence) -> Tensor | float | None:
-        return self.state.max_kl
+    def factors(self, evidence: Evidence) -> Factors:
+        return {}
 
     def judge(self, gained: float, promised: float) -> None:
         """A constant bound learns nothing."""
@@ -79,28 +92,34 @@ class Constant:
 class FollowsRate(Constant):
     """``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
 
-    def limit(self, evidence: Evidence) -> Tensor | float | None:
-        return None if self.state.max_kl is None else self.state.max_kl * evidence.rate**2
+    def factors(self, evidence: Evidence) -> Factors:
+        return {"schedule": evidence.rate**2}
 
 
 class Auto(FollowsRate):
-    """Follows the learning rate's schedule, decays where there is none, and asks for loss tokens.
+    """Follows the learning rate's schedule, decays where there is none, asks for loss tokens and for new rows.
 
     A batch of N loss tokens says little of what the model should do on other tokens: below ``enough`` tokens the bound
     shrinks in proportion, so that a few labels that cannot be learned do not move the whole model. Without a schedule,
     steps of one length keep the model at a distance from its optimum: the bound falls as ``1 / (1 + t / patience)``
-    over t steps at one rate.
+    over t steps at one rate. A row that was seen before teaches less than a new one, and can be memorised: where each
+    row was seen n times on average, the bound falls as ``n ** -repeats``, to ``least`` of itself.
     """
 
+    needs_rows: ClassVar[bool] = True
+    sets_length: ClassVar[bool] = True
     enough: ClassVar[float] = 256.0
     patience: ClassVar[float] = 25.0
+    repeats: ClassVar[float] = 4.0
+    least: ClassVar[float] = 3e-3
 
-    def limit(self, evidence: Evidence) -> Tensor | float | None:
-        bound = super().limit(evidence)
-        if bound is None:
-            return None
-        bound = bound / (1 + evidence.flat / self.patience)
-        return bound if evidence.tokens is None else bound * (evidence.tokens / self.enough).clamp_max(1.0)
+    def factors(self, evidence: Evidence) -> Factors:
+        found = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / self.patience)}
+        if evidence.tokens is not None:
+            found["few_tokens"] = (evidence.tokens / self.enough).clamp_max(1.0)
+        if evidence.passes is not None:
+            found["seen_rows"] = (evidence.passes**-self.repeats).clamp_min(self.least)
+        return found
 
 
 class Adaptive(Constant):
@@ -147,6 +166,12 @@ def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
     return ratio
 
 
+def largest_factor(bound: Bound, groups: Sequence[dict[str, Any]]) -> float:
+    """The most that a step may be multiplied by: 1, or what makes the largest peak rate the default one."""
+    peak = max((float(group["peak_lr"]) for group in groups), default=0.0)
+    return LEARNING_RATE / peak if bound.sets_length and peak > 0 else 1.0
+
+
 def everyday_factor(groups: Sequence[dict[str, Any]]) -> float:
     """Factor from the default learning rate to AdamW's everyday rate; 1 where a rate was chosen.
 
@@ -156,9 +181,16 @@ def everyday_factor(groups: Sequence[dict[str, Any]]) -> float:
     return EVERYDAY_RATE / LEARNING_RATE if default else 1.0
 
 
-def observed(state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor | None) -> Evidence:
+def limit_of(bound: Bound, factors: Factors) -> Tensor | float | None:
+    """The bound of a step in nats per token; None for no bound."""
+    return None if bound.state.max_kl is None else bound.state.max_kl * math.prod(factors.values())  # type: ignore
+
+
+def observed(
+    state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor | None, passes: Tensor | None = None
+) -> Evidence:
     """The evidence of the coming step; counts in ``state`` for how long the rate has stayed the same."""
     rate = rate_ratio(groups)
     state.flat = state.flat + 1 if rate == state.rate else 0
     state.rate = rate
-    return Evidence(rate, state.flat, tokens)
+    return Evidence(rate, state.flat, tokens, passes)

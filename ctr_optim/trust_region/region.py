@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
-from ctr_optim.trust_region.bound import Bound, everyday_factor, observed
+from ctr_optim.trust_region.bound import Bound, Factors, everyday_factor, largest_factor, limit_of, observed
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.protocols import Adapter, Step
+from ctr_optim.trust_region.rows import Rows
 
 
 class TrustRegion:
@@ -27,6 +28,8 @@ class TrustRegion:
     Attributes:
         bound: how far a step may go.
         coupling: from a step's quadratic form to nats.
+        rows: counts the rows of batches, for bounds that look at them.
+        factors: what ``max_kl`` was multiplied by in the last step, by reason.
         limit: the last step's bound, nats per token; None for no bound.
         predicted: KL that the last step was predicted to have, nats per token.
         scale: factor that the last step was multiplied by.
@@ -34,25 +37,34 @@ class TrustRegion:
     """
 
     def __init__(self, bound: Bound, coupling: Coupling) -> None:
-        self.bound, self.coupling = bound, coupling
+        self.bound, self.coupling, self.rows = bound, coupling, Rows()
+        self.factors: Factors = {}
         self.limit: Tensor | float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
         self.slope: Tensor | float = 0.0
 
-    def constrain(self, step: Step, adapter: Adapter, groups: Sequence[dict[str, Any]]) -> Tensor:
+    def constrain(
+        self, step: Step, adapter: Adapter, groups: Sequence[dict[str, Any]], given: Factors | None = None
+    ) -> Tensor:
         """``()`` the factor to multiply the whole step by, so that its predicted KL stays within the bound.
 
         Args:
             step: the step, its quadratic form and its slope.
             adapter: the trained part of the model, for the KL from the base model.
             groups: the parameter groups, for the schedule of the bound.
+            given: more factors of the bound, by reason.
         """
-        self.limit = self.bound.limit(observed(self.bound.state, groups, step.tokens))
+        passes = self.rows.passes(step.q) if self.bound.needs_rows else None
+        evidence = observed(self.bound.state, groups, step.tokens, passes)
+        self.factors = {**self.bound.factors(evidence), **(given or {})}
+        self.limit = limit_of(self.bound, self.factors)
         self.coupling.measure(step, self.limit, adapter)
         predicted = 0.5 * self.coupling.along(step) * step.q
         bounded = self.limit is not None and (self.coupling.known or adapter.per_token)
-        scale = scale_within(predicted, self.limit) if bounded else torch.ones_like(predicted)  # type: ignore[arg-type]
+        scale = torch.ones_like(predicted)
+        if bounded and self.limit is not None:
+            scale = scale_within(predicted, self.limit, largest_factor(self.bound, groups))
         if not self.coupling.known:
             factor = everyday_factor(groups)
             scale = scale * factor
@@ -82,12 +94,12 @@ class TrustRegion:
         self.bound.judge(float(gained / distributed.add_up([gained])), promised)
 
 
-def scale_within(predicted_kl: Tensor, bound: float | Tensor) -> Tensor:
-    """``()`` the factor in [0, 1] that brings a step's predicted KL (quadratic in its length) within ``bound``.
+def scale_within(predicted_kl: Tensor, bound: float | Tensor, most: float = 1.0) -> Tensor:
+    """``()`` the factor in [0, most] that brings a step's predicted KL (quadratic in its length) within ``bound``.
 
-    Exactly 1 where the bound holds already, so that an inactive constraint changes no bit of the step; 0 where the
-    prediction is NaN.
+    Exactly ``most`` where the bound holds already, so that an inactive constraint changes no bit of the step; 0 where
+    the prediction is NaN.
     """
-    inside = predicted_kl <= bound
+    inside = predicted_kl * most**2 <= bound
     shrink = (bound / predicted_kl.clamp_min(torch.finfo(predicted_kl.dtype).tiny)).sqrt()
-    return torch.where(inside, 1.0, shrink.clamp_max(1.0).nan_to_num(0.0))
+    return torch.where(inside, most, shrink.clamp_max(most).nan_to_num(0.0))

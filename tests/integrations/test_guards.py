@@ -199,7 +199,7 @@ def test_the_state_goes_where_the_model_goes() -> None:
     shapes = {id(p): {k: v.shape for k, v in opt.state[p].items()} for p in opt.state}
     for p in opt.param_groups[0]["params"]:
         torch.utils.swap_tensors(p, nn.Parameter(p.detach().to("meta")))
-    opt._forward_begins()
+    opt._forward_begins((), {})
     for p, state in opt.state.items():
         assert {t.device.type for t in state.values()} == {"meta"}
         assert {k: v.shape for k, v in state.items()} == shapes[id(p)]

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import trainable
+from support import plain_bound, trainable
 from torch import Tensor, nn
-
-from ctr_optim import CTROptimizer
 
 transformers = pytest.importorskip("transformers", reason="the models are Hugging Face's")
 peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
@@ -117,7 +115,7 @@ def test_it_trains_with_moving_ranks_and_is_measured(name: str) -> None:
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(model, lora).train()
     ranks = dict(interval=6, window=2, sketch_rank=2, hysteresis=0.0, absent="sketch")
-    opt = CTROptimizer(trainable(model), max_kl=1e-3, calibration_interval=4, factor_interval=2, rank_scheduler=ranks)
+    opt = plain_bound(trainable(model), max_kl=1e-3, calibration_interval=4, factor_interval=2, rank_scheduler=ranks)
     first = batches(0)
     losses = []
     for _ in range(20):

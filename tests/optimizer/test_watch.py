@@ -38,7 +38,7 @@ def test_a_pause_in_training_is_not_told() -> None:
 @pytest.mark.parametrize("lr, steps, expected", [(2e-5, 19, 0), (2e-5, 20, 1), (2e-5, 60, 1), (0.08, 45, 0)])
 def test_a_rate_that_never_reaches_the_bound_is_told_once(lr: float, steps: int, expected: int) -> None:
     model = net(dtype=torch.float32)
-    opt = CTROptimizer(trainable(model), lr=lr, model=model)
+    opt = CTROptimizer(trainable(model), lr=lr, model=model, kl_schedule="lr")
     assert len(said(lambda: train(model, opt, steps))) == expected
 
 

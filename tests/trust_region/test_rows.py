@@ -1,0 +1,144 @@
+"""Rows that are seen again are counted on the device, and shrink the default bound."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import needs_gloo, spawn
+from support import VOCAB, backward, batch, net, trainable
+
+from ctr_optim import CTROptimizer
+from ctr_optim.trust_region.bound import Auto, Evidence
+from ctr_optim.trust_region.rows import Rows, distinct, row_keys
+
+LIKE = torch.zeros((), dtype=torch.float64)
+
+
+def count(rows: Rows, data: torch.Tensor, size: int = 16) -> float:
+    for part in data.split(size):
+        rows.look((part,), {})
+        passes = rows.passes(LIKE)
+    assert passes is not None
+    return float(passes)
+
+
+@pytest.mark.parametrize("n", [5, 64, 371, 1000, 3000, 10000])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_mean_number_of_passes_is_right_to_seven_percent(n: int, epochs: int) -> None:
+    torch.manual_seed(n)
+    data, rows = torch.randint(0, 50000, (n, 12)), Rows()
+    for _ in range(epochs):
+        passes = count(rows, data[torch.randperm(n)])
+    assert passes == pytest.approx(epochs, rel=0.07)  # three standard deviations of 2048 registers
+
+
+def test_no_rows_no_passes() -> None:
+    assert Rows().passes(LIKE) is None
+    rows = Rows()
+    rows.look((torch.zeros(5),), {"scale": 2.0})
+    assert rows.passes(LIKE) is None
+
+
+def test_a_row_that_a_step_looks_at_twice_counts_once() -> None:
+    rows, data = Rows(), torch.randint(0, 100, (8, 6))
+    for _ in range(3):
+        rows.look((), {"input_ids": data})
+    assert float(rows.passes(LIKE)) == pytest.approx(1.0, rel=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=12), st.integers(0, 6), st.booleans(), st.integers(0, 9))
+def test_padding_does_not_change_a_key(tokens: list[int], pads: int, left: bool, pad: int) -> None:
+    row, empty = torch.tensor([tokens]), torch.full((1, pads), pad)
+    parts = [empty, row] if left else [row, empty]
+    mask = [torch.zeros_like(empty), torch.ones_like(row)]
+    padded = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(mask if left else mask[::-1], 1)}
+    alone = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    assert torch.equal(row_keys((), padded), row_keys((), alone))  # type: ignore[arg-type]
+
+
+def test_keys_tell_rows_apart() -> None:
+    data = torch.cartesian_prod(*[torch.arange(12)] * 4)  # every row of four tokens, in every order
+    data = data[(data[:, 1:] != data[:, :-1]).all(1)]  # but for runs, which count as one token
+    keys = row_keys((data,), {})
+    assert keys is not None and len(keys.unique()) > 0.999 * len(data)
+    labels = torch.zeros(2, 1, dtype=torch.long)
+    labels[1] = 1
+    same = row_keys((), {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": labels})
+    assert same is not None and same[0] != same[1], "one input with two labels is two rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_images_have_keys(dtype: torch.dtype) -> None:
+    images = torch.randn(6, 3, 8, 8).to(dtype)
+    keys = row_keys((), {"pixel_values": images})
+    assert keys is not None and len(keys.unique()) == 6
+    assert torch.equal(keys, row_keys((), {"pixel_values": images.clone()}))  # type: ignore[arg-type]
+
+
+def test_registers_estimate_zero_and_many() -> None:
+    assert float(distinct(torch.zeros(2048, dtype=torch.long))) == 0
+    assert float(distinct(torch.full((2048,), 10))) > 1e6
+
+
+def test_the_bound_falls_with_the_passes_and_not_before() -> None:
+    bound = Auto(0.1)
+    at = [float(bound.factors(Evidence(1.0, passes=torch.tensor(n)))["seen_rows"]) for n in (1.0, 1.5, 2.0, 50.0)]
+    assert at[0] == 1.0 and at[0] > at[1] > at[2] > at[3] == pytest.approx(Auto.least)
+
+
+def steps(model: torch.nn.Module, opt: CTROptimizer, seeds: list[int]) -> list[float]:
+    limits = []
+    for seed in seeds:
+        opt.zero_grad()
+        backward(model, batch(seed, vocab=VOCAB))
+        opt.step()
+        limits.append(float(opt.metrics()["trust/factor/seen_rows"]))
+    return limits
+
+
+def test_a_training_that_sees_its_rows_again() -> None:
+    model = net()
+    factors = steps(model, CTROptimizer(trainable(model), model=model), [0, 1, 2, 3] * 3)
+    assert factors[:4] == pytest.approx([1.0] * 4, rel=0.1)
+    assert factors[-1] < 0.05 and sorted(factors, reverse=True) == pytest.approx(factors, rel=0.1)
+
+
+def test_the_count_goes_on_after_a_checkpoint() -> None:
+    model, other = net(), net()
+    one = CTROptimizer(trainable(model), model=model)
+    steps(model, one, [0, 1, 2, 3])
+    other.load_state_dict(model.state_dict())
+    two = CTROptimizer(trainable(other), model=other)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert steps(model, one, [0, 1]) == steps(other, two, [0, 1])
+
+
+def test_a_damaged_count_is_refused() -> None:
+    model = net()
+    opt = CTROptimizer(trainable(model), model=model)
+    steps(model, opt, [0])
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["ctr"]["rows_sketch"] = "zz"
+    with pytest.raises(ValueError, match="rows_sketch"):
+        opt.load_state_dict(state)
+
+
+def _count_in_two(rank: int, folder: Path) -> float:
+    torch.manual_seed(0)
+    data, rows = torch.randint(0, 50000, (256, 12)), Rows()
+    for epoch in range(2):
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(epoch))
+        passes = count(rows, data[order[rank::2]], 8)  # as a DistributedSampler shuffles: other rows in every epoch
+    return passes
+
+
+@needs_gloo
+def test_processes_count_together(tmp_path: Path) -> None:
+    found = spawn(_count_in_two, tmp_path)
+    assert found[0] == found[1] == pytest.approx(2.0, rel=0.05)
