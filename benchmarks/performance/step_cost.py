@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from benchmarks.performance.common import Clock, Report, kind_of, spread, state_bytes, table, tensor_bytes
 from ctr_optim import CTROptimizer, RankScheduler
+from ctr_optim.retention import Retention
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": dict(
@@ -111,6 +112,16 @@ def build(args: argparse.Namespace, report: Report, device: torch.device) -> Ben
     return bench
 
 
+def retained(bench: Bench, tokens: int) -> Retention:
+    """Statistics of random tokens, in pieces of 256; the time that they take, and their size."""
+    pieces = torch.randint(0, bench.vocabulary, (max(1, tokens // 256), 256), device=bench.device)
+    began = time.perf_counter()
+    found = Retention.measure(bench.model, list(pieces.split(4)))
+    bench.clock.wait()
+    bench.report.add("retention", tokens=pieces.numel(), seconds=time.perf_counter() - began)
+    return found
+
+
 # -- whole steps, interleaved ------------------------------------------------------------------------------------
 
 
@@ -149,13 +160,13 @@ def run_round(bench: Bench, optimizer: Optimizer, steps: int, kind: Callable[[],
 class Resumable:
     """CTROptimizer, taken off the model between rounds and put back with its state."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Bench, **options: Any) -> None:
+        self.bench, self.options = bench, options
         self.saved: dict[str, Any] | None = None
 
     def open(self, **options: Any) -> CTROptimizer:
         """Hook the model and go on where we were."""
-        optimizer = CTROptimizer(self.bench.params, model=self.bench.model, **options)
+        optimizer = CTROptimizer(self.bench.params, model=self.bench.model, **self.options, **options)
         if self.saved is not None:
             optimizer.load_state_dict(self.saved)
             self.saved = None
@@ -462,6 +473,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--retain", type=int, default=0, help="tokens of retained text; 0: none")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
@@ -485,7 +497,8 @@ def main() -> None:
     setting = {k: getattr(args, k) for k in ("shape", "precision", "rank", "batch", "length", "checkpointing")}
     report = Report(args.out, device, **setting)
     bench = build(args, report, device)
-    resumable, parts = Resumable(bench), args.parts.split(",")
+    options = {"retain": retained(bench, args.retain)} if args.retain else {}
+    resumable, parts = Resumable(bench, **options), args.parts.split(",")
     if "whole" in parts:
         whole_steps(bench, resumable, args.rounds, args.steps)
     if "step" in parts:

@@ -110,8 +110,8 @@ class Auto(FollowsRate):
     sets_length: ClassVar[bool] = True
     enough: ClassVar[float] = 256.0
     patience: ClassVar[float] = 25.0
-    repeats: ClassVar[float] = 4.0
-    least: ClassVar[float] = 3e-3
+    repeats: ClassVar[float] = 8.0
+    least: ClassVar[float] = 1e-3
 
     def factors(self, evidence: Evidence) -> Factors:
         found = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / self.patience)}
