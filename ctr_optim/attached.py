@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctr_optim.checkpoint.matching import resize_on_load
-from ctr_optim.checkpoint.numbers import Counters, pack, unpack
+from ctr_optim.checkpoint.numbers import pack, unpack
 from ctr_optim.curvature.base import Curvature
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.curvature.gradient import Gradient
@@ -33,6 +33,7 @@ from ctr_optim.retention.budget import Budget, check_budget
 from ctr_optim.retention.meter import meter_of
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded

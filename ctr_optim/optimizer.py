@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ctr_optim.attached import Attached
-from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.kfac import KFAC
-from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import parameters_of
@@ -26,12 +24,14 @@ from ctr_optim.direction.step import Step, directions
 from ctr_optim.holdout import Holdout
 from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
+from ctr_optim.model.coordinates import VECTORS
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention import Retention
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.messages import warn_failed
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options

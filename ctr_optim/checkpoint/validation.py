@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ctr_optim.checkpoint.numbers import FORMAT
 from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.direction.coordinates import SCALES, VECTORS, empty
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.holdout.judge import BEST
+from ctr_optim.model.coordinates import SCALES, VECTORS, empty
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.curvature.factors.base import Factor
 from ctr_optim.model.pair import LoRAPair
 
 State = MutableMapping[Any, dict[str, Tensor]]
@@ -80,6 +81,36 @@ class StackedPair(Protocol):
     def b(self) -> Stacked: ...
     @property
     def borrowed(self) -> Sequence[tuple[Stacked, int]]: ...
+
+
+class Factored(StackedPair, Protocol):
+    """LoRA pairs of one shape with their Kronecker factors: a curvature's account of these layers.
+
+    Attributes:
+        structure: structure of C and S.
+        H, D: ``(L, r, r)``, exact.
+        C, S: structured, batch dimension L.
+        sketch: range ``(L, d_out, k)`` and corange ``(L, l, d_in)`` of the whitened gradient; empty unless one is open.
+    """
+
+    structure: type[Factor]
+    H: Tensor
+    D: Tensor
+    C: Factor
+    S: Factor
+    sketch: list[Tensor]
+
+    def whiteners(self, damping: float) -> tuple[Any, Any]:
+        """Whiteners of C and S."""
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
+
+    def test_matrices(self) -> tuple[Tensor, Tensor]:
+        """Omega ``(d_in, k)`` and Psi ``(d_out, l)`` of the sketch."""
+
+    def drop_sketch(self, state: State) -> None:
+        """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
 
 
 class Curvature(Protocol):

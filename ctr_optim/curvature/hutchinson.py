@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ctr_optim.curvature.base import Stacked, StackedPair, State
 from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.displacement import moved
 from ctr_optim.settings import calibration_due
-from ctr_optim.trust_region.rerun import moved
 
 _INTERVAL = 50  # most steps between samples, where the coupling is not measured
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
