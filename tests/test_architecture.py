@@ -26,7 +26,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "trust_region": ("runtime", "settings", *_PROTOCOLS),
     "ranks": (*_METHOD, *_PROTOCOLS),
     "holdout": (*_METHOD, "retention.passes"),
-    "checkpoint": (*_METHOD, "curvature", "direction", "holdout.judge", "trust_region.rows"),
+    "checkpoint": (*_METHOD, "curvature", "direction", "holdout.judge", "trust_region.rows", "trust_region.bound"),
     "metrics": _BELOW,
     "attached": (*_BELOW, "metrics"),
     "optimizer": (*_BELOW, "metrics", "attached"),

@@ -113,18 +113,40 @@ class Factored(StackedPair, Protocol):
         """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
 
 
+class Gradients(Protocol):
+    """Gradients of the last batch's loss at other parameters."""
+
+    enabled: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch to run again."""
+
+    def gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients for ``params`` with the parameters as they are now."""
+
+
 class Curvature(Protocol):
     """A metric over all parameters that train.
 
     The optimizer calls, in the order of a training step: :meth:`arm`, then the user's forward and backward passes, then
     :meth:`update`, :meth:`refresh` and :meth:`quadratic`. ``prepare`` and ``bind`` follow each change of the stacks.
+    :class:`~ctr_optim.curvature.defaults.CurvatureBase` has a default for every method.
+
+    Attributes:
+        state: dataclass of the numbers that a checkpoint carries; None for none.
     """
+
+    state: Any
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Add what this curvature keeps in the optimizer's state, where it is missing."""
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
         """Take new stacks, which hold the state."""
+
+    def unbind(self) -> None:
+        """Drop the stacks: something replaced the state that they share."""
 
     def due(self, step: int) -> bool:
         """Whether the forward pass of this step is to be observed, for which stacks must be bound."""
@@ -175,6 +197,12 @@ class Curvature(Protocol):
 
     def closer(self) -> Callable[[], None]:
         """A function that removes the hooks, and that keeps neither stacks nor state alive."""
+
+    def settle(self) -> None:
+        """Bring :attr:`state` up to date; may wait for the device."""
+
+    def resume(self) -> None:
+        """Continue with the numbers that were loaded into :attr:`state`."""
 
     def close(self) -> None:
         """Remove every hook from the model."""
