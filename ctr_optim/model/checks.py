@@ -39,8 +39,8 @@ def check_sharding(parameters: Iterable[nn.Parameter], rerunning: str | None) ->
     sharded = [p for p in parameters if distributed.is_sharded(p)]
     if sharded and rerunning is not None:
         raise ValueError(
-            f"curvature: got {rerunning!r} with sharded parameters (FSDP2), expected 'kfac' or 'none'; its gradients "
-            "are taken outside of the backward that gathers the parameters"
+            f"curvature: got {rerunning!r} with sharded parameters (FSDP2), expected 'kfac', 'gradient' or 'none'; "
+            "it runs backward passes of its own, in which FSDP2 does not gather the parameters"
         )
     for mesh, placements in {distributed.layout(p) for p in sharded}:
         plain = all(type(p).__name__ in ("Shard", "Replicate") for p in placements)
