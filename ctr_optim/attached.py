@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ctr_optim.checkpoint.matching import resize_on_load
-from ctr_optim.checkpoint.numbers import Counters, pack, unpack
-from ctr_optim.curvature.base import Curvature
+from ctr_optim.checkpoint.numbers import pack, unpack
 from ctr_optim.curvature.blocks import Block, drop_sketches
-from ctr_optim.curvature.gradient import Gradient
-from ctr_optim.curvature.hutchinson import Hutchinson
+from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.kfac import KFAC
-from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.curvature.registry import CURVATURES
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack
@@ -33,6 +31,7 @@ from ctr_optim.retention.budget import Budget, check_budget
 from ctr_optim.retention.meter import meter_of
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
@@ -72,14 +71,14 @@ class Attached(Optimizer):
         self._once = getattr(self, "_once", Once())
         model = self._model() if self._model is not None else None
         self._held = parameters_of(self.param_groups)
-        self._trained = Trained(self._held, model, self._settings.curvature)
+        self._trained = Trained(self._held, model, self._rerunning)
         self.pairs = self._trained.pairs
         self._ranks = self._rank_controller()
         home = self._trained.home()
-        measured = self._settings.calibration_interval is not None and self._settings.curvature != "none"
-        wanted = home is not None and (measured or self._settings.curvature == "hutchinson")
+        measured = self._settings.calibration_interval is not None and self._kind.measures
+        wanted = home is not None and (measured or self._kind.reruns)
         probe = Probe(home, self._trained.owners()) if home is not None and wanted else None
-        self._curvature = self._curvature_of(probe)
+        self._curvature = self._kind.build(self.pairs, self._settings, probe)
         coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
         before: TrustRegion | None = getattr(self, "_trust", None)
         self._trust = TrustRegion(self._bound, coupling)
@@ -103,18 +102,26 @@ class Attached(Optimizer):
         """The bound on the distance from the base model; measured from the first step on."""
         if self._kl_budget is None:
             return None
-        check_budget(self._kl_budget, self.pairs, self._held, self._settings.curvature)
+        unmeasured = None if self._kind.measures else self._settings.curvature
+        check_budget(self._kl_budget, self.pairs, self._held, unmeasured)
         text = self._retained.text if self._retained.has_text else None
         meter = meter_of(home, self.pairs, text, coupling.prober, coupling.quiet)
         return Budget(float(self._kl_budget), meter, self.pairs)
 
-    def _curvature_of(self, probe: Probe | None) -> Curvature:
+    @property
+    def _kind(self) -> type[CurvatureBase]:
         """The curvature that the options name."""
-        if self._settings.curvature == "kfac" and self.pairs:
-            return KFAC(self.pairs, self._settings)
-        if self._settings.curvature == "hutchinson":
-            return Hutchinson(probe, self._settings.factor_decay, self._settings.calibration_interval)
-        return NoCurvature() if self._settings.curvature == "none" else Gradient()
+        return CURVATURES[self._settings.curvature]
+
+    @property
+    def _rerunning(self) -> str | None:
+        """Name of the curvature, if it runs backward passes of its own."""
+        return self._settings.curvature if self._kind.reruns else None
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether the options ask for a trust region."""
+        return self._settings.max_kl is not None and self._kind.measures
 
     def _home(self) -> nn.Module:
         """The model that holds all parameters, or else the largest one."""
@@ -130,7 +137,8 @@ class Attached(Optimizer):
     def _rank_controller(self) -> RankController | None:
         if self._scheduler is None:
             return None
-        checks.check_ranks_can_move(self.pairs, self._trained.roots, self._settings)
+        movable = self.pairs if issubclass(self._kind, KFAC) else []
+        checks.check_ranks_can_move(movable, self._trained.roots, self._settings)
         listeners = self._ranks.listeners if self._ranks is not None else []
         return RankController(
             self._scheduler, self._settings.damping, self.pairs, listeners, self._rank_state, self._counters
@@ -172,8 +180,7 @@ class Attached(Optimizer):
     def _restack(self) -> None:
         """Drop the stacks: something replaced the state that they share."""
         self._layout, self._fused = None, Fused(())
-        if isinstance(self._curvature, KFAC):
-            self._curvature.unbind()
+        self._curvature.unbind()
 
     def _fusible(self) -> list[Block]:
         """Blocks whose quadratic form the kernels know: all layers have factors, and nothing is added to the step."""
@@ -203,7 +210,7 @@ class Attached(Optimizer):
         ours = {id(p) for p in parameters}
         if self._counters.steps or not all(id(pair.B) in ours for pair in self.pairs):
             return
-        checks.check_sharding(parameters, self._settings.curvature)
+        checks.check_sharding(parameters, self._rerunning)
         for p in self._held:
             self.state.pop(p, None)
         self._held, self._trained.fsdp, self._layout = parameters, fsdp, None
@@ -242,21 +249,19 @@ class Attached(Optimizer):
         owners += [] if self._budget is None else [self._budget.state]
         owners += [] if self._judge is None else [self._judge.state]
         owners += [self._trust.rows.state] if self._bound.needs_rows else []
-        return [*owners, self._curvature.state] if isinstance(self._curvature, Hutchinson | KFAC) else owners
+        return owners if self._curvature.state is None else [*owners, self._curvature.state]
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
         """Give loaded numbers to their owners."""
         unpack(numbers, self._owners())
         self._trust.rows.resume()
-        if isinstance(self._curvature, KFAC):
-            self._curvature.resume()
+        self._curvature.resume()
 
     def _numbers(self) -> dict[str, Any]:
         """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
         if self._ranks is not None:
             self._ranks.settle()
-        if isinstance(self._curvature, KFAC):
-            self._curvature.settle()
+        self._curvature.settle()
         self._trust.rows.settle()
         return pack(self._owners())
 

@@ -14,8 +14,8 @@ import torch
 from ctr_optim import __version__
 from ctr_optim.export.compress import compress_files
 from ctr_optim.export.files import read_adapter
+from ctr_optim.export.registry import EXPORTS, Export
 from ctr_optim.export.repair import fix_torchtune_adapter
-from ctr_optim.export.uniform import export_uniform_files
 from ctr_optim.report import columns, read_run, save_page, save_picture, table
 
 
@@ -53,10 +53,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def uniform(args: argparse.Namespace) -> None:
-    """Pad a saved adapter to one rank."""
-    rank = export_uniform_files(args.adapter, args.out)
-    print(f"wrote {args.out}: every layer of rank {rank}")
+def export(one: Export, args: argparse.Namespace) -> None:
+    """Write a saved adapter in another form."""
+    result = one.write(args.adapter, args.out)
+    print(f"wrote {args.out}: {one.report.format(result)}")
 
 
 def compress(args: argparse.Namespace) -> None:
@@ -105,10 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.set_defaults(run_command=inspect)
 
-    one = commands.add_parser("export-uniform", help="the same adapter with one rank, for readers that know only one")
-    one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
-    one.add_argument("out", help="the directory to write")
-    one.set_defaults(run_command=uniform)
+    for name, kind in EXPORTS.items():
+        one = commands.add_parser(f"export-{name}", help=kind.help)
+        one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
+        one.add_argument("out", help="the directory to write")
+        one.set_defaults(run_command=partial(export, kind))
 
     one = commands.add_parser("compress", help="the smallest adapter that costs at most so many nats per token")
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")

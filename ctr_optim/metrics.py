@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.curvature.blocks import Block
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.settings import Settings
 from ctr_optim.trust_region.region import TrustRegion
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ctr_optim.attached import Attached
-from ctr_optim.checkpoint.numbers import Counters
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.kfac import KFAC
-from ctr_optim.direction.coordinates import VECTORS
+from ctr_optim.curvature.registry import CURVATURES
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import parameters_of
@@ -26,12 +25,14 @@ from ctr_optim.direction.step import Step, directions
 from ctr_optim.holdout import Holdout
 from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
+from ctr_optim.model.coordinates import VECTORS
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention import Retention
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import exact, together
 from ctr_optim.runtime.messages import warn_failed
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
@@ -133,6 +134,7 @@ class CTROptimizer(Attached):
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
             factor_interval, basis_interval, damping, max_tokens, resize, loss_reduction,
         )  # fmt: skip
+        chosen("curvature", curvature, CURVATURES)
         chosen("factor_structure", factor_structure, STRUCTURES)  # a wrong name is refused before any hook is set
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
@@ -144,8 +146,8 @@ class CTROptimizer(Attached):
         defaults = dict(lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
         super().__init__(given_parameters(params), defaults)
         self._scheduler = None if rank_scheduler is None else RankScheduler.of(rank_scheduler)
-        if lr is None and not self._settings.bounded:
-            self._fall_back("max_kl=None" if max_kl is None else "curvature='none'")
+        if lr is None and not self._bounded:
+            self._fall_back("max_kl=None" if max_kl is None else f"curvature={curvature!r}")
         self._attach()
         self._mirror()
         if self._trained.fsdp:
@@ -338,7 +340,7 @@ class CTROptimizer(Attached):
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
-        bounded = self._settings.bounded and self._trust.coupling.known
+        bounded = self._bounded and self._trust.coupling.known
         trained = sum(p.numel() for p in self._held if p.requires_grad)
         metrics = metrics_of(self.blocks, self._trust, self._counters, self.ranks, utility)
         metrics |= {"trust/unbounded": 0 if bounded else trained}
@@ -377,7 +379,9 @@ class CTROptimizer(Attached):
             state_dict = state_dict if replaced is None else replaced
         self._follow()
         distributed.reshard(self._trained.fsdp)  # the layers hold the parameters of our groups again
-        state, groups, numbers = checked(state_dict, self.param_groups, self.pairs, self._settings, self._numbers())
+        state, groups, numbers = checked(
+            state_dict, self.param_groups, self.pairs, self._settings, self._curvature, self._numbers()
+        )
         carried = any(VECTORS in entry for entry in state.values())
         if self._retained.pending and state and not carried:
             raise ValueError(

@@ -31,11 +31,6 @@ class Settings:
     resize: str
     loss_reduction: str
 
-    @property
-    def bounded(self) -> bool:
-        """Whether the options ask for a trust region."""
-        return self.max_kl is not None and self.curvature != "none"
-
     def __post_init__(self) -> None:
         if self.max_kl is not None:
             _number("max_kl", self.max_kl, above=0.0, hint="nats per token, or None for no trust region")
@@ -46,7 +41,6 @@ class Settings:
                 "calibration_interval", self.calibration_interval, hint="or None for the plain block-diagonal metric"
             )
         _number("trust_penalty", self.trust_penalty, least=0.0)
-        _choice("curvature", self.curvature, ("kfac", "gradient", "hutchinson", "none"))
         _number("factor_decay", self.factor_decay, least=0.0, below=1.0)
         _count("factor_interval", self.factor_interval)
         _count("basis_interval", self.basis_interval)

@@ -148,7 +148,7 @@ class Test:
 
     def now(self) -> dict[str, float]:
         """With the adapter as it is."""
-        from ctr_optim.model.pair import sized
+        from ctr_optim.linalg.shapes import sized
 
         held = {n: (p.A.detach().clone(), p.B.detach().clone()) for n, p in self.layers.pairs.items()}
         ranks = {n: len(a) for n, (a, _) in self.layers.whole.items()}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.model.pair import LoRAPair, sized
+from ctr_optim.linalg.shapes import sized
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.registry import find_pairs
 from ctr_optim.runtime.distributed import world_size
 from ctr_optim.runtime.hooks import Hook

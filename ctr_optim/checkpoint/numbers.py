@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 FORMAT = 2  # version of the dict; 1 had no version
-
-
-@dataclass(slots=True)
-class Counters:
-    """Numbers of the optimizer as a whole.
-
-    Attributes:
-        steps: steps taken; skipped: steps not taken, since a gradient was not finite.
-        failed: matrix decompositions that did not converge.
-    """
-
-    steps: int = 0
-    skipped: int = 0
-    failed: int = 0
 
 
 def pack(owners: Iterable[Any]) -> dict[str, Any]:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.checkpoint.numbers import FORMAT
+from ctr_optim.curvature.base import Curvature
 from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.direction.coordinates import SCALES, VECTORS, empty
+from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.holdout.judge import BEST
+from ctr_optim.model.coordinates import SCALES, VECTORS, empty
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
+from ctr_optim.trust_region.bound import BOUNDS
 from ctr_optim.trust_region.rows import REGISTERS
 
 State = dict[nn.Parameter, dict[str, Tensor]]
@@ -37,6 +40,7 @@ def checked(
     groups: Sequence[dict[str, Any]],
     pairs: Sequence[LoRAPair],
     settings: Settings,
+    curvature: Curvature,
     numbers: dict[str, Any],
 ) -> tuple[State, Groups, dict[str, Any]]:
     """State, groups and numbers to load, as copies that share nothing with ``state_dict``; changes nothing itself.
@@ -46,6 +50,7 @@ def checked(
         groups: the optimizer's own groups.
         pairs: its LoRA layers.
         settings: its options.
+        curvature: its curvature.
         numbers: its own numbers, which tell the types.
 
     Raises:
@@ -64,7 +69,8 @@ def checked(
             entry = state_dict["state"].get(key)
             if not entry:
                 continue
-            state[p] = _checked_entry(key, entry, _expected_entry(p, entry, pair_of.get(p), settings), p, settings)
+            expected = _expected_entry(p, entry, pair_of.get(p), settings, curvature)
+            state[p] = _checked_entry(key, entry, expected, p, settings)
     ours = {p for group in groups for p in group["params"]}
     halved = any({pair.A, pair.B} <= ours and (pair.A in state) != (pair.B in state) for pair in pairs)
     if halved or (pairs and not state and loaded["steps"]):
@@ -140,7 +146,7 @@ def _check_number(name: str, value: Any, whole: bool = False) -> None:
 def _restored_bound(saved: float | None, settings: Settings) -> float | None:
     """The bound to continue with: the live one where it adapts, else the constructor's."""
     own = settings.max_kl
-    adapts = settings.kl_schedule == "adaptive" and own is not None
+    adapts = BOUNDS[settings.kl_schedule].needs_closure and own is not None
     if adapts and saved is not None:
         return float(saved)
     if saved != own and not adapts:
@@ -152,7 +158,9 @@ def _restored_bound(saved: float | None, settings: Settings) -> float | None:
     return own
 
 
-def _expected_entry(p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings: Settings) -> dict[str, Tensor]:
+def _expected_entry(
+    p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings: Settings, curvature: Curvature
+) -> dict[str, Tensor]:
     """Shapes and dtypes of one parameter's state, one at a time: a model's base weights may be large.
 
     Args:
@@ -162,15 +170,14 @@ def _expected_entry(p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings
     # Without storage: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
     best = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
-    if pair is not None and settings.curvature == "kfac":
+    if pair is not None and isinstance(curvature, KFAC):
         expected = initial_state(bare, -1 if p is pair.B else -2)
         if p is pair.B:
             expected |= factor_state(pair, STRUCTURES[settings.factor_structure]) | _sketches_like(entry, pair)
         return expected | _retained_like(entry, bare, pair) | best
-    expected = initial_state(bare, None) | _retained_like(entry, bare, pair) | best
-    if settings.curvature == "hutchinson":
-        expected["hessian_diagonal"] = expected["exp_avg"]
-    return expected
+    expected = initial_state(bare, None)
+    curvature.prepare({bare: expected}, [bare])
+    return expected | _retained_like(entry, bare, pair) | best
 
 
 def _sketches_like(entry: Any, pair: LoRAPair) -> dict[str, Tensor]:

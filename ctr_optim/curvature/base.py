@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.curvature.factors.base import Factor
 from ctr_optim.model.pair import LoRAPair
 
 State = MutableMapping[Any, dict[str, Tensor]]
@@ -82,18 +83,70 @@ class StackedPair(Protocol):
     def borrowed(self) -> Sequence[tuple[Stacked, int]]: ...
 
 
+class Factored(StackedPair, Protocol):
+    """LoRA pairs of one shape with their Kronecker factors: a curvature's account of these layers.
+
+    Attributes:
+        structure: structure of C and S.
+        H, D: ``(L, r, r)``, exact.
+        C, S: structured, batch dimension L.
+        sketch: range ``(L, d_out, k)`` and corange ``(L, l, d_in)`` of the whitened gradient; empty unless one is open.
+    """
+
+    structure: type[Factor]
+    H: Tensor
+    D: Tensor
+    C: Factor
+    S: Factor
+    sketch: list[Tensor]
+
+    def whiteners(self, damping: float) -> tuple[Any, Any]:
+        """Whiteners of C and S."""
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
+
+    def test_matrices(self) -> tuple[Tensor, Tensor]:
+        """Omega ``(d_in, k)`` and Psi ``(d_out, l)`` of the sketch."""
+
+    def drop_sketch(self, state: State) -> None:
+        """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
+
+
+class Gradients(Protocol):
+    """Gradients of the last batch's loss at other parameters."""
+
+    enabled: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a batch to run again."""
+
+    def gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients for ``params`` with the parameters as they are now."""
+
+
 class Curvature(Protocol):
     """A metric over all parameters that train.
 
     The optimizer calls, in the order of a training step: :meth:`arm`, then the user's forward and backward passes, then
     :meth:`update`, :meth:`refresh` and :meth:`quadratic`. ``prepare`` and ``bind`` follow each change of the stacks.
+    :class:`~ctr_optim.curvature.defaults.CurvatureBase` has a default for every method.
+
+    Attributes:
+        state: dataclass of the numbers that a checkpoint carries; None for none.
     """
+
+    state: Any
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Add what this curvature keeps in the optimizer's state, where it is missing."""
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
         """Take new stacks, which hold the state."""
+
+    def unbind(self) -> None:
+        """Drop the stacks: something replaced the state that they share."""
 
     def due(self, step: int) -> bool:
         """Whether the forward pass of this step is to be observed, for which stacks must be bound."""
@@ -144,6 +197,12 @@ class Curvature(Protocol):
 
     def closer(self) -> Callable[[], None]:
         """A function that removes the hooks, and that keeps neither stacks nor state alive."""
+
+    def settle(self) -> None:
+        """Bring :attr:`state` up to date; may wait for the device."""
+
+    def resume(self) -> None:
+        """Continue with the numbers that were loaded into :attr:`state`."""
 
     def close(self) -> None:
         """Remove every hook from the model."""

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ctr_optim.curvature.base import Stacked, StackedPair
 from ctr_optim.curvature.capture import Stage
-from ctr_optim.curvature.eigen import eigenbasis, padded_basis
 from ctr_optim.curvature.factors import Factor
 from ctr_optim.curvature.forms import penalty_gradients, quadratic
 from ctr_optim.curvature.gradient import diagonal_form
 from ctr_optim.curvature.sketch import Sketch
 from ctr_optim.curvature.sums import Sums
-from ctr_optim.model.pair import LoRAPair, padded_rank, sized
+from ctr_optim.linalg.eigen import eigenbasis, padded_basis
+from ctr_optim.linalg.shapes import padded_rank, sized
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 
 OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
@@ -118,6 +119,10 @@ class Block:
         for name, empty in sketch_state(self.pairs[0], rank).items():
             self.b.hold(name, empty.repeat(len(self.pairs), 1, 1), state)
             self.sketch.append(self.b.tensors[name])
+
+    def drop_sketch(self, state: Any) -> None:
+        """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
+        drop_sketches(state, self.pairs)
 
     def test_matrices(self) -> tuple[Tensor, Tensor]:
         """Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, the same on every process and in every run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctr_optim.curvature.factors import Factor
+from ctr_optim.linalg.products import combine, long_product
 
 
 def quadratic(
@@ -34,20 +35,6 @@ def quadratic(
         # <dB^T S B, A C dA^T>: not by a product of A with C dA^T, which would be all sum and no matrix
         cross = (long_product(b_out, b).mT @ a).mul_(a_in).sum((-2, -1))
     return combine(square_a, square_b, cross)
-
-
-def combine(square_a: Tensor, square_b: Tensor, cross: Tensor) -> Tensor:
-    """The form from its terms: never negative, the cross term within the Cauchy-Schwarz bound of the squares."""
-    square_a, square_b = square_a.clamp_min(0), square_b.clamp_min(0)
-    limit = (square_a * square_b).sqrt()
-    return square_a + square_b + 2 * cross.clamp(-limit, limit)
-
-
-def long_product(x: Tensor, y: Tensor) -> Tensor:
-    """``x^T y`` for ``(L, d, r)`` of d much larger than r: in parts, which a device adds up all at once."""
-    parts = next((n for n in (32, 16, 8) if x.shape[-2] % n == 0 and x.shape[-2] >= 64 * n), 1)
-    x, y = (t.reshape(*t.shape[:-2], parts, -1, t.shape[-1]) for t in (x, y))
-    return (x.mT @ y).sum(-3)
 
 
 def penalty_gradients(a: Tensor, b: Tensor, H: Tensor, D: Tensor, C: Factor, S: Factor) -> tuple[Tensor, Tensor]:

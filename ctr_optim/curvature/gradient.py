@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ctr_optim.curvature.base import Stacked
-from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.runtime import distributed
 
 
-class Gradient(NoCurvature):
+class Gradient(CurvatureBase):
     """The metric ``sum v^ delta^2`` for every parameter; needs no hooks on layers."""
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:

@@ -10,32 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.curvature.base import Stacked, StackedPair, State
-from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.curvature.base import Gradients, Stacked, StackedPair, State
+from ctr_optim.curvature.defaults import CurvatureBase
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
-from ctr_optim.settings import calibration_due
-from ctr_optim.trust_region.rerun import moved
+from ctr_optim.runtime.displacement import moved
+from ctr_optim.settings import Settings, calibration_due
 
 _INTERVAL = 50  # most steps between samples, where the coupling is not measured
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
-
-
-class Gradients(Protocol):
-    """Gradients of the last batch's loss at other parameters."""
-
-    enabled: bool
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a batch to run again."""
-
-    def gradients(self, params: list[Tensor]) -> list[Tensor]:
-        """Gradients for ``params`` with the parameters as they are now."""
 
 
 @dataclass(slots=True)
@@ -45,7 +33,7 @@ class HutchinsonState:
     hessians: int = 0
 
 
-class Hutchinson(NoCurvature):
+class Hutchinson(CurvatureBase):
     """The Hessian's diagonal of every parameter, sampled where the coupling is measured.
 
     Args:
@@ -55,11 +43,17 @@ class Hutchinson(NoCurvature):
     """
 
     per_token = True
+    reruns = True
 
     def __init__(self, prober: Gradients | None, decay: float, interval: int | None) -> None:
         self.prober, self.decay, self.interval, self.state = prober, decay, interval, HutchinsonState()
         self._stacks: list[Stacked] = []
         self._step = 0
+
+    @classmethod
+    def build(cls, pairs: Sequence[LoRAPair], settings: Settings, prober: Gradients | None) -> Hutchinson:
+        """Return the curvature of an optimizer."""
+        return cls(prober, settings.factor_decay, settings.calibration_interval)
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Add the diagonal to the state of every parameter that trains."""

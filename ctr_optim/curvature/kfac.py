@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.curvature.base import Stacked, StackedPair, State
+from ctr_optim.curvature.base import Curvature, Gradients, Stacked, StackedPair, State
 from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, refresh_bases
 from ctr_optim.curvature.capture import Taps
+from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.curvature.gradient import diagonal_form, over_parts
-from ctr_optim.curvature.none import NoCurvature
+from ctr_optim.curvature.gradient import Gradient, diagonal_form, over_parts
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
@@ -32,7 +32,7 @@ class TokenState:
     tokens: float = 0.0
 
 
-class KFAC(NoCurvature):
+class KFAC(CurvatureBase):
     """Kronecker factors of every LoRA layer.
 
     Args:
@@ -58,6 +58,11 @@ class KFAC(NoCurvature):
         self._complete: bool | None = None
         self._count: Tensor | None = None  # infinite until some layer's tokens are seen
         self.state = TokenState()
+
+    @classmethod
+    def build(cls, pairs: Sequence[LoRAPair], settings: Settings, prober: Gradients | None) -> Curvature:
+        """Return the curvature of an optimizer: the metric from gradients where there are no LoRA layers."""
+        return cls(pairs, settings) if pairs else Gradient()
 
     @property
     def complete(self) -> bool:

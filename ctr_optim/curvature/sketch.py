@@ -44,8 +44,3 @@ class Sketch:
         """``G~ Omega`` and ``Psi^T G~``."""
         w_in, w_out = self._whiteners
         return self.structure.whiten(w_out, self.range_), self.structure.whiten(w_in, self.corange.mT).mT
-
-
-def of_layers(whitener: Any, index: Any) -> Any:
-    """The part of a batch's whitener that belongs to one layer, or to some."""
-    return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.factors import Diagonal, Factor
-from ctr_optim.curvature.forms import combine
+from ctr_optim.curvature.factors.base import Factor
 from ctr_optim.direction.stack import Stack
-from ctr_optim.model.pair import LoRAPair, padded_rank
+from ctr_optim.linalg.products import combine
+from ctr_optim.linalg.shapes import padded_rank
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import users_line
 
@@ -65,7 +66,7 @@ def suits(block: FactoredPair) -> bool:
     for one layer at a time.
     """
     a, b = block.a, block.b
-    if a is None or a.retained or block.structure is not Diagonal or block.pairs[0].rank > max(TILES):
+    if a is None or a.retained or not block.structure.is_diagonal or block.pairs[0].rank > max(TILES):
         return False
     return all(
         stack.dtype == torch.float32

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ctr_optim.direction.coordinates import VECTORS
 from ctr_optim.direction.stack import Stack, initial_state
+from ctr_optim.model.coordinates import VECTORS
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.direction import coordinates
 from ctr_optim.direction.adam import adam_, change_basis_, rotate, unrotate
+from ctr_optim.model import coordinates
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import together
 
@@ -60,7 +60,7 @@ class Stack:
 
     @property
     def retained(self) -> bool:
-        """Whether the moments are in coordinates of retained text (:mod:`ctr_optim.direction.coordinates`)."""
+        """Whether the moments are in coordinates of retained text (:mod:`ctr_optim.model.coordinates`)."""
         return coordinates.VECTORS in self.tensors
 
     def values(self) -> Tensor:

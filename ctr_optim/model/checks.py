@@ -30,13 +30,17 @@ def check_parameters(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_sharding(parameters: Iterable[nn.Parameter], curvature: str) -> None:
-    """Of parameters in parts, take what FSDP2 makes: one mesh of all processes, one dimension of it sharded."""
+def check_sharding(parameters: Iterable[nn.Parameter], rerunning: str | None) -> None:
+    """Refuse sharded parameters but for FSDP2's: one mesh of all processes, one dimension of it sharded.
+
+    Args:
+        rerunning: name of a curvature that runs backward passes of its own; None for other curvatures.
+    """
     sharded = [p for p in parameters if distributed.is_sharded(p)]
-    if sharded and curvature == "hutchinson":
+    if sharded and rerunning is not None:
         raise ValueError(
-            "curvature: got 'hutchinson' with sharded parameters (FSDP2), expected 'kfac' or 'none'; its gradients are "
-            "taken outside of the backward that gathers the parameters"
+            f"curvature: got {rerunning!r} with sharded parameters (FSDP2), expected 'kfac', 'gradient' or 'none'; "
+            "it runs backward passes of its own, in which FSDP2 does not gather the parameters"
         )
     for mesh, placements in {distributed.layout(p) for p in sharded}:
         plain = all(type(p).__name__ in ("Shard", "Replicate") for p in placements)
@@ -71,8 +75,14 @@ def check_models(roots: Iterable[nn.Module]) -> None:
 
 
 def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], settings: Settings) -> None:
-    """Refuse moving ranks of nothing, where processes would fall apart, or the saved adapter would load wrongly."""
-    if not (pairs and settings.curvature == "kfac"):
+    """Refuse ranks that cannot move: no layers, processes that would differ, or an adapter that would load wrongly.
+
+    Args:
+        pairs: LoRA layers with Kronecker factors.
+        roots: the models.
+        settings: options of the optimizer.
+    """
+    if not pairs:
         raise ValueError("rank_scheduler: needs LoRA layers and curvature='kfac'; this optimizer has none to resize")
     uses = Counter(id(pair.A) for pair in pairs)
     shared = [pair.name for pair in pairs if uses[id(pair.A)] > 1]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.linalg.shapes import sized
 from ctr_optim.runtime.distributed import whole, write_
 
 
@@ -135,18 +136,3 @@ def ranks_in_use(pairs: Sequence[LoRAPair]) -> list[int]:
         used = (a != 0).any(1) | (b != 0).any(0)
         counts.append((used * torch.arange(1, pair.rank + 1, device=used.device)).amax())
     return torch.stack([c.to(counts[0].device) for c in counts]).tolist() if counts else []
-
-
-def padded_rank(rank: int) -> int:
-    """What a rank is filled up to where many are worked on alike: a power of two, 16 at least."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def sized(x: Tensor, dims: Sequence[int], size: int) -> Tensor:
-    """``x`` cut, or filled up with zeros, to ``size`` along ``dims``."""
-    for dim in dims:
-        x = x.narrow(dim, 0, min(size, x.shape[dim]))
-        shape = list(x.shape)
-        shape[dim] = size - shape[dim]
-        x = torch.cat([x, x.new_zeros(shape)], dim) if shape[dim] else x
-    return x

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import nn
 
 from ctr_optim.model import peft, plain, torchtune
 from ctr_optim.model.pair import LoRAPair
+
+LIBRARIES: dict[str, Callable[[nn.Module], Iterable[LoRAPair]]] = {
+    "peft": peft.find,
+    "torchtune": torchtune.find,
+    "plain": plain.find,
+}  # each finds the pairs of one library below a module
 
 
 def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> list[LoRAPair]:
@@ -21,7 +27,7 @@ def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None
 
     Where one layer carries several adapters, each name is followed by its adapter's in brackets.
     """
-    pairs = [pair for library in (peft, torchtune, plain) for pair in library.find(root)]
+    pairs = [pair for find in LIBRARIES.values() for pair in find(root)]
     if parameters is not None:
         wanted = {id(p) for p in parameters}
         pairs = [pair for pair in pairs if id(pair.A) in wanted or id(pair.B) in wanted]

@@ -22,7 +22,7 @@ class Trained:
     Args:
         parameters: the optimizer's parameters.
         model: the model to look into; None to search all live modules.
-        curvature: name of the optimizer's curvature, for the checks.
+        rerunning: name of a curvature that runs backward passes of its own; None for other curvatures.
 
     Attributes:
         pairs: LoRA layers whose B is among the parameters.
@@ -32,10 +32,10 @@ class Trained:
         ValueError, TypeError: for parameters and models that cannot be trained.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module | None, curvature: str) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module | None, rerunning: str | None) -> None:
         roots = [model] if model is not None else find_roots(parameters)
         checks.check_parameters(parameters)
-        checks.check_sharding(parameters, curvature)
+        checks.check_sharding(parameters, rerunning)
         checks.check_models(roots)
         self._parameters = list(parameters)
         ours = {id(p) for p in parameters}

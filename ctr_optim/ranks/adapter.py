@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.linalg.shapes import sized
 from ctr_optim.model.checks import changes_base
-from ctr_optim.model.pair import LoRAPair, sized
+from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.peft import PeftLibrary
 from ctr_optim.model.registry import find_pairs
 from ctr_optim.ranks.resize import projection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -10,27 +9,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.blocks import Block
-from ctr_optim.curvature.sketch import of_layers
-from ctr_optim.direction.coordinates import VECTORS, product
+from ctr_optim.curvature.base import Factored
+from ctr_optim.curvature.factors.base import of_layers
+from ctr_optim.model.coordinates import VECTORS, product
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.resize import Core, State, carry, grow, padded, projection, shrink, unchanged
 from ctr_optim.ranks.scheduler import RankScheduler
-from ctr_optim.ranks.valuation import Existing, absent_directions, existing_directions, host
+from ctr_optim.ranks.valuation import (
+    Existing,
+    absent_directions,
+    exchange_rate,
+    existing_directions,
+    host,
+    in_nats,
+    ordered,
+    own_utility,
+)
 from ctr_optim.runtime.distributed import copy_first_, of_first, stack_whole
 
 T = TypeVar("T")
 C = TypeVar("C", Core, Existing)
-
-
-def extrapolate(utility: Sequence[float], count: int) -> list[float]:
-    """The next ``count`` utilities of a layer, if they fall on as they do: geometrically, by a half for rank 1."""
-    if not utility:
-        return [0.0] * count
-    first, last = utility[0], utility[-1]
-    fall = 0.5 if len(utility) == 1 or first <= 0 else (last / first) ** (1 / (len(utility) - 1))
-    return [last * fall**k for k in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Survey:
             is not trained.
     """
 
-    block: Block
+    block: Factored
     pair: LoRAPair
     rank: int
     core: Core
@@ -60,39 +59,6 @@ class Survey:
     cross: Tensor
     inner: Tensor
     typical: Sequence[Tensor | None]
-
-    def candidates(self, scheduler: RankScheduler, exchange: float, change: int | None) -> list[tuple[float, bool]]:
-        """Utilities, largest first, and whether the direction exists; what exists is favoured by hysteresis.
-
-        Args:
-            exchange: what one unit of the sketch's utility is worth in those of existing directions; for layers that
-                have no spectrum to go by.
-            change: the most directions that a layer may gain; None for no limit.
-        """
-        existing, absent = self.existing.utility.tolist(), self.absent.tolist()
-        if scheduler.absent == "spectrum":
-            absent = extrapolate(existing, len(absent)) if existing else [exchange * u for u in absent]
-        have = [((1 + scheduler.hysteresis) * u, True) for u in existing]
-        lack = [(u, False) for u in absent]
-        ordered = sorted(have + lack, key=lambda c: (-c[0], not c[1]))
-        return ordered if change is None else ordered[: self.rank + change]
-
-    def in_nats(self, coupling: float) -> list[tuple[float, bool]]:
-        """Utilities in nats per token, largest first: of what exists, then what its spectrum promises for the rest."""
-        existing = [coupling * u for u in self.existing.utility.tolist()]
-        return [(u, True) for u in existing] + [(u, False) for u in extrapolate(existing, len(self.absent))]
-
-
-def exchange_rate(surveys: Sequence[Survey]) -> float:
-    """The median over layers of what the next direction is worth by its spectrum, over what it is by the sketch."""
-    if all(s.rank for s in surveys):
-        return 1.0  # nobody asks
-    rates = [
-        extrapolate(s.existing.utility.tolist(), 1)[0] / float(s.absent[0])
-        for s in surveys
-        if s.rank and len(s.absent) and float(s.absent[0]) > 0
-    ]
-    return statistics.median(rates) if rates else 1.0
 
 
 def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
@@ -115,7 +81,7 @@ def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
 
 
 def survey(
-    block: Block, count: float, damping: float, fresh: bool = False, ranks: Mapping[str, int] | None = None
+    block: Factored, count: float, damping: float, fresh: bool = False, ranks: Mapping[str, int] | None = None
 ) -> list[Survey]:
     """Utilities of a block's layers, from their factors and from sketches summed over ``count`` steps.
 
@@ -139,7 +105,7 @@ def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def _survey_alike(
-    block: Block,
+    block: Factored,
     layers: Sequence[int],
     rank: int,
     weights: tuple[Tensor, Tensor],
@@ -222,12 +188,19 @@ def reallocate(
     ranks = {name: s.rank for name, s in by_name.items()}
     costs = {name: s.pair.cost for name, s in by_name.items()}
     change = scheduler.most_change(scheduler.mean_rank(costs, ranks))
-    exchange = exchange_rate(surveys)
-    candidates = {name: s.candidates(scheduler, exchange, change) for name, s in by_name.items()}
-    if fresh:
-        candidates = {name: [(u, False) for u in s.absent.tolist()] for name, s in by_name.items()}
+    utilities = {name: (s.existing.utility.tolist(), s.absent.tolist()) for name, s in by_name.items()}
     if scheduler.tolerance is not None:
-        candidates = {name: s.in_nats(coupling) for name, s in by_name.items()}
+        candidates = {name: in_nats(*known, coupling) for name, known in utilities.items()}
+    elif fresh:
+        candidates = {name: [(u, False) for u in absent] for name, (_, absent) in utilities.items()}
+    else:
+        exchange = exchange_rate(utilities.values())
+        favour, by_spectrum = 1 + scheduler.hysteresis, scheduler.absent == "spectrum"
+        candidates = {
+            name: ordered(*known, favour, exchange if by_spectrum else None) for name, known in utilities.items()
+        }
+        if change is not None:
+            candidates = {name: found[: ranks[name] + change] for name, found in candidates.items()}
     candidates = of_first(candidates)
     worth = {name: [u for u, _ in cs] for name, cs in candidates.items()}
     limits = {name: min(s.pair.max_rank, s.pair.rank) if masked else s.pair.max_rank for name, s in by_name.items()}
@@ -244,17 +217,12 @@ def reallocate(
             continue
         changes.setdefault((id(s.block), s.rank, kept, new[name] - kept), []).append(s)
         reason = "turn" if new[name] == ranks[name] else "grow" if new[name] > ranks[name] else "shrink"
-        last = 1e6 * _utility(*chosen[-1], scheduler.hysteresis) / s.pair.cost if chosen else 0.0
+        last = 1e6 * own_utility(*chosen[-1], 1 + scheduler.hysteresis) / s.pair.cost if chosen else 0.0
         events.append(RankEvent(step, name, ranks[name], new[name], kept, last, reason))
     for (_, _, kept, added), alike in changes.items():
         for some in _portions(alike):
             resize(some, kept, added, state, masked)
     return events
-
-
-def _utility(candidate: float, exists: bool, hysteresis: float) -> float:
-    """A candidate's own utility, without the factor that favours existing directions."""
-    return candidate / (1 + hysteresis) if exists else candidate
 
 
 def resize(

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ctr_optim.checkpoint.numbers import Counters
-from ctr_optim.curvature.blocks import Block, drop_sketches
+from ctr_optim.curvature.base import Factored
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair, ranks_in_use
 from ctr_optim.ranks.allocation import Survey, reallocate, survey
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
+from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.messages import warn_failed
 
 
@@ -106,7 +106,7 @@ class RankController:
 
     def event(
         self,
-        blocks: Sequence[Block],
+        blocks: Sequence[Factored],
         state: MutableMapping[Any, dict[str, Tensor]],
         step: int,
         masked: bool,
@@ -139,7 +139,8 @@ class RankController:
             self.counters.failed += 1
             return []
         finally:
-            drop_sketches(state, [pair for block in blocks for pair in block.pairs])
+            for block in blocks:
+                block.drop_sketch(state)
         surveys.sort(key=lambda s: s.pair.name)
         self.utility = {s.pair.name: float(s.existing.utility.sum()) for s in surveys}
         scheduler = self._with_budget(surveys, step)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ctr_optim.curvature.eigen import eigenbasis, padded_basis
-from ctr_optim.model.pair import sized
+from ctr_optim.linalg.eigen import eigenbasis, padded_basis
+from ctr_optim.linalg.shapes import sized
 from ctr_optim.ranks.valuation import Existing
 
 State = dict[str, Tensor]

@@ -12,6 +12,8 @@ all that is r x r is decomposed on the host (:func:`host`).
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,3 +109,67 @@ def _outside(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     spanned = torch.linalg.pinv(gram[..., count:, count:], rtol=1e-12, hermitian=True) @ cross
     outside = gram[..., :count, :count] - cross.mT @ spanned
     return 0.5 * (outside + outside.mT), spanned
+
+
+# -- from utilities to the order in which directions are chosen -------------------------------------------------------
+
+Candidates = list[tuple[float, bool]]  # utility, and whether the direction exists; the most useful first
+
+
+def extrapolate(utility: Sequence[float], count: int) -> list[float]:
+    """Return the next ``count`` utilities of a layer: they continue the geometric fall of its spectrum.
+
+    The mean ratio of neighbours is used; 1/2 for a layer of rank 1.
+    """
+    if not utility:
+        return [0.0] * count
+    first, last = utility[0], utility[-1]
+    fall = 0.5 if len(utility) == 1 or first <= 0 else (last / first) ** (1 / (len(utility) - 1))
+    return [last * fall**k for k in range(1, count + 1)]
+
+
+def exchange_rate(utilities: Iterable[tuple[Sequence[float], Sequence[float]]]) -> float:
+    """Return the median over layers of the next direction's utility by the spectrum over its utility by the sketch.
+
+    Args:
+        utilities: of existing and of absent directions, for each layer.
+    """
+    layers = list(utilities)
+    if all(existing for existing, _ in layers):
+        return 1.0  # only a layer without a spectrum needs the rate
+    rates = [
+        extrapolate(existing, 1)[0] / absent[0] for existing, absent in layers if existing and absent and absent[0] > 0
+    ]
+    return statistics.median(rates) if rates else 1.0
+
+
+def ordered(existing: Sequence[float], absent: Sequence[float], favour: float, exchange: float | None) -> Candidates:
+    """Return the candidates of one layer, largest utility first.
+
+    Args:
+        existing: utilities of the directions that the layer has.
+        absent: utilities by the sketch of the directions that it lacks.
+        favour: factor on existing directions, at least 1: hysteresis.
+        exchange: value absent directions by the layer's spectrum, or by this factor times the sketch where a layer has
+            no spectrum; None: by the sketch alone.
+    """
+    if exchange is not None:
+        absent = extrapolate(existing, len(absent)) if existing else [exchange * u for u in absent]
+    have = [(favour * u, True) for u in existing]
+    lack = [(u, False) for u in absent]
+    return sorted(have + lack, key=lambda c: (-c[0], not c[1]))
+
+
+def in_nats(existing: Sequence[float], absent: Sequence[float], coupling: float) -> Candidates:
+    """Return the candidates of one layer in nats per token: existing directions, then the spectrum's continuation.
+
+    Args:
+        coupling: of the whole adapter, from the block-diagonal form to nats.
+    """
+    known = [coupling * u for u in existing]
+    return [(u, True) for u in known] + [(u, False) for u in extrapolate(known, len(absent))]
+
+
+def own_utility(candidate: float, exists: bool, favour: float) -> float:
+    """Return a candidate's utility without the factor that favours existing directions."""
+    return candidate / favour if exists else candidate

@@ -161,8 +161,16 @@ class Budget:
         return used
 
 
-def check_budget(limit: object, pairs: Sequence[LoRAPair], parameters: Sequence[Tensor], curvature: str) -> None:
-    """Check the option, and that the base model is what is left of the model with B = 0.
+def check_budget(
+    limit: object, pairs: Sequence[LoRAPair], parameters: Sequence[Tensor], unmeasured: str | None
+) -> None:
+    """Check the option, and that the model with B = 0 is the base model.
+
+    Args:
+        limit: the option.
+        pairs: the LoRA layers.
+        parameters: all parameters of the optimizer.
+        unmeasured: name of a curvature that gives steps no length; None for other curvatures.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what was expected.
@@ -172,8 +180,8 @@ def check_budget(limit: object, pairs: Sequence[LoRAPair], parameters: Sequence[
         raise TypeError(f"kl_budget: got {limit!r} of type {type(limit).__name__}, {expected}")
     if not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"kl_budget: got {limit!r}, {expected}")
-    if curvature == "none":
-        raise ValueError("kl_budget: curvature='none' gives steps no length; choose another curvature")
+    if unmeasured is not None:
+        raise ValueError(f"kl_budget: curvature={unmeasured!r} gives steps no length; choose another curvature")
     lora = {id(p) for pair in pairs for p in (pair.A, pair.B)}
     others = sum(1 for p in parameters if p.requires_grad and id(p) not in lora)
     if others or not pairs:

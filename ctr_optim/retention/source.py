@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.direction.coordinates import SCALES, VECTORS, product
+from ctr_optim.model.coordinates import SCALES, VECTORS, product
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.retention.metric import Metric
 from ctr_optim.retention.samples import own_samples, random_tokens

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.displacement import moved
 from ctr_optim.settings import calibration_due
 from ctr_optim.trust_region.logits import kl_divergence
 from ctr_optim.trust_region.protocols import Adapter, Prober, Quiet, Step
-from ctr_optim.trust_region.rerun import moved
 
 SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
 _GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400

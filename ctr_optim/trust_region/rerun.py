@@ -1,11 +1,10 @@
-"""Run a model again without a trace: inputs cut and copied, parameters moved and restored."""
+"""Run a model again without a trace: inputs truncated and copied, random generators restored."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,25 +13,6 @@ from torch import Tensor, nn
 
 class CannotRerun(Exception):
     """The inputs of the model's forward hold something that cannot safely be used twice."""
-
-
-@contextmanager
-def moved(
-    changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float | Tensor = 1.0
-) -> Iterator[None]:
-    """Displace parameters by ``factor`` times their deltas (None: to zero) for a while; restored bit for bit."""
-    saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
-    try:
-        for (params, _), (_, delta) in zip(saved, changes, strict=True):
-            if delta is None:
-                torch._foreach_zero_(params)
-            else:
-                here = factor.to(delta[0].device) if isinstance(factor, Tensor) else factor
-                torch._foreach_add_(params, torch._foreach_mul(list(delta), here))
-        yield
-    finally:
-        for params, values in saved:
-            torch._foreach_copy_(params, values)
 
 
 class Generators:

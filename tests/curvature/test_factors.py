@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from support import LoRALinear, net, relative_error, train, trainable
 
 from ctr_optim import CTROptimizer
-from ctr_optim.curvature import eigen
 from ctr_optim.curvature.blocks import refresh_bases
-from ctr_optim.curvature.eigen import block_jacobi, eigenbasis
 from ctr_optim.curvature.factors import STRUCTURES, Dense, Diagonal, Factor, LowRank
+from ctr_optim.linalg import eigen
+from ctr_optim.linalg.eigen import block_jacobi, eigenbasis
 
 WIDTH = 40
 

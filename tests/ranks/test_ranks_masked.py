@@ -25,7 +25,7 @@ from support import (
 from torch import nn
 
 from ctr_optim import CTROptimizer
-from ctr_optim.curvature.eigen import eigenbasis
+from ctr_optim.linalg.eigen import eigenbasis
 from ctr_optim.model.pair import ranks_in_use
 
 ROOM = 8

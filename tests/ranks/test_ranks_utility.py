@@ -12,8 +12,8 @@ from support import LoRALinear, backward, batch, factors_of, lora_layers, loss_o
 from torch import Tensor
 
 from ctr_optim.curvature.factors import STRUCTURES
-from ctr_optim.ranks.allocation import extrapolate, survey
-from ctr_optim.ranks.valuation import absent_directions, existing_directions
+from ctr_optim.ranks.allocation import survey
+from ctr_optim.ranks.valuation import absent_directions, existing_directions, extrapolate
 
 SEEDS = st.integers(0, 10_000)
 

@@ -20,9 +20,9 @@ from support import (
 )
 from torch import Tensor, nn
 
+from ctr_optim.runtime.displacement import moved
 from ctr_optim.trust_region.coupling import SLOPE_EXPONENT
 from ctr_optim.trust_region.logits import MOST_TOKENS, kl_divergence
-from ctr_optim.trust_region.rerun import moved
 
 ALL = torch.ones(20, dtype=torch.bool)
 pytestmark = pytest.mark.usefixtures("a_token_is_enough")

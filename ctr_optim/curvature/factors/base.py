@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
 class Factor(ABC):
-    """A symmetric positive semi-definite matrix of shape ``(..., d, d)``, held in some structure."""
+    """A symmetric positive semi-definite matrix of shape ``(..., d, d)``, held in some structure.
 
-    fields: tuple[str, ...]
+    Attributes:
+        fields: names of the tensors that hold the matrix; the optimizer's state is keyed by them.
+        is_diagonal: whether the only tensor is the diagonal, by which Triton kernels then multiply in place of
+            :meth:`matmul`.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    is_diagonal: ClassVar[bool] = False
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
@@ -46,6 +54,11 @@ class Factor(ABC):
     @abstractmethod
     def to_dense(self) -> Tensor:
         """The matrix, ``(..., d, d)``."""
+
+
+def of_layers(whitener: Any, index: Any) -> Any:
+    """Return the part of a stack's whitener that belongs to one layer, or to several."""
+    return whitener[index] if isinstance(whitener, Tensor) else tuple(w[index] for w in whitener)
 
 
 def squares(rows: Tensor, dtype: torch.dtype) -> Tensor:

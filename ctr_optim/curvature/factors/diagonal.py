@@ -12,6 +12,7 @@ class Diagonal(Factor):
     """Only the diagonal: ``(..., d)``."""
 
     fields = ("diagonal",)
+    is_diagonal = True
 
     @staticmethod
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:

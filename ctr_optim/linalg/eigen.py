@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from ctr_optim.model.pair import sized
+from ctr_optim.linalg.shapes import sized
 
 _AT_ONCE = 32  # the widest matrices of which a GPU's library decomposes many in one launch
 _MOST_SWEEPS = 10
