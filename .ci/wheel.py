@@ -2,8 +2,8 @@
 
     python .ci/wheel.py [TORCH]        # TORCH: what to give pip for torch, such as torch==2.13.0
 
-Needs a package index. First the core alone; then, with the ``hf`` extra and TRL, the README's plain loop, Trainer and SFT, and
-DPO from docs/coming-from-adamw.md, each as pasted into an empty folder. Prints the seconds that each took.
+Needs a package index. First the core alone; then, with the ``hf`` extra and TRL, the README's plain loop, Trainer and
+SFT, and DPO from docs/coming-from-adamw.md, each as pasted into an empty folder. Prints the seconds that each took.
 """
 
 from __future__ import annotations
