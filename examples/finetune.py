@@ -221,8 +221,8 @@ def main() -> None:
     task = prepare(args)
     args.out.mkdir(parents=True, exist_ok=True)
     show.console.print(
-        f"[bold]{args.title}[/] ({task.base.num_parameters() / 1e6:,.1f}M parameters): {len(task.train)} training rows, "
-        f"{len(task.test)} test rows; {args.steps} steps of {args.batch_size}; {task.device}, {task.base.dtype}, "
+        f"[bold]{args.title}[/] ({task.base.num_parameters() / 1e6:,.1f}M parameters): {len(task.train)} training "
+        f"rows, {len(task.test)} test rows; {args.steps} steps of {args.batch_size}; {task.device}, {task.base.dtype}, "
         f"seed {args.seed}"
     )
     with show.progress_bar() as progress:

@@ -20,7 +20,6 @@ from matplotlib import pyplot as plt
 
 console = Console(width=None if Console().is_terminal else 110, highlight=False)
 COLORS = {"AdamW": "#8a8f98", "CTR": "#c2410c"}
-MARKS = "vo^sD"
 
 
 @dataclass
@@ -73,24 +72,30 @@ def smooth(values: list[float], window: int) -> list[float]:
 def plot(runs: list[Run], before: Run, title: str, path: Path) -> None:
     """Left: training loss over steps; right: test loss against forgetting, a point for each rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    lowest = min(run.last for run in runs)
+    shown = [run for run in runs if run.last < 1.6 * lowest]  # a run that diverged would hide the others
     for name, color in COLORS.items():
-        some = sorted((run for run in runs if run.name == name), key=lambda run: run.lr)
-        points = [(run.text_loss - before.text_loss, run.last) for run in some]
-        right.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.6)
-        for index, (run, point) in enumerate(zip(some, points, strict=True)):
-            mark = MARKS[index % len(MARKS)]
+        for index, run in enumerate(run for run in runs if run.name == name):
             style = {"color": color, "linestyle": ["--", "-", ":"][index % 3]}
             left.plot(range(1, len(run.train_loss) + 1), smooth(run.train_loss, 10), label=run.label, **style)
-            right.plot(*point, mark, color=color, markersize=8, markeredgecolor="white")
-            right.annotate(f"{run.lr:g}", point, (6, 3), textcoords="offset points", fontsize=7, color=color)
-    lowest = min(run.last for run in runs)
+        points: dict[tuple[float, float], list[str]] = {}  # rates that end at one point share its label
+        for run in sorted((run for run in shown if run.name == name), key=lambda run: run.lr):
+            place = (round(run.text_loss - before.text_loss, 2), round(run.last, 2))
+            points.setdefault(place, []).append(f"{run.lr:g}")
+        right.plot(*zip(*points, strict=True), "o-", color=color, linewidth=0.8, markersize=8, label=name)
+        for place, rates in points.items():
+            right.annotate(", ".join(rates), place, (7, 5), textcoords="offset points", fontsize=8, color=color)
+    outside = [run.label for run in runs if run not in shown]
+    if outside:
+        right.text(0.98, 0.02, f"outside: {', '.join(outside)}", transform=right.transAxes, ha="right", fontsize=8)
     left.set_ylim(0.85 * lowest, min(before.test_loss[0], 3 * lowest))
-    left.set(xlabel="step", ylabel="training loss (nats per target token)", title="three rates of each")
+    left.set(xlabel="step", ylabel="training loss (nats per target token)", title="training")
     right.set(
         xlabel="forgetting: rise of the loss on plain text (nats per token)",
         ylabel="test loss (nats per target token)", title="lower and further left is better",
     )  # fmt: skip
-    right.margins(0.15)
+    right.margins(0.2)
+    right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -104,11 +109,17 @@ def losses_table(runs: list[Run], before: Run, title: str) -> Table:
     """A row for each run."""
     table = Table(title=f"{title}: loss per target token on the test rows (nats)", title_justify="left")
     steps = sorted(runs[0].test_loss)
-    for column in ("optimizer", "lr", *(f"step {step}" for step in steps), "forgetting", "ms per step (median)"):
+    for column in (
+        "optimizer",
+        "lr",
+        "before",
+        *(f"step {step}" for step in steps),
+        "forgetting",
+        "ms per step (median)",
+    ):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
-    table.add_row("before", "", *[""] * (len(steps) - 1), f"{before.test_loss[0]:.3f}", "", "")
     for run in runs:
-        cells = [f"{run.test_loss[step]:.3f}" for step in steps]
+        cells = [f"{loss:.3f}" for loss in (before.test_loss[0], *(run.test_loss[step] for step in steps))]
         rise, seconds = run.text_loss - before.text_loss, statistics.median(run.step_seconds)
         table.add_row(run.name, f"{run.lr:g}", *cells, f"{rise:+.3f}", f"{1000 * seconds:.0f}")
     return table
