@@ -1,21 +1,27 @@
-"""Build the wheel, install it into a clean environment, see what came along, and run the README's snippet.
+"""Build the wheel, install it into a clean environment, see what came along, and run the README's snippets.
 
     python .ci/wheel.py [TORCH]        # TORCH: what to give pip for torch, such as torch==2.13.0
 
-Needs a package index. First the core alone; then with the ``hf`` extra, since the snippet's model is PEFT's.
+Needs a package index. First the core alone; then, with the ``hf`` extra and TRL, the README's plain loop, Trainer and
+SFT, and DPO from docs/coming-from-adamw.md, each as pasted into an empty folder. Prints the seconds that each took.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from snippets import SETUPS, blocks  # noqa: E402
+
+SNIPPETS = [("loop", "README.md", 0), ("trainer", "README.md", 1), ("sft", "README.md", 2)]
+SNIPPETS += [("dpo", "docs/coming-from-adamw.md", 2)]
 CORE = """
 import torch
 from torch import nn
@@ -39,22 +45,6 @@ for _ in range(5):
     opt.zero_grad()
 print("core:", len(opt.pairs), "layer,", opt.metrics()["trust/source"])
 """
-SETUP = """
-import json
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-assets = {assets!r}
-model = AutoModelForCausalLM.from_pretrained(assets + "/base5m").float()
-model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-tokenizer = AutoTokenizer.from_pretrained(assets + "/base5m")
-rows = [json.loads(line) for line in open(assets + "/e2e/train.jsonl", encoding="utf-8")]
-loader = []
-for i in range(4):
-    batch = tokenizer([r["prompt"] + r["target"] for r in rows[4 * i : 4 * i + 4]], return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    loader.append({{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}})
-"""
 
 
 def main(torch: str) -> None:
@@ -65,18 +55,23 @@ def main(torch: str) -> None:
         wheel = next(work.glob("*.whl"))
         venv.create(work / "env", with_pip=True)
         python = str(work / "env" / "bin" / "python")
+        began = time.perf_counter()
         pip(python, "install", torch)  # an unpinned torch may bring gigabytes of CUDA
         before = installed(python)
         pip(python, "install", str(wheel))
         print(f"{wheel.name}; besides {torch} and what it needs it brought: {sorted(installed(python) - before)}")
         run(python, work, CORE)
         run(python, work, "from ctr_optim.cli import main; main(['--help'])")
-        pip(python, "install", f"{wheel}[hf]")
-        snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-        assert snippet is not None
-        run(python, work, SETUP.format(assets=str(ROOT / "examples" / "assets")) + snippet[1])
-        run(python, work, "from ctr_optim.cli import main; assert main(['inspect', 'out']) == 0")
-    print("the README's snippet ran, from the wheel, in a clean environment")
+        pip(python, "install", f"{wheel}[hf]", "trl>=0.20")
+        print(f"installed with pip: {time.perf_counter() - began:.0f} s with what ran between", flush=True)
+        for name, page, index in SNIPPETS:
+            empty = work / name
+            empty.mkdir()
+            assets = f"ASSETS = {str(ROOT / 'examples' / 'assets')!r}\n"
+            run(python, empty, assets + (SETUPS[page][index] or "") + blocks(page)[index])
+        run(python, work / "loop", "from ctr_optim.cli import main; assert main(['inspect', 'out']) == 0")
+        run(python, work / "sft", "from ctr_optim.cli import main; assert main(['report', 'out']) == 0")
+    print("the README's snippets ran, from the wheel, in a clean environment")
 
 
 def pip(python: str, *command: str) -> None:
@@ -94,8 +89,10 @@ def installed(python: str) -> set[str]:
 
 def run(python: str, folder: Path, code: str) -> None:
     """Run code in ``folder``, where nothing of the repository can be imported by accident."""
+    began = time.perf_counter()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([python, "-W", "ignore", "-c", code], cwd=folder, env=environment, check=True)
+    print(f"{folder.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
+import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +17,40 @@ from ctr_optim.export.compress import compress_files
 from ctr_optim.export.files import read_adapter
 from ctr_optim.export.registry import EXPORTS, Export
 from ctr_optim.export.repair import fix_torchtune_adapter
-from ctr_optim.report import columns, read_run, save_page, save_picture, table
+from ctr_optim.report import columns, follow, read_run, save_page, save_picture, side_by_side, table
+from ctr_optim.report.log import event_file
 
 
 def report(args: argparse.Namespace) -> None:
-    """Ranks, KL and trust scale of a run."""
-    run = read_run(args.run)
-    print(table(run))
-    for file, save in ((args.png, save_picture), (args.html, partial(save_page, title=title(args.run)))):
-        if file:
-            save(run, file)
-            print(f"wrote {file}")
+    """Verdict, ranks, KL and trust scale of a run, or of two side by side."""
+    if len(args.runs) > 2:
+        raise ValueError(f"report: got {len(args.runs)} runs, expected one, or two to compare")
+    if args.follow:
+        if len(args.runs) > 1:
+            raise ValueError("report: --follow shows one run; got two")
+        _follow(args.runs[0], args.interval)
+    runs = [read_run(run) for run in args.runs]
+    print(side_by_side(runs) if len(runs) > 1 else table(runs[0], every=args.all))
+    heading = " and ".join(run.name for run in runs)
+    if args.png:
+        save_picture(runs[0], args.png, *runs[1:])
+        print(f"wrote {args.png}")
+    if args.html:
+        save_page(runs[0], args.html, heading, *runs[1:])
+        print(f"wrote {args.html}")
 
 
-def title(run: str) -> str:
-    """A heading for a run: the name of its directory."""
-    path = Path(run).resolve()
-    return (path.parent if path.suffix == ".jsonl" else path).name
+def _follow(run: str, seconds: float) -> None:
+    """Print a run's log as it grows, until the user interrupts."""
+
+    def wait() -> bool:
+        time.sleep(seconds)
+        return True
+
+    print(f"{event_file(run)}: Ctrl-C ends, and shows the report", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in follow(run, wait):
+            print(line, flush=True)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -95,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ctr_optim {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    one = commands.add_parser("report", help="what a run did: ranks, KL from base, trust scale")
-    one.add_argument("run", help="the run's directory, or its events.jsonl")
+    one = commands.add_parser("report", help="a run's verdict, losses, ranks, KL from base and trust scale")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, or its events.jsonl; two to compare")
+    one.add_argument("--all", action="store_true", help="list every layer, in the model's order")
+    one.add_argument("--follow", action="store_true", help="show a run while it trains; Ctrl-C ends")
+    one.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (default: 1)")
     one.add_argument("--png", metavar="FILE", help="draw curves and ranks (needs matplotlib)")
     one.add_argument("--html", metavar="FILE", help="write a page with all of it, one file (needs matplotlib)")
     one.set_defaults(run_command=report)

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="a pretrained encoder; default: a tiny random one")
     parser.add_argument("--out", default="runs/classify")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in rows])}
 
     parameters = [p for p in model.parameters() if p.requires_grad]  # LoRA's and the head's
-    ranks = RankScheduler(interval=max(1, args.steps // 6), total_steps=args.steps)
+    ranks = RankScheduler(interval=max(1, args.steps // 6), total_steps=args.steps) if args.ranks else None
     opt = CTROptimizer(parameters, rank_scheduler=ranks)
     log = EventLog(opt, args.out)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, args.steps)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -12,6 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"
+MODULES = [
+    "argparse", "calendar", "collections.abc", "contextlib", "datetime", "decimal", "difflib", "enum", "fractions",
+    "functools", "gettext", "heapq", "inspect", "logging", "pickle", "queue", "random", "statistics", "subprocess",
+    "textwrap", "threading", "timeit", "tokenize", "traceback", "unittest", "urllib.request", "weakref", "zipfile",
+]  # fmt: skip
 
 Row = dict[str, str]  # {"prompt": ..., "target": ...}
 Batch = dict[str, Tensor]
@@ -78,16 +86,48 @@ def load_base(name: str, device: torch.device, dtype: torch.dtype) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
 
 
-def with_lora(base: PreTrainedModel, rank: int, seed: int) -> PeftModel:
+def with_lora(base: PreTrainedModel, rank: int, seed: int, targets: str | list[str] = "all-linear") -> PeftModel:
     """LoRA on all linear layers but the output layer; the same seed gives the same start."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(base, config)
 
 
+def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model with modules of its own and the same weights in memory: an adapter each for several runs."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def docstrings() -> str:
+    """Plain text that is on every machine: docstrings of Python's own modules, technical English."""
+    parts = []
+    for name in MODULES:
+        module = import_module(name)
+        public = [getattr(module, n) for n in sorted(vars(module)) if not n.startswith("_")]
+        for thing in [module, *(x for x in public if inspect.isclass(x) or inspect.isfunction(x))]:
+            text = inspect.getdoc(thing) or ""
+            if len(text) > 200 and ">>>" not in text and text[:500] not in parts:
+                parts.append(text[:500])
+    return "\n\n".join(parts)
+
+
+def pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Example]:
+    """At most ``count`` pieces of ``length`` tokens; the loss looks at every token."""
+    ids = tokenizer(text)["input_ids"]
+    found = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
+    return [(piece, piece) for piece in found if len(piece) > 1]
+
+
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, examples: list[Example], size: int, pad_id: int, device: torch.device) -> float:
-    """Loss per target token, in nats."""
+def evaluate(
+    model: torch.nn.Module,
+    examples: list[Example],
+    size: int,
+    pad_id: int,
+    device: torch.device,
+    tick: Callable[[int], object] = lambda rows: None,
+) -> float:
+    """Loss per target token, in nats; ``tick`` gets the number of rows after each batch."""
     model.eval()
     total, tokens = 0.0, 0
     examples = sorted(examples, key=lambda example: len(example[0]))  # less padding
@@ -95,6 +135,7 @@ def evaluate(model: torch.nn.Module, examples: list[Example], size: int, pad_id:
         batch = collate(examples[start : start + size], pad_id, device)
         count = int((batch["labels"][:, 1:] != -100).sum())
         total, tokens = total + float(model(**batch).loss) * count, tokens + count
+        tick(len(batch["labels"]))
     model.train()
     return total / tokens
 

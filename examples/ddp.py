@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from common import ASSETS, batches, collate, encode, load_base, load_tokenizer, read_rows, with_lora
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ctr_optim import CTROptimizer
 from ctr_optim.report.log import EventLog
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     adapted = with_lora(load_base(str(ASSETS / "base5m"), device, torch.float32), rank=8, seed=0).to(device)
     model = DistributedDataParallel(adapted)
     opt = CTROptimizer(model.parameters())
+    schedule = CosineAnnealingLR(opt, T_max=args.steps)
     log = EventLog(opt, args.out)
 
     for step, rows in enumerate(batches(examples, 8 * world, args.steps, seed=0)):
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         loss.backward()
         opt.step()
         opt.zero_grad()
+        schedule.step()
         metrics = log.log(loss=float(loss))
         if rank == 0:
             print(f"step {step:2}  loss {float(loss):.3f}  KL from base {metrics['kl_from_base']:.4f}")

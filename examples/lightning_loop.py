@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from common import ASSETS, Batch, collate, encode, load_base, load_tokenizer, read_rows, with_lora
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from ctr_optim import CTROptimizer, RankScheduler
@@ -20,9 +21,9 @@ from ctr_optim.integrations.lightning import CTRCallback
 class Module(pl.LightningModule):
     """A causal language model with LoRA layers."""
 
-    def __init__(self, interval: int) -> None:
+    def __init__(self, steps: int, ranks: RankScheduler | None) -> None:
         super().__init__()
-        self.interval = interval
+        self.steps, self.ranks = steps, ranks
         self.model = with_lora(load_base(str(ASSETS / "base5m"), torch.device("cpu"), torch.float32), rank=8, seed=0)
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
@@ -32,8 +33,10 @@ class Module(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """One changed line."""
-        return CTROptimizer(self.parameters(), rank_scheduler=RankScheduler(interval=self.interval))
+        """One changed line, and a schedule."""
+        optimizer = CTROptimizer(self.parameters(), rank_scheduler=self.ranks)
+        schedule = CosineAnnealingLR(optimizer, T_max=self.steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/lightning")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
     args = parser.parse_args(argv)
+    pl.seed_everything(0)
 
     tokenizer = load_tokenizer(str(ASSETS / "base5m"))
     examples = encode(read_rows(ASSETS / "e2e" / "train.jsonl"), tokenizer, 128)
@@ -58,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         logger=False,
         callbacks=[CTRCallback(args.out)],
     )
-    module = Module(interval=max(1, args.steps // 3))
+    module = Module(args.steps, RankScheduler(interval=max(1, args.steps // 3)) if args.ranks else None)
     trainer.fit(module, loader)  # ckpt_path="last" goes on from the last checkpoint
     module.model.save_pretrained(args.out)
 

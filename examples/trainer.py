@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer: a factory for the optimizer, a callback for logs and ranks, and nothing else changed.
+"""Hugging Face's Trainer: one new line, and nothing else changed.
 
 python examples/trainer.py --out runs/trainer
-ctr-optim report runs/trainer --png ranks.png
+ctr-optim report runs/trainer --html run.html
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from common import ASSETS, collate, encode, load_base, load_tokenizer, read_rows, with_lora
 from transformers import Trainer, TrainingArguments
 
-from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
+from ctr_optim.integrations.transformers import attach
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
     args = parser.parse_args(argv)
 
     cpu = torch.device("cpu")  # the Trainer moves model and batches
@@ -37,17 +38,18 @@ def main(argv: list[str] | None = None) -> None:
             lr_scheduler_type="cosine",
             logging_steps=max(1, args.steps // 10),
             save_steps=max(1, args.steps // 2),
-            report_to="none",  # or "tensorboard", "wandb", "trackio": they get ctr/mean_rank, ctr/kl_from_base, ...
+            eval_strategy="steps",
+            eval_steps=max(1, args.steps // 3),
+            report_to="none",  # or "tensorboard", "wandb", "trackio": they get ctr/trust/scale, ctr/kl_from_base, ...
         ),
         train_dataset=train,
         eval_dataset=test[:16],
         data_collator=lambda examples: collate(examples, tokenizer.pad_token_id, cpu),
-        optimizer_cls_and_kwargs=(CTRFactory, {"rank_scheduler": {"interval": max(1, args.steps // 6)}}),
-        callbacks=[CTRCallback()],
     )
+    attach(trainer, rank_scheduler={"interval": max(1, args.steps // 6)} if args.ranks else None)
     trainer.train(resume_from_checkpoint=args.resume or None)
     print(f"test loss {trainer.evaluate()['eval_loss']:.3f} nats per token")
-    trainer.save_model(args.out)  # a plain PEFT adapter, ranks in rank_pattern
+    trainer.save_model(args.out)  # a plain PEFT adapter
 
 
 if __name__ == "__main__":

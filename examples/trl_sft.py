@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer is a Trainer: the same factory, the same callback.
+"""TRL's SFTTrainer is a Trainer: the same new line.
 
 python examples/trl_sft.py --out runs/sft        (needs: pip install trl)
 """
@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from ctr_optim.integrations.transformers import CTRCallback, CTRFactory
+from ctr_optim.integrations.transformers import attach
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/sft")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
     args = parser.parse_args(argv)
 
     rows = read_rows(ASSETS / "e2e" / "train.jsonl")
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
             output_dir=args.out,
             max_steps=args.steps,
             per_device_train_batch_size=8,
+            lr_scheduler_type="cosine",
             max_length=128,
             logging_steps=max(1, args.steps // 10),
             use_cpu=not torch.cuda.is_available(),
@@ -39,9 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=Dataset.from_list([{"prompt": row["prompt"], "completion": row["target"]} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(ASSETS / "base5m"),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-        optimizer_cls_and_kwargs=(CTRFactory, {"rank_scheduler": {"interval": max(1, args.steps // 3)}}),
-        callbacks=[CTRCallback()],
     )
+    attach(trainer, rank_scheduler={"interval": max(1, args.steps // 3)} if args.ranks else None)
     trainer.train()
     trainer.save_model(args.out)
 

@@ -5,6 +5,7 @@ plan      print a plan, a JSON list of runs
 run       work a plan off on every GPU, or on the CPU; one JSON line for each run
 report    Markdown tables from such lines
 plot      pictures from such lines
+readme    the README's picture and table
 demo      fine-tune the model on the bundled task in a few minutes on a CPU
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = {"prepare": "prepare", "plan": "plans", "run": "run", "report": "report", "plot": "plot", "demo": "demo"}
+COMMANDS = {name: name for name in ("prepare", "run", "report", "plot", "readme", "demo")} | {"plan": "plans"}
 
 
 def main() -> None:

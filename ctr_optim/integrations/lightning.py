@@ -50,3 +50,9 @@ class CTRCallback(pl.Callback):
         if self._log is not None and trainer.global_step % every == 0:
             losses = {"loss": float(outputs["loss"])} if isinstance(outputs, dict) and "loss" in outputs else {}
             pl_module.log_dict(scalars(self._log.log(**losses)))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the losses of a validation to the event log."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
+        if self._log is not None and found and not trainer.sanity_checking:
+            self._log.evaluated(**found)

@@ -138,9 +138,13 @@ class CTRCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add our numbers to an entry of the training log."""
-        if self._log is None or logs is None or "loss" not in logs:
+        if self._log is None or logs is None:
             return
         numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
+        if "loss" not in logs:
+            if any(name.startswith("eval_") for name in numbers):
+                self._log.evaluated(**numbers)
+            return
         ours = scalars(self._log.log(**numbers))
         logs.update(ours)
         if state.log_history:

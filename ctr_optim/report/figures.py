@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ctr_optim.report.run import Run
@@ -24,37 +25,60 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "ctr_optim",
 }  # fmt: skip
 
-Draw = Callable[[Any, Run], None]
+Draw = Callable[[Any], None]
+Part = tuple[str, Draw, float]  # a name, the drawing, and its height in inches at a width of 12
 
 
-def curves(canvas: Any, run: Run) -> None:
-    """Loss, KL from base, the steps' predicted KL against the bound, and what the bound left of them."""
+def curves(canvas: Any, runs: Sequence[Run]) -> None:
+    """Losses, KL from base, the steps' predicted KL against the bound, and the factor that the bound left of them."""
     panels: list[tuple[str, Callable[[Axes], None]]] = []
-    steps, losses = run.series("loss")
-    if losses:
-        panels += [("loss (training)", lambda axis: _line(axis, steps, losses, ACCENT))]
+    several = len(runs) > 1
+    colors = [ACCENT, SECOND][: len(runs)]
+
+    def losses(axis: Axes) -> None:
+        for run, color in zip(runs, colors, strict=True):
+            for index, (what, key, other, style) in enumerate(_losses(run)):
+                steps, values = run.series(key)
+                shade = color if several or what == "training" else other
+                name = what if not several else run.name if index == 0 else f"_{what}"  # "_": not in the legend
+                _line(axis, steps, values, shade, name, style)
+        if len(axis.lines) > 1:
+            axis.legend(loc="best")
 
     def base(axis: Axes) -> None:
-        _line(axis, *run.series("kl_from_base"), ACCENT)
+        for run, color in zip(runs, colors, strict=True):
+            _line(axis, *run.series("kl_from_base"), color, run.name)
+            for limit in run.series("budget/limit")[1][-1:]:
+                axis.axhline(limit, color=color, alpha=0.5, linestyle="--", linewidth=1, label="budget")
         axis.set_ylim(bottom=0)
+        if len(axis.lines) > 1:
+            axis.legend(loc="best")
 
     def step_kl(axis: Axes) -> None:
         # at the end of a schedule the bound is next to nothing: four decades say enough
-        bounds = run.series("trust/max_kl")
-        predicted = run.series("trust/predicted_kl")
-        if bounds[1]:
-            axis.plot(*bounds, color=SECOND, alpha=0.4, linewidth=5, label="bound")
-        _line(axis, *predicted, ACCENT, label="predicted")
+        top = 0.0
+        for run, color in zip(runs, colors, strict=True):
+            bounds, predicted = run.series("trust/max_kl"), run.series("trust/predicted_kl")
+            if bounds[1]:
+                axis.plot(*bounds, color=color if several else SECOND, alpha=0.4, linewidth=5, label="bound")
+            _line(axis, *predicted, color, f"{run.name}: predicted" if several else "predicted")
+            top = max([top, *predicted[1], *bounds[1]])
         axis.legend(loc="lower left")
-        top = max([*predicted[1], *bounds[1]], default=0.0)
         if top > 0:
             axis.set_yscale("log")
             axis.set_ylim(top / 1e4, 2 * top)
 
     def scale(axis: Axes) -> None:
-        _line(axis, *run.series("trust/scale"), ACCENT)
+        for run, color in zip(runs, colors, strict=True):
+            factor = run.series("trust/holdout_factor")
+            if factor[1]:
+                axis.plot(*factor, ":", color=color if several else SECOND, label="hold-out factor")
+                axis.legend(loc="best")
+            _line(axis, *run.series("trust/scale"), color)
         axis.set_ylim(0, 1.05)
 
+    if any(list(_losses(run)) for run in runs):
+        panels += [("loss (nats per token)", losses)]
     panels += [
         ("KL from base (estimate, nats per token)", base),
         ("KL of a step (nats per token)", step_kl),
@@ -63,12 +87,23 @@ def curves(canvas: Any, run: Run) -> None:
     axes = canvas.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, draw) in zip(axes, panels, strict=True):
         axis.set_title(title)
-        for step in run.event_steps:
+        for step in (step for run in runs for step in run.event_steps):
             axis.axvline(step, color=INK, alpha=0.15, linewidth=0.8)
         draw(axis)
-        axis.set_xlim(0, max(1, run.last_step))
+        axis.set_xlim(0, max(1, *(run.last_step for run in runs)))
         axis.set_xlabel("step")
         axis.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+
+
+def _losses(run: Run) -> Iterator[tuple[str, str, str, str]]:
+    """The losses that a run logged: a name, the key, the colour beside the training loss, and the style of its line."""
+    for what, key, color, style in (
+        ("training", "loss", ACCENT, "-"),
+        ("evaluation", run.eval_key or "eval_loss", SECOND, "o--"),
+        ("hold-out", "holdout/loss", INK, "s:"),
+    ):
+        if run.series(key)[1]:
+            yield what, key, color, style
 
 
 def layers(canvas: Any, run: Run) -> None:
@@ -113,20 +148,23 @@ def ranks_over_time(canvas: Any, run: Run) -> None:
     _bare(bar)
 
 
-def figures(run: Run) -> list[tuple[str, Draw, float]]:
-    """What there is to draw of a run: a name, the drawing, and its height in inches at a width of 12."""
-    modules, blocks = len(run.grid.modules), len(run.grid.blocks)
-    found: list[tuple[str, Draw, float]] = []
-    if run.logs:
-        found += [("curves", curves, 2.6)]
-    if modules:
-        found += [("layers", layers, 1.1 + 0.27 * modules)]
-    if run.event_steps:
-        found += [("ranks over time", ranks_over_time, 0.5 + -(-modules // 4) * (0.65 + 0.075 * max(8, blocks)))]
+def figures(*runs: Run) -> list[Part]:
+    """The figures of one run, or of two: curves in one figure, layers in a figure each."""
+    found: list[Part] = []
+    if any(run.logs for run in runs):
+        found += [("curves", partial(curves, runs=runs), 2.6)]
+    for run in runs:
+        modules, blocks = len(run.grid.modules), len(run.grid.blocks)
+        of = f": {run.name}" if len(runs) > 1 else ""
+        if modules:
+            found += [(f"layers{of}", partial(layers, run=run), 1.1 + 0.27 * modules)]
+        if run.event_steps:
+            height = 0.5 + -(-modules // 4) * (0.65 + 0.075 * max(8, blocks))
+            found += [(f"ranks over time{of}", partial(ranks_over_time, run=run), height)]
     return found
 
 
-def drawn(draws: list[tuple[str, Draw, float]], run: Run) -> Figure:
+def drawn(parts: Sequence[Part]) -> Figure:
     """The figures one below the other, as one.
 
     Raises:
@@ -137,34 +175,40 @@ def drawn(draws: list[tuple[str, Draw, float]], run: Run) -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'ctr_optim[plot]'") from error
-    heights = [height for _, _, height in draws]
+    heights = [height for _, _, height in parts]
     with rc_context(_STYLE):
         figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-        parts = figure.subfigures(len(draws), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for part, (_, draw, _) in zip(parts, draws, strict=True):
-            draw(part, run)
+        places = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for place, (_, draw, _) in zip(places, parts, strict=True):
+            draw(place)
     return figure
 
 
-def save_picture(run: Run, file: str | os.PathLike[str]) -> None:
+def save_picture(run: Run, file: str | os.PathLike[str], *others: Run) -> None:
     """All figures in one file of any format that matplotlib writes, by its ending.
+
+    Args:
+        run: the run.
+        file: the file to write.
+        others: another run, drawn beside the first.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
         ValueError: an ending that it does not know, or a run in which there is nothing to draw.
     """
-    draws = figures(run)
-    if not draws:
+    parts = figures(run, *others)
+    if not parts:
         raise ValueError(f"{file}: nothing to draw; the run has neither LoRA layers nor log entries")
-    drawn(draws, run).savefig(file, dpi=150)
+    drawn(parts).savefig(file, dpi=150)
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
 
 
-def _line(axis: Axes, steps: list[int], values: list[float], color: str, label: str = "") -> None:
+def _line(axis: Axes, steps: list[int], values: list[float], color: str, label: str = "", style: str = "-") -> None:
     """A curve; with marks where points are few."""
-    axis.plot(steps, values, "o-" if len(steps) <= 30 else "-", color=color, markersize=3, label=label)
+    style = "o-" if style == "-" and len(steps) <= 30 else style
+    axis.plot(steps, values, style, color=color, markersize=3, label=label)
 
 
 def _rank_colors(run: Run) -> dict[str, Any]:

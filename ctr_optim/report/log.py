@@ -1,7 +1,8 @@
 """The event log of a run: one JSON object a line, and the source of truth for every report.
 
 A line has an ``"event"`` and the ``"step"`` at which it was written. ``"start"`` carries the ranks that the run starts
-or resumes with, ``"rank"`` one :class:`~ctr_optim.RankEvent`, and ``"log"`` the optimizer's metrics.
+or resumes with, ``"rank"`` one :class:`~ctr_optim.RankEvent`, ``"log"`` the optimizer's metrics, and ``"eval"`` the
+figures of an evaluation, such as ``eval_loss``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class EventLog:
         self._append("log", self.optimizer.steps, **values, **metrics)
         return metrics
 
+    def evaluated(self, **values: float) -> None:
+        """Write figures of an evaluation, such as ``eval_loss``, in nats per token."""
+        self._append("eval", self.optimizer.steps, **values)
+
 
 def event_file(path: str | os.PathLike[str]) -> Path:
     """The log's own path, given its directory or itself."""
@@ -79,7 +84,9 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float]:
     """What a logger can plot: the metrics of the run as a whole, and the mean, smallest and largest rank."""
     shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
     ranks = metrics["ranks"].values()
+    sometimes = ("budget/used", "budget/limit", "retain/kl", "holdout/loss", "trust/holdout_factor")
     found = {f"ctr/{name}": float(metrics[name]) for name in shown if metrics[name] is not None}
+    found |= {f"ctr/{name}": float(metrics[name]) for name in sometimes if metrics.get(name) is not None}
     if ranks:
         found |= {"ctr/mean_rank": sum(ranks) / len(ranks), "ctr/min_rank": min(ranks), "ctr/max_rank": max(ranks)}
     return found

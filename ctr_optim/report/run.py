@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ctr_optim.report.log import read_events
+
+_EVAL_LOSS = re.compile(r"(eval|val|valid|validation|test)[_/](.*[_/])?loss$")
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,14 @@ class Run:
     Attributes:
         history: for each layer its ranks, as ``(step, rank)`` from the first on, one entry a change.
         logs: the entries of the training log.
+        evals: the figures of evaluations.
+        name: heading of the run.
     """
 
     history: Mapping[str, Sequence[tuple[int, int]]]
     logs: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]] = ()
+    name: str = "run"
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -52,7 +60,8 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last step that left a trace."""
-        return max([log["step"] for log in self.logs[-1:]] + [h[-1][0] for h in self.history.values()], default=0)
+        written = [entry["step"] for entries in (self.logs, self.evals) for entry in entries[-1:]]
+        return max(written + [h[-1][0] for h in self.history.values()], default=0)
 
     @property
     def event_steps(self) -> list[int]:
@@ -74,9 +83,21 @@ class Run:
         return [rank for at, rank in self.history[layer] if at <= max(step, self.history[layer][0][0])][-1]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a logged number, where it was logged."""
-        found = [(log["step"], log[key]) for log in self.logs if isinstance(log.get(key), (int, float))]
-        return [step for step, _ in found], [value for _, value in found]
+        """Steps and values of a logged number, where it was logged; the last value of a step counts."""
+        entries = [*self.logs, *self.evals]
+        found = {entry["step"]: entry[key] for entry in entries if isinstance(entry.get(key), (int, float))}
+        return sorted(found), [found[step] for step in sorted(found)]
+
+    @cached_property
+    def eval_key(self) -> str | None:
+        """The name under which the loss on evaluation data was logged, such as ``"eval_loss"``."""
+        names = (name for entry in [*self.evals, *self.logs] for name in entry)
+        return next((name for name in names if _EVAL_LOSS.match(name)), None)
+
+    def best(self, key: str) -> tuple[int, float] | None:
+        """Step and value at which a logged number was lowest; None where it was not logged."""
+        found = [(value, step) for step, value in zip(*self.series(key), strict=True) if math.isfinite(value)]
+        return min(found)[::-1] if found else None
 
     @cached_property
     def grid(self) -> Grid:
@@ -109,7 +130,14 @@ def read_run(path: str | os.PathLike[str]) -> Run:
                     history.setdefault(name, []).append((event["step"], rank))
         elif event["event"] == "rank":
             history[event["name"]].append((event["step"], event["new_rank"]))
-    return Run(history, [event for event in events if event["event"] == "log"])
+    logs, evals = ([event for event in events if event["event"] == kind] for kind in ("log", "eval"))
+    return Run(history, logs, evals, name_of(path))
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """A run's heading: the name of its directory."""
+    whole = Path(path).resolve()
+    return (whole.parent if whole.suffix == ".jsonl" else whole).name
 
 
 def place(name: str) -> tuple[str, int | None, str]:

@@ -5,18 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ctr_optim.report.run import Run
+from ctr_optim.report.verdict import verdict
+
+TOP = 10  # layers that a report lists, unless it is asked for all
 
 
-def table(run: Run) -> str:
-    """Ranks from first to last and the KL from the base model, layer by layer; then the run as a whole."""
-    shares = run.last.get("kl_from_base/layer", {})
+def table(run: Run, every: bool = False) -> str:
+    """Layers with their ranks and KL from the base model; then the run as a whole, and the verdict.
+
+    Args:
+        run: the run.
+        every: all layers in the model's order, not only the ten that moved the predictions most.
+    """
+    shares = run.last.get("kl_from_base/layer") or {}
+    names = list(run.history) if every else top(run)
     rows = [
         (name, str(h[0][1]), "->", str(h[-1][1]), str(len(h) - 1), f"{shares[name]:.3g}" if name in shares else "-")
-        for name, h in run.history.items()
+        for name, h in ((name, run.history[name]) for name in names)
     ]
-    lines = columns(("layer", "first", "", "last", "changes", "KL from base"), rows)
+    lines = columns(("layer", "first", "", "last", "changes", "KL from base"), rows) if rows else []
+    if len(names) < len(run.history):
+        lines += [f"{len(names)} of {len(run.history)} layers, most KL from base first; --all lists every layer"]
     whole = [f"{what:<13} {value}{', ' if more else ''}{more}" for what, value, more in summary(run)]
-    return "\n".join([*lines, "", *whole])
+    return "\n".join([*lines, "", *whole, "", verdict(run)])
+
+
+def top(run: Run) -> list[str]:
+    """The layers of most KL from the base model, at most :data:`TOP` of them; the first ones where none was logged."""
+    shares = run.last.get("kl_from_base/layer") or {}
+    return sorted(run.history, key=lambda name: -shares.get(name, 0.0))[:TOP]
+
+
+def side_by_side(runs: Sequence[Run]) -> str:
+    """Several runs as a whole, a column each; then their verdicts."""
+    head, rows = compared(runs)
+    lines = columns(head, rows)
+    return "\n".join([*lines, "", *(f"{run.name}: {verdict(run)}" for run in runs)])
+
+
+def compared(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """A head and rows: what there is to say of each run, and a dash where another run has more to say."""
+    found = [{what: value for what, value, _ in summary(run)} for run in runs]
+    whats = dict.fromkeys(what for values in found for what in values)
+    return ["", *(run.name for run in runs)], [[what, *(values.get(what, "-") for values in found)] for what in whats]
 
 
 def summary(run: Run) -> list[tuple[str, str, str]]:
@@ -32,6 +63,13 @@ def summary(run: Run) -> list[tuple[str, str, str]]:
     _, losses = run.series("loss")
     if losses:
         lines += [("loss", f"{losses[0]:.4g} -> {losses[-1]:.4g}", "")]
+    for what, key in (("eval loss", run.eval_key), ("hold-out loss", "holdout/loss")):
+        best = run.best(key) if key is not None else None
+        if key is not None and best is not None:
+            values = run.series(key)[1]
+            lines += [(what, f"{values[0]:.4g} -> {values[-1]:.4g}", f"best {best[1]:.4g} at step {best[0]}")]
+    if run.last.get("budget/limit") is not None:
+        lines += [("budget", f"{run.last['budget/used']:.3g} of {run.last['budget/limit']:.3g} nats", "per token")]
     if run.logs:
         scales = [log["trust/scale"] for log in run.logs]
         short = sum(scale < 1 for scale in scales) / len(scales)

@@ -44,6 +44,27 @@ def test_pictures(run: Path, option: str, name: str, capsys: Any, monkeypatch: p
     assert "ctr_optim[plot]" in capsys.readouterr().err and not (run / "not there").exists()
 
 
+def test_two_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="behind the plot extra")
+    assert main(["report", str(run), str(run), "--html", str(run / "both.html")]) == 0
+    assert capsys.readouterr().out.count("The bound acted in") == 2 and (run / "both.html").is_file()
+    assert main(["report", str(run), str(run), str(run)]) == 1
+    assert "got 3 runs" in capsys.readouterr().err
+    assert main(["report", str(run), str(run), "--follow"]) == 1
+    assert "--follow shows one run" in capsys.readouterr().err
+
+
+def test_follow_shows_lines_until_interrupted(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        assert seconds == 0.5
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ctr_optim.cli.time.sleep", interrupt)
+    assert main(["report", str(run), "--follow", "--interval", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("loss 1.0000") == 4 and "The bound acted in" in out
+
+
 def test_a_run_that_resumed_reads_as_one(tmp_path: Path) -> None:
     def line(event: str, step: int, **values: Any) -> str:
         return json.dumps({"event": event, "step": step, **values})

@@ -1,0 +1,177 @@
+"""The README's picture and table, from results of ``python -m benchmarks.real run``.
+
+    python -m benchmarks.real readme benchmarks/results/real-h200.jsonl --out docs
+
+Writes ``real-forgetting.png``: test loss against forgetting, AdamW's grid of rates beside CTROptimizer's default, with
+and without retained text. Prints the table. AdamW's best rate is the one of lowest validation loss, by seed 0, which
+every rate has. Of runs with one specification the first counts. CTROptimizer's runs are at its default;
+``kl_schedule="lr"`` sets the same bound wherever a batch holds 256 loss tokens, so where more of its seeds were run
+they stand in for the default, and the table marks them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.real.plans import EVERYDAY
+from benchmarks.real.report import Record, Row, base_of, bases, rise, rows_of
+from benchmarks.real.run import read
+from benchmarks.real.specs import DEFAULTS, WIKITEXT, key_of
+
+TASKS = ("e2e", "gsm8k", "hellaswag", "boolq", "arc_easy", "mbpp")
+DRAWN = ("e2e", "gsm8k", "hellaswag")
+SAME = ("rank", "alpha", "steps", "batch", "schedule", "rows", "sequence", "holdout")
+SCHEDULES: tuple[dict[str, Any], ...] = ({}, {"kl_schedule": "auto"}, {"kl_schedule": "lr"})
+FILE = "real-forgetting.png"
+MARK = "†"
+
+
+@dataclass
+class Task:
+    """A task's rows: AdamW's by rate, and CTROptimizer's default without and with retained text."""
+
+    name: str
+    base: Record | None
+    adamw: list[Row]
+    default: Row | None
+    retained: Row | None
+
+    @property
+    def best(self) -> Row | None:
+        """AdamW at the rate of lowest validation loss, by the seed that every rate has."""
+        rows = [row for row in self.adamw if 0 in row.runs]
+        return min(rows, key=lambda row: row.runs[0].get("validation") or float("inf")) if len(rows) > 1 else None
+
+    @property
+    def everyday(self) -> Row | None:
+        """AdamW at its everyday rate."""
+        return next((row for row in self.adamw if row.rate == EVERYDAY), None)
+
+    def loss(self, row: Row) -> float:
+        """Test loss, the mean over seeds."""
+        return row.mean(lambda record: record["loss"])
+
+    def forgetting(self, row: Row) -> float:
+        """Rise of the loss on WikiText-2, the mean over seeds."""
+        return row.mean(lambda record: rise(record, self.base))
+
+
+def first_of_each(records: list[Record]) -> list[Record]:
+    """The first record of each specification."""
+    return list({key_of(record["spec"]): record for record in reversed(records)}.values())
+
+
+def tasks_of(records: list[Record]) -> dict[str, Task]:
+    """The tasks with runs in the default setting."""
+    base, found = bases(records), {}
+    for setting, rows in rows_of(records).items():
+        spec = next(iter(rows[0].runs.values()))["spec"]
+        if spec["task"] in TASKS and all(spec[key] == DEFAULTS[key] for key in SAME):
+            adamw = sorted((row for row in rows if row.method == "adamw"), key=lambda row: row.rate or 0.0)
+            ours = {how: _ours(rows, retain) for how, retain in (("default", (None, "none")), ("text", (WIKITEXT,)))}
+            found[spec["task"]] = Task(spec["task"], base_of(setting, base), adamw, ours["default"], ours["text"])
+    return {name: found[name] for name in TASKS if name in found}
+
+
+def _ours(rows: list[Row], retain: tuple[Any, ...]) -> Row | None:
+    """CTROptimizer's default: of the specs that mean it, the one of most seeds, the default's own first."""
+    same = []
+    for row in rows:
+        spec = next(iter(row.runs.values()))["spec"]
+        if spec["method"] == "ctr" and spec["lr"] is None and spec["kl_budget"] is None and spec["retain"] in retain:
+            same += [row] if spec["options"] in SCHEDULES else []
+    return max(same, key=lambda row: (len(row.runs), not _former(row)), default=None)
+
+
+def _former(row: Row) -> bool:
+    """Whether the runs are those of ``kl_schedule="lr"``."""
+    return next(iter(row.runs.values()))["spec"]["options"].get("kl_schedule") == "lr"
+
+
+def table(tasks: dict[str, Task]) -> list[str]:
+    """Markdown: the lowest loss of each task in bold."""
+    head = ["task", f"AdamW {_short(EVERYDAY)}, not tuned", "AdamW, tuned for the task", "CTROptimizer, not tuned"]
+    head += ["with `retain=` WikiText-2, not tuned"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for task in tasks.values():
+        rows = [task.everyday, task.best, task.default, task.retained]
+        lowest = min(f"{task.loss(row):.3f}" for row in rows if row)
+        cells = [_cell(task, row, lowest, row is task.best) for row in rows]
+        lines.append("| " + " | ".join([task.name, *cells]) + " |")
+    return lines
+
+
+def _cell(task: Task, row: Row | None, lowest: str, rate: bool) -> str:
+    if row is None:
+        return "not run"
+    loss = f"{task.loss(row):.3f}"
+    loss = f"**{loss}**" if loss == lowest else loss
+    at = f" at {_short(row.rate or 0.0)}" if rate else ""
+    seeds = f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""
+    mark = MARK if row.method == "ctr" and _former(row) else ""
+    return f"{loss} ({task.forgetting(row):+.2f}){at}{seeds}{mark}"
+
+
+def _short(rate: float) -> str:
+    """A learning rate as people write it: 1.6e-3."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def picture(tasks: dict[str, Task], file: Path) -> None:
+    """Test loss against forgetting: lower and further left is better."""
+    figure, axes = plt.subplots(1, len(DRAWN), figsize=(11, 3.6), layout="constrained")
+    for axis, name in zip(axes, DRAWN, strict=True):
+        task = tasks[name]
+        points = [(task.forgetting(row), task.loss(row)) for row in task.adamw]
+        axis.plot(*zip(*points, strict=True), "o-", color="#8a8f98", linewidth=1, markersize=4, label="AdamW, by rate")
+        for row, (x, y) in zip(task.adamw, points, strict=True):
+            axis.annotate(
+                _short(row.rate or 0.0), (x, y), (5, 3), textcoords="offset points", fontsize=7, color="#6a6f77"
+            )
+        for row, label, marker, color in (
+            (task.default, "CTROptimizer, default", "D", "#c2410c"),
+            (task.retained, "CTROptimizer, retain=WikiText-2", "*", "#2563eb"),
+        ):
+            if row is not None:
+                size = 12 if marker == "*" else 8
+                place = (task.forgetting(row), task.loss(row))
+                axis.plot(*place, marker, color=color, markersize=size, markeredgecolor="white", label=label, zorder=5)
+        axis.set(title=name, xlabel="rise of the WikiText-2 loss (nats per token)")
+        axis.margins(0.14)
+        axis.axvline(0, color="#24292f", alpha=0.15, linewidth=0.8, zorder=0)
+        axis.grid(alpha=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test loss (nats per target token)")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "SmolLM2-135M-Instruct, LoRA rank 16, 200 steps of 16: lower and further left is better", fontsize=10
+    )
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("lines", nargs="+", help="results files")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the picture")
+    args = parser.parse_args(arguments)
+    tasks = tasks_of(first_of_each(read(args.lines)))
+    missing = [name for name in DRAWN if name not in tasks]
+    if missing:
+        raise SystemExit(f"readme: no runs of {', '.join(missing)} in the default setting")
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture(tasks, args.out / FILE)
+    print("\n".join(table(tasks)))
