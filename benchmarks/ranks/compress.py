@@ -1,242 +1,264 @@
-"""Size and loss of trained adapters cut by ``ctr_optim.compress`` and by other methods.
+"""Size and loss of trained adapters cut by ``ctr_optim.compress`` and by other methods, on a real model.
 
-    python -m benchmarks.ranks.compress --model DIR --data DIR --out compress.jsonl --slots 9
+    python -m benchmarks.ranks.compress --model DIR --data DIR --out compress.jsonl --slots 9 --limit-s 400
+    python -m benchmarks.ranks.compress --model DIR --data DIR --out timing.jsonl --kinds scheduled,wide --tasks e2e \
+        --slots 1                                                       # time per step, undisturbed
     python -m benchmarks.ranks.compress --report compress.jsonl
 
-Every job trains one adapter (AdamW or CTROptimizer), then cuts it at every tolerance. ``compress`` measures on rows
-held out of training; every figure written is measured on the test split. The other ways get the number of
-parameters that ``compress`` left:
+Kinds of jobs, in the order in which they run; each trains one adapter:
 
-- ``svd``: singular values of ``s B A``, the smallest squares per parameter go first, over all layers;
-- ``svd_uniform``: the same with one rank for all layers, the largest that has no more parameters;
-- ``convert_to_lora``: PEFT's function of this name, at the rank of ``svd_uniform``;
-- ``magnitude``: directions go by ``s |b_i| |a_i|`` as they are trained, over all layers;
-- ``small``: an adapter of a smaller rank, trained from the start (jobs of their own).
+- ``cut``: AdamW or CTROptimizer at ``--ranks``; then the adapter is cut at every tolerance. ``compress`` measures on
+  rows held out of training; every figure written is measured on the test split. The other ways get the number of
+  parameters that ``compress`` left: ``svd`` (singular values of ``s B A``, the smallest squares per parameter go first,
+  over all layers), ``svd_uniform`` (one rank for all layers, the largest that has no more parameters),
+  ``convert_to_lora`` (PEFT's function of this name, at the same rank), ``magnitude`` (directions go by
+  ``s |b_i| |a_i|`` as they are trained);
+- ``scheduled``: CTROptimizer from ``--wide`` with ``RankScheduler(tolerance=)``, events at every tenth of the training
+  up to its default end, and ``wide``: the same without it;
+- ``plain``: AdamW or CTROptimizer at the ranks ``--small``, nothing cut;
+- ``adalora``: AdaLoRA with AdamW at the ranks ``--adalora``.
 
-Jobs run in worker processes, ``--slots`` on each GPU. Unstarted jobs are dropped at ``--deadline`` seconds.
+Jobs run in processes, ``--slots`` on each GPU. One line a figure is written after each job. No job is begun that would
+not end within ``--limit-s``; the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import math
+import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import warnings
+from copy import deepcopy
+from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WAYS = ("svd", "svd_uniform", "magnitude")
-_DEVICE = torch.device("cpu")
+from benchmarks.quality.methods import METHODS, Run
+from benchmarks.quality.tasks import batches, encode, load_rows, validation_split
+from benchmarks.ranks.cutting import Record, cuts
+from benchmarks.ranks.table import report
+from benchmarks.real.measure import loss_per_token
+from benchmarks.real.pool import Pace, Pool
+from benchmarks.real.specs import LAUNCH, LENGTHS, SLOWER
+
+Job = dict[str, Any]
+KINDS = ("cut", "scheduled", "wide", "plain", "adalora")
+RATES = {"e2e": 3.2e-3, "gsm8k": 3.2e-3, "hellaswag": 1.6e-3, "mbpp": 1e-4, "arc_easy": 2e-4, "boolq": 8e-4}
+"""AdamW's rates of lowest validation loss at rank 16 (``results/real-h200.jsonl``); AdaLoRA gets four times as much."""
+USUAL, ADALORA = 1.6e-3, 4.0
+HELD = {"mbpp": 48}  # of 374 rows
 
 
-def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The longest jobs first."""
-    common = dict(
-        model=args.model, data=args.data, steps=args.steps, batch=args.batch, held=args.held, evaluate=args.evaluate,
-        tolerances=args.tolerances, adamw_lr=args.adamw_lr, refit=args.refit,
-    )  # fmt: skip
-    ranks = [(rank, True) for rank in sorted(args.ranks, reverse=True)] + [(rank, False) for rank in args.small]
-    return [
-        {**common, "task": task, "method": method, "seed": seed, "rank": rank, "cut": cut}
-        for rank, cut in ranks
-        for seed in range(args.seeds)
-        for task in args.tasks.split(",")
-        for method in args.methods.split(",")
-    ]
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Every job, the important ones first."""
+    plan = {
+        "cut": [(method, rank) for rank in args.ranks for method in args.methods],
+        "scheduled": [("ctr", args.wide)],
+        "wide": [("ctr", args.wide)],
+        "plain": [(method, rank) for rank in args.small for method in args.methods],
+        "adalora": [("adalora", rank) for rank in args.adalora],
+    }
+    jobs = []
+    for kind in KINDS:
+        for seed in range(args.seeds) if kind in args.kinds else ():
+            for method, rank in plan[kind]:
+                for task in args.tasks:
+                    rate = None if method == "ctr" else args.adamw_lr or RATES.get(task, USUAL)
+                    job = {"kind": kind, "task": task, "method": method, "seed": seed, "rank": rank, "lr": rate}
+                    job |= {"steps": args.steps, "batch": args.batch, "held": min(args.held, HELD.get(task, args.held))}
+                    job |= {"evaluate": args.evaluate}
+                    if method == "adalora":
+                        job["lr"] = ADALORA * rate
+                    if kind == "cut":
+                        job |= {"tolerances": args.tolerances, "refit": args.refit}
+                    if kind == "scheduled":
+                        job["tolerances"] = [args.tolerance]
+                    jobs.append(job)
+    return jobs
 
 
-def start_worker(places: Any) -> None:
-    """Take one slot on a GPU, or the CPU."""
-    global _DEVICE
-    _DEVICE = torch.device(places.get())
-    if _DEVICE.type == "cuda":
-        torch.cuda.set_device(_DEVICE)
-        torch.backends.cuda.matmul.allow_tf32 = True
+def key_of(job: Job) -> str:
+    """Identity of a job."""
+    return json.dumps(job, sort_keys=True)
+
+
+def price(job: Job) -> float:
+    """Estimated time, in steps of AdamW on 16 rows of 64 tokens."""
+    tokens, unit = job["batch"] * LENGTHS.get(job["task"], 100), LAUNCH + 16 * 64
+    total = 20.0 + job["steps"] * SLOWER.get(job["method"], 1.0) * (LAUNCH + tokens) / unit
+    if job["kind"] == "cut":  # forward passes: ways on test rows, searches on held rows
+        passes = 2 + len(job["tolerances"]) * 5, 2 + len(job["tolerances"]) * 10
+        rows = passes[0] * job["evaluate"] + passes[1] * job["held"] * (1 + job["refit"] / 8)
+        total += rows * LENGTHS.get(job["task"], 100) / (3 * unit)
+    return total
+
+
+# -- one job -------------------------------------------------------------------------------------------------------
+
+
+def serve(device: str, pipe: Connection, folder: str, data: str, slots: int) -> None:
+    """A process's life: load the model, then work off the jobs that come over the pipe."""
+    from transformers import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    from benchmarks.real.run import attempt_with, versions
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logging.set_verbosity_error()
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind)
+        torch.set_float32_matmul_precision("high")
+    known = versions(device, slots)
+    worker = Worker(folder, Path(data), kind)
+    pipe.send("ready")
+    while True:
+        try:
+            job = pipe.recv()
+        except (EOFError, OSError):
+            return
+        result = attempt_with(lambda job=job: {"records": worker.run(job)})
+        if kind.type == "cuda" and "CUDA error" not in result.get("error", ""):
+            torch.cuda.empty_cache()
+        pipe.send({**result, "versions": known})
+        if "CUDA error" in result.get("error", ""):
+            return
 
 
-def run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Train one adapter, cut it; one record for each cut."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class Worker:
+    """Trains and cuts on one device."""
 
-    from benchmarks.quality import tasks
-    from ctr_optim import CTROptimizer
+    def __init__(self, folder: str, data: Path, device: torch.device) -> None:
+        from benchmarks.real.data import load
 
-    began = time.time()
-    torch.manual_seed(job["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    rows = {split: tasks.load_rows(Path(job["data"]), job["task"], split) for split in ("train", "test")}
-    train, held = tasks.validation_split(tasks.encode(rows["train"], tokenizer), job["held"])
-    test = tasks.encode(rows["test"][: job["evaluate"]], tokenizer)
-    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(_DEVICE)
-    rank = job["rank"]
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    params = [p for p in model.parameters() if p.requires_grad]
-    opt: torch.optim.Optimizer
-    if job["method"] == "ctr":
-        opt = CTROptimizer(params)
-    else:
-        opt = torch.optim.AdamW(params, lr=job["adamw_lr"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, job["steps"])
-    for data in tasks.batches(train, job["batch"], job["steps"], job["seed"], _DEVICE):
-        model(**data).loss.backward()
-        opt.step()
-        opt.zero_grad()
-        schedule.step()
-    if job["method"] == "ctr":
-        opt.close()  # type: ignore[attr-defined]
-    del opt
-    trained = time.time() - began
-    return [{**record, "train_seconds": trained} for record in cuts(job, model, held, test)]
+        self.base, self.tokenizer = load(folder, "float32", device)
+        self.data, self.device = data, device
 
+    def run(self, job: Job) -> list[Record]:
+        """Train one adapter, cut it where the job says so; one record for each figure."""
+        from ctr_optim.model.registry import find_pairs
 
-def cuts(job: dict[str, Any], model: Any, held: list, test: list) -> list[dict[str, Any]]:
-    """Records of the uncut adapter, and of every way to cut it."""
-    from benchmarks.quality import tasks
-    from ctr_optim import compress
-    from ctr_optim.ranks.adapter import adapter_of
-
-    def batches(examples: list) -> list[dict[str, torch.Tensor]]:
-        ordered = sorted(examples, key=lambda e: len(e.ids))
-        return [tasks.collate(ordered[i : i + 16], _DEVICE) for i in range(0, len(ordered), 16)]
-
-    known = {k: job[k] for k in ("task", "method", "seed", "rank", "steps", "batch", "refit")}
-    known |= {"device": _DEVICE.type, "torch": torch.__version__}
-    layers = adapter_of(model, None, "benchmark")
-    whole = sum(pair.rank * cost for pair, cost in zip(layers.pairs.values(), layers.costs.values(), strict=True))
-    on_test = Test(model, layers, batches(test))
-
-    def record(way: str, parameters: int, **more: Any) -> dict[str, Any]:
-        return {**known, "way": way, "parameters": parameters, "share": parameters / whole, **on_test.now(), **more}
-
-    records = [record("uncut" if job["cut"] else "small", whole)]
-    for tolerance in job["tolerances"] if job["cut"] else ():
         began = time.time()
-        options = {"refit": job["refit"]} if job["refit"] else {}
-        done = compress(model, tolerance, batches(held), **options)
-        seconds = time.time() - began
-        left = done.parameters_after
-        measured = {"tolerance": tolerance, "held_cost": done.cost, "held_kl": done.kl, "seconds": seconds}
-        records.append(record("compress", left, **measured))
-        layers.resize(layers.whole)
-        for way in WAYS:
-            weights, parameters = truncated(layers, way, left)
-            layers.write(weights)
-            records.append(record(way, parameters, tolerance=tolerance))
-            layers.write(layers.whole)
-        if (uniform := left // sum(layers.costs.values())) >= 1:
-            records.append(
-                record("convert_to_lora", uniform * sum(layers.costs.values()), tolerance=tolerance)
-                | (on_test.of(converted(model, uniform)))
-            )
+        torch.manual_seed(job["seed"])
+        rows = {split: load_rows(self.data, job["task"], split) for split in ("train", "test")}
+        train, held = validation_split(encode(rows["train"], self.tokenizer), job["held"])
+        test = encode(rows["test"][: job["evaluate"]], self.tokenizer)
+        run = self.built(job)
+        times = self.train(job, run, train)
+        if hasattr(run.optimizer, "close"):
+            run.optimizer.close()
+        model, run.optimizer = run.model, None
+        if self.device.type == "cuda":
+            times["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        times["train_seconds"] = round(time.time() - began, 2)
+        if job["kind"] == "cut":
+            records = cuts(model, held, test, job["tolerances"], self.device, job["refit"])
+        else:
+            loss = loss_per_token(model, test, self.device)
+            records = [{"way": job["kind"], "loss": loss, "parameters": 0}]
+            if job["method"] == "adalora":
+                records[0]["parameters"] = adalora_parameters(model)
+            else:
+                pairs = find_pairs(model)
+                records[0]["parameters"] = sum(pair.rank * pair.cost for pair in pairs)
+                records[0]["ranks"] = sorted(pair.rank for pair in pairs)
+        return [{**record, **times} for record in records]
+
+    def built(self, job: Job) -> Run:
+        """The adapter and its optimizer."""
+        options: dict[str, Any] = {}
+        if job["kind"] == "scheduled":
+            options["rank_scheduler"] = {"tolerance": job["tolerances"][0], "interval": max(1, job["steps"] // 10)}
+        spec = {"rank": job["rank"], "steps": job["steps"], "lr": job["lr"], "options": options}
+        run = METHODS[job["method"]](deepcopy(self.base), spec, iter(()))
+        run.model.to(self.device).train()
+        return run
+
+    def train(self, job: Job, run: Run, train: list[Any]) -> Record:
+        """Train; milliseconds a step over each quarter of the training."""
+        steps, cuda = job["steps"], self.device.type == "cuda"
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, steps)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        marks = [time.perf_counter()]
+        for step, data in enumerate(batches(train, job["batch"], steps, job["seed"], self.device), 1):
+            run.model(**data).loss.backward()
+            run.optimizer.step()
+            run.after_step(step - 1)
+            run.optimizer.zero_grad()
+            schedule.step()
+            if step % max(1, math.ceil(steps / 4)) == 0 or step == steps:
+                if cuda:
+                    torch.cuda.synchronize(self.device)
+                marks.append(time.perf_counter())
+        quarter = max(1, math.ceil(steps / 4))
+        each = [1e3 * (b - a) / quarter for a, b in pairwise(marks)]
+        return {"ms_by_quarter": each, "ms_per_step": 1e3 * (marks[-1] - marks[0]) / steps}
+
+
+def adalora_parameters(model: Any) -> int:
+    """Parameters of the directions that AdaLoRA kept: their singular values are not zero."""
+    total = 0
+    for module in model.modules():
+        if hasattr(module, "lora_E") and "default" in module.lora_E:
+            kept = int((module.lora_E["default"] != 0).sum())
+            total += kept * (module.lora_A["default"].shape[1] + module.lora_B["default"].shape[0] + 1)
+    return total
+
+
+# -- all jobs ------------------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> list[Record]:
+    """Records of a results file; a line that was cut off is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines() if os.path.exists(path) else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
     return records
 
 
-class Test:
-    """Loss of the test rows, and the KL from the adapter before it was cut; both in nats per target token."""
+def work(args: argparse.Namespace) -> None:
+    """Run what is not in the results yet."""
+    from benchmarks.real.run import devices_of
 
-    def __init__(self, model: Any, layers: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-        from ctr_optim.ranks.measurement import Measurement
+    began = time.time()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    jobs = jobs_of(args)
+    done = {key_of(r["job"]) for r in read(args.out) if not (args.again and "error" in r)}
+    todo = [job for job in jobs if key_of(job) not in done]
+    devices, count = devices_of("all"), 0
+    print(f"{len(todo)} of {len(jobs)} jobs to do on {', '.join(devices)}, {args.slots} at once on each", flush=True)
 
-        self.layers = layers
-        self.measurement = Measurement(model, batches, None, "benchmark")
-        self.measurement.factors(list(layers.pairs.values()))
-
-    def now(self) -> dict[str, float]:
-        """With the adapter as it is."""
-        from ctr_optim.linalg.shapes import sized
-
-        held = {n: (p.A.detach().clone(), p.B.detach().clone()) for n, p in self.layers.pairs.items()}
-        ranks = {n: len(a) for n, (a, _) in self.layers.whole.items()}
-        same = {n: (sized(a, (0,), ranks[n]), sized(b, (1,), ranks[n])) for n, (a, b) in held.items()}
-        small = any(len(a) != ranks[n] for n, (a, _) in held.items())
-        if small:
-            self.layers.resize(self.layers.whole)
-        cost = self.measurement.cost(lambda: self.layers.write(self.layers.whole), lambda: self.layers.write(same))
-        if small:
-            self.layers.resize(held)
-        return {"loss": cost.loss, "rise": cost.loss - self.measurement.loss, "kl": cost.kl}
-
-    def of(self, weights: Any) -> dict[str, float]:
-        """With other weights."""
-        cost = self.measurement.cost(lambda: self.layers.write(self.layers.whole), lambda: self.layers.write(weights))
-        self.layers.write(self.layers.whole)
-        return {"loss": cost.loss, "rise": cost.loss - self.measurement.loss, "kl": cost.kl}
-
-
-def truncated(layers: Any, way: str, parameters: int) -> tuple[Any, int]:
-    """An adapter's weights cut to at most ``parameters``, and how many there are."""
-    from ctr_optim.ranks.truncation import ranks_after, removals
-    from ctr_optim.ranks.valuation import Existing, existing_directions
-
-    directions = {}
-    for name, pair in layers.pairs.items():
-        a, b = pair.A.detach().double().cpu(), pair.scaling * pair.B.detach().double().cpu()
-        if way == "magnitude":
-            size = (a.norm(dim=1) * b.norm(dim=0)).square()
-            order = size.argsort(descending=True)
-            eye = torch.eye(len(a), dtype=a.dtype)
-            directions[name] = Existing(size[order], eye[order], eye[:, order])
-        else:
-            directions[name] = existing_directions(a @ a.mT, b.mT @ b)
-    ranks = {name: len(a) for name, (a, _) in layers.whole.items()}
-    worth = {name: e.utility.tolist() for name, e in directions.items()}
-    order = removals(worth, layers.costs, uniform=way == "svd_uniform")
-    left = sum(rank * layers.costs[name] for name, rank in ranks.items())
-    count = 0
-    while left > parameters and count < len(order):
-        left -= order[count].parameters
+    def write(job: Job, result: Record) -> None:
+        nonlocal count
         count += 1
-    return layers.cut(directions, ranks_after(order, count, ranks)), left
+        common = {"job": job, "versions": result.get("versions")}
+        records = result.get("records") or [{"error": result["error"], "where": result.get("where")}]
+        with open(args.out, "a") as out:
+            out.writelines(json.dumps({**record, **common}) + "\n" for record in records)
+        said = result.get("error") or f"loss {records[0]['loss']:.4f}, {len(records)} lines"
+        label = f"{job['kind']} {job['method']} r={job['rank']} {job['task']} seed {job['seed']}"
+        print(f"{time.time() - began:6.0f} s  {count}/{len(todo)}  {label}: {said}", flush=True)
 
-
-def converted(model: Any, rank: int) -> Any:
-    """What PEFT's ``convert_to_lora`` makes of the adapter, as weights of our layers."""
-    from peft import convert_to_lora
-
-    from ctr_optim.model.registry import find_pairs
-
-    config, saved = convert_to_lora(model, rank=rank, progressbar=False)
-    weights = {}
-    for pair in find_pairs(model):
-        prefix = f"base_model.model.{pair.name}"
-        a, b = saved[f"{prefix}.lora_A.weight"].to(pair.A), saved[f"{prefix}.lora_B.weight"].to(pair.B)
-        weights[pair.name] = a, b * (config.lora_alpha / config.r / pair.scaling)
-    return weights
-
-
-def report(records: list[dict[str, Any]]) -> str:
-    """A table: the share of parameters left and the rise of the test loss, by task, method, rank and tolerance."""
-    ways = ("compress", "svd", "svd_uniform", "convert_to_lora", "magnitude")
-    lines = ["| task | trained by | rank | tolerance | share | cost / tolerance | " + " | ".join(ways) + " |"]
-    lines.append("|---" * (6 + len(ways)) + "|")
-    cells: dict[Any, dict[str, list[dict[str, Any]]]] = {}
-    for r in records:
-        if r.get("way") in ways:
-            key = r["task"], r["method"], r["rank"], r["tolerance"]
-            cells.setdefault(key, {}).setdefault(r["way"], []).append(r)
-    for key, by_way in sorted(cells.items()):
-        ours = by_way["compress"]
-        share = sum(r["share"] for r in ours) / len(ours)
-        cost = sum(max(r["rise"], r["kl"]) for r in ours) / len(ours) / key[3]
-        means = [by_way.get(way, []) for way in ways]
-        rises = [f"{sum(r['rise'] for r in rs) / len(rs):+.4f}" if rs else "" for rs in means]
-        task, method, rank, tolerance = key
-        lines.append(
-            f"| {task} | {method} | {rank} | {tolerance:g} | {share:.3f} | {cost:.2f} | " + " | ".join(rises) + " |"
-        )
-    lines += ["", "| task | trained by | rank | parameters | test loss |", "|---|---|---|---|---|"]
-    plain: dict[Any, list[float]] = {}
-    for r in records:
-        if r.get("way") in ("small", "uncut"):
-            plain.setdefault((r["task"], r["method"], r["rank"], r["parameters"]), []).append(r["loss"])
-    for (task, method, rank, parameters), losses in sorted(plain.items()):
-        lines.append(f"| {task} | {method} | {rank} | {parameters:,} | {sum(losses) / len(losses):.4f} |")
-    return "\n".join(lines)
+    pace = Pace(0.35 if devices != ["cpu"] else 2.5)
+    arguments, deadline = (args.model, args.data, args.slots * len(devices)), began + args.limit_s
+    pool = Pool(
+        serve, arguments, devices, args.slots, write, deadline, pace, lambda text: print(text, flush=True), price
+    )
+    left = pool.work(todo, in_order=True) if todo else 0
+    print(f"{count} done, {left} left, {time.time() - began:.0f} s", flush=True)
 
 
 def numbers(kind: type) -> Any:
@@ -245,53 +267,36 @@ def numbers(kind: type) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a directory with the base model")
-    parser.add_argument("--data", help="a directory with TASK/train.jsonl and TASK/test.jsonl")
+    parser.add_argument("--model", help="folder of the base model")
+    parser.add_argument("--data", help="folder with TASK/train.jsonl and TASK/test.jsonl")
     parser.add_argument("--out", help="results, JSON lines; appended to")
-    parser.add_argument("--report", help="print a table of these results, and do nothing else")
-    parser.add_argument("--tasks", default="e2e,gsm8k,hellaswag,arc_easy")
-    parser.add_argument("--methods", default="adamw,ctr")
-    parser.add_argument("--ranks", type=numbers(int), default=[16, 32])
-    parser.add_argument("--small", type=numbers(int), default=[1, 2, 4, 8], help="ranks of the small adapters")
+    parser.add_argument("--report", help="print tables of these results, and do nothing else")
+    parser.add_argument("--kinds", type=numbers(str), default=KINDS, help=", ".join(KINDS))
+    parser.add_argument("--tasks", type=numbers(str), default=["e2e", "gsm8k", "hellaswag", "mbpp", "arc_easy"])
+    parser.add_argument("--methods", type=numbers(str), default=["adamw", "ctr"])
+    parser.add_argument("--ranks", type=numbers(int), default=[16])
+    parser.add_argument("--small", type=numbers(int), default=[2, 4, 1, 8], help="ranks of the small adapters")
+    parser.add_argument("--adalora", type=numbers(int), default=[2, 4], help="ranks of AdaLoRA")
+    parser.add_argument("--wide", type=int, default=32, help="rank that a schedule by tolerance begins with")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="of that schedule")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tolerances", type=numbers(float), default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--held", type=int, default=128, help="training rows that compress measures on")
-    parser.add_argument("--evaluate", type=int, default=300, help="test rows")
-    parser.add_argument("--adamw-lr", type=float, default=2e-3)
+    parser.add_argument("--held", type=int, default=128, help="training rows that compress measures on (at most)")
+    parser.add_argument("--evaluate", type=int, default=200, help="test rows")
+    parser.add_argument("--adamw-lr", type=float, help="of every task (default: the tuned one)")
     parser.add_argument("--refit", type=int, default=0, help="steps of refit after a cut")
-    parser.add_argument("--slots", type=int, default=9, help="worker processes on each GPU")
-    parser.add_argument("--deadline", type=float, default=270.0, help="seconds after which no job starts")
+    parser.add_argument("--slots", type=int, default=9, help="processes on each GPU")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
+    parser.add_argument("--again", action="store_true", help="repeat jobs that failed")
     args = parser.parse_args()
     if args.report:
-        with open(args.report) as lines:
-            print(report([json.loads(line) for line in lines]))
+        print(report(read(args.report)))
         return
     if not (args.model and args.data and args.out):
         parser.error("--model, --data and --out are needed")
-    began = time.time()
-    context = multiprocessing.get_context("spawn")
-    gpus = torch.cuda.device_count()
-    places = [f"cuda:{i}" for _ in range(args.slots) for i in range(gpus)] or ["cpu"]
-    queue = context.Queue()
-    for place in places:
-        queue.put(place)
-    with ProcessPoolExecutor(len(places), context, start_worker, (queue,)) as pool:
-        futures = {pool.submit(run, job): job for job in jobs_of(args)}
-        for future in as_completed(futures):
-            if time.time() - began > args.deadline:
-                for other in futures:
-                    other.cancel()
-            if future.cancelled():
-                continue
-            try:
-                records = future.result()
-            except Exception as error:  # one job that fails must not stop the others
-                records = [{**futures[future], "error": f"{type(error).__name__}: {error}"[:500]}]
-            with open(args.out, "a") as out:
-                out.writelines(json.dumps(record) + "\n" for record in records)
-    print(f"{time.time() - began:.0f} s")
+    work(args)
 
 
 if __name__ == "__main__":

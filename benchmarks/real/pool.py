@@ -66,7 +66,8 @@ class Pace:
 class Pool:
     """``entry(device, pipe, *arguments)`` runs in every process: sends ``"ready"``, then answers specs with results.
 
-    ``write(spec, result)`` gets every result in the parent. ``pace`` may hold what earlier runs took.
+    ``write(spec, result)`` gets every result in the parent. ``pace`` may hold what earlier runs took. ``price`` is the
+    estimated time of a spec, in any unit.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Pool:
         deadline: float,
         pace: Pace | None = None,
         say: Callable[[str], None] = print,
+        price: Callable[[Spec], float] = cost,
     ) -> None:
         self.entry, self.arguments, self.devices, self.each = entry, arguments, devices, each
-        self.write, self.deadline, self.say = write, deadline, say
+        self.write, self.deadline, self.say, self.price = write, deadline, say, price
         self.pace = pace or Pace(GUESS[devices[0].partition(":")[0]])
         self.context = multiprocessing.get_context("spawn")
         self.slots: list[Slot] = []
@@ -95,9 +97,11 @@ class Pool:
         there.close()
         self.slots.append(Slot(device, process, here))
 
-    def work(self, specs: list[Spec]) -> int:
-        """Run all that can be run in time; gives how many were not."""
-        self.waiting = sorted((Job(spec, cost(spec)) for spec in specs), key=lambda job: job.cost, reverse=True)
+    def work(self, specs: list[Spec], in_order: bool = False) -> int:
+        """Run all that can be run in time, the longest first or as they are given; gives how many were not."""
+        self.waiting = [Job(spec, self.price(spec)) for spec in specs]
+        if not in_order:
+            self.waiting.sort(key=lambda job: job.cost, reverse=True)
         for index in range(min(self.each * len(self.devices), len(self.waiting))):
             self._start(self.devices[index % len(self.devices)])
         try:
@@ -119,7 +123,7 @@ class Pool:
         return left
 
     def _give(self, slot: Slot) -> None:
-        """The longest run that ends in time and that the device has memory for."""
+        """The first run in line that ends in time and that the device has memory for."""
         busy = sum(s.device == slot.device and s.job is not None for s in self.slots)
         alone = any(s.device == slot.device and s.job is not None and s.job.memory >= 2 for s in self.slots)
         for job in self.waiting:

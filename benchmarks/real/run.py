@@ -17,7 +17,7 @@ import platform
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,16 @@ def versions(device: str, processes: int) -> dict[str, Any]:
 
 
 def attempt(spec: Spec, base: Any, store: data.Store, device: torch.device) -> Result:
-    """A run's record, or what it failed with: one failed run must not lose the others."""
+    """A run's record, or what it failed with."""
     from benchmarks.real.train import train
 
+    return attempt_with(lambda: train(spec, base, store, device))
+
+
+def attempt_with(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns, or what it failed with: one failed run must not lose the others."""
     try:
-        return train(spec, base, store, device)
+        return work()
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
     except Exception as error:

@@ -2,8 +2,10 @@
 
     torchrun --nproc_per_node 2 -m benchmarks.trust.nccl --model examples/assets/base5m --out nccl.jsonl
 
-Without GPUs the processes talk through gloo. Each line says how a model was wrapped, whether all processes hold the
-same bits after training, the loss, the last step's bound, and the weights' relative distance from the first line's.
+Without GPUs the processes talk through gloo. The first line is of one process by itself, on the rows of all. Each
+further line says how a model was wrapped, whether all processes hold the same bits after training, first and last loss,
+the measured KL of every step over its bound (median and largest), and how far losses and weights are from the first
+line's. Exit code 1: a way failed, or bits differ.
 """
 
 from __future__ import annotations
@@ -11,7 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
+import sys
+import time
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +27,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.trust.tiny import kl
 from ctr_optim import CTROptimizer
 
+ALONE = "one process"
 WAYS = ("DDP, optimizer first", "DDP, optimizer last", "DDP, holdout and retain", "FSDP2")
+ROWS, LENGTH = 8, 64  # of each process
+KEPT = ("trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/source", "trust/unbounded", "skipped_steps")
+Line = dict[str, Any]
 
 
 def adapted(path: str, device: torch.device) -> nn.Module:
+    """The model with LoRA, the same in every process."""
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).to(device).train()
@@ -37,6 +49,8 @@ def built(way: str, path: str, device: torch.device) -> tuple[nn.Module, CTROpti
     model = adapted(path, device)
     params = [p for p in model.parameters() if p.requires_grad]
     ids = [device.index] if device.type == "cuda" else None
+    if way == ALONE:
+        return model, CTROptimizer(params)
     if way == "FSDP2":
         for layer in model.get_base_model().model.layers:
             fully_shard(layer)
@@ -54,38 +68,73 @@ def built(way: str, path: str, device: torch.device) -> tuple[nn.Module, CTROpti
 
 
 def tokens(seed: int, rows: int, device: torch.device) -> Tensor:
-    return torch.randint(3, 2000, (rows, 64), generator=torch.Generator().manual_seed(seed)).to(device)
+    """Sequences that a rule mostly continues, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 2000, (rows, LENGTH), generator=generator)
+    chance = torch.rand(rows, LENGTH, generator=generator)
+    for t in range(1, LENGTH):
+        ids[:, t] = torch.where(chance[:, t] < 0.8, 3 + (5 * ids[:, t - 1] + 3) % 1997, ids[:, t])
+    return ids.to(device)
 
 
-def trained(way: str, path: str, steps: int, device: torch.device) -> dict[str, object]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model, optimizer = built(way, path, device)
-    for step in range(steps):
-        rows = tokens(step, 8 * world, device)[rank::world]
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    total = loss.detach().clone()
+def shared(value: float, device: torch.device) -> float:
+    """The mean over processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    total /= world
+    return float(total) / dist.get_world_size()
+
+
+def whole_weights(model: nn.Module, device: torch.device) -> tuple[Tensor, bool]:
+    """The trained weights, gathered, and whether every process holds the bits of the first."""
     equal, whole = True, []
     for p in model.parameters():
         if p.requires_grad:
             value = p.detach()
             value = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-            first = value.clone()
-            dist.broadcast(first, 0)
-            same = torch.tensor(float(torch.equal(first, value)), device=device)
-            dist.all_reduce(same)
-            equal &= float(same) == world
+            if dist.is_initialized():
+                first = value.clone()
+                dist.broadcast(first, 0)
+                equal &= shared(float(torch.equal(first, value)), device) == 1.0
             whole.append(value.float().cpu().flatten())
+    return torch.cat(whole), equal
+
+
+def trained(way: str, path: str, steps: int, device: torch.device, rank: int, world: int) -> Line:
+    """Train; the line of results, with ``weights`` and ``losses``."""
+    model, optimizer = built(way, path, device)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    losses, ratios, seconds = [], [], 0.0
+
+    def predictions(rows: Tensor) -> Tensor:
+        if way == "FSDP2":  # else the forward reads the gathered weights of the forward before
+            inner.reshard()
+        with torch.no_grad():
+            return inner(input_ids=rows).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+
+    for step in range(steps):
+        rows = tokens(step, ROWS * world, device)
+        rows = rows if way == ALONE else rows[rank::world]
+        before = predictions(rows)
+        began = time.perf_counter()
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(shared(float(loss.detach()), device))
+        seconds += time.perf_counter() - began
+        moved = shared(kl(before, predictions(rows)), device)
+        bound = optimizer.metrics()["trust/max_kl"]
+        ratios.append(moved / bound if bound else float("nan"))
+    weights, equal = whole_weights(model, device)
     found = optimizer.metrics()
-    kept = ("trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/source", "trust/unbounded", "skipped_steps")
-    weights = torch.cat(whole)
+    optimizer.close()
     return {
-        "way": way, "steps": steps, "loss": float(total), "bit_equal": equal, "norm": float(weights.norm()),
-        **{key: found[key] for key in kept}, "weights": weights,
+        "way": way, "steps": steps, "bit_equal": equal, "first_loss": losses[0], "loss": losses[-1],
+        "kl_over_bound": {"median": statistics.median(ratios), "max": max(ratios), "first": ratios[0]},
+        "seconds_per_step": seconds / steps, **{key: found.get(key) for key in KEPT}, "weights": weights,
+        "losses": losses,
     }  # fmt: skip
 
 
@@ -100,23 +149,36 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    reference: Tensor | None = None
-    for way in WAYS:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    reference: Line | None = None
+    failed = False
+    for way in (ALONE, *WAYS):
+        if way == WAYS[0]:  # nothing is distributed before
+            dist.init_process_group("nccl" if cuda else "gloo")
         try:
-            line = trained(way, args.model, args.steps, device)
-            weights = line.pop("weights")
-            reference = weights if reference is None else reference
-            line["distance_from_first"] = float((weights - reference).norm() / reference.norm())
+            line = trained(way, args.model, args.steps, device, rank, world)
+            weights, losses = line.pop("weights"), line.pop("losses")
+            if reference is None:
+                reference = {"weights": weights, "losses": losses}
+            far = weights - reference["weights"]
+            line["distance_from_one_process"] = float(far.norm() / reference["weights"].norm())
+            pairs = zip(losses, reference["losses"], strict=True)
+            line["loss_from_one_process"] = max(abs(a / b - 1) for a, b in pairs)
+            failed |= not line["bit_equal"]
         except Exception as error:  # what fails is a result, too
-            line = {"way": way, "error": f"{type(error).__name__}: {error}"[:500]}
-        if dist.get_rank() == 0:
-            line |= {"backend": dist.get_backend(), "processes": dist.get_world_size(), "torch": torch.__version__}
+            line, failed = {"way": way, "error": f"{type(error).__name__}: {error}"[:500]}, True
+        if rank == 0:
+            backend = dist.get_backend() if dist.is_initialized() else None
+            line |= {"backend": backend, "processes": world, "torch": torch.__version__}
+            line["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
             print(json.dumps(line), flush=True)
             if args.out:
                 with open(args.out, "a") as file:
                     file.write(json.dumps(line) + "\n")
+    dist.barrier()
     dist.destroy_process_group()
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
