@@ -42,7 +42,7 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
                 shade = color if several or what == "training" else other
                 name = what if not several else run.name if index == 0 else f"_{what}"  # "_": not in the legend
                 _line(axis, steps, values, shade, name, style)
-        if len(axis.lines) > 1:
+        if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(loc="best")
 
     def base(axis: Axes) -> None:
@@ -51,7 +51,7 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
             for limit in run.series("budget/limit")[1][-1:]:
                 axis.axhline(limit, color=color, alpha=0.5, linestyle="--", linewidth=1, label="budget")
         axis.set_ylim(bottom=0)
-        if len(axis.lines) > 1:
+        if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(loc="best")
 
     def step_kl(axis: Axes) -> None:

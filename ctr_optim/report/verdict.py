@@ -10,7 +10,7 @@ from ctr_optim.report.run import Run
 def verdict(run: Run) -> str:
     """A run in one line: the bound, the way from the base model, the best evaluation."""
     if not run.logs:
-        return "Nothing was logged: use CTRCallback, or call EventLog.log(loss=...)."
+        return "Nothing was logged: with CTRCallback, lower logging_steps; in a loop, call EventLog.log(loss=...)."
     return "; ".join([*_bound(run), *_way(run), *_losses(run), *_skipped(run)]) + "."
 
 

@@ -192,6 +192,11 @@ def test_the_losses_are_drawn_together() -> None:
     assert list(axes["trust scale"].lines[0].get_ydata()) == [0.5] * 30
 
 
+def test_one_curve_needs_no_legend() -> None:
+    axes = axes_of(blocks(), "curves")  # with lines that mark rank events
+    assert axes["loss (nats per token)"].get_legend() is None
+
+
 def test_ten_layers_unless_all_are_wanted() -> None:
     run = blocks(20)
     shares = run.last["kl_from_base/layer"]
