@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ctr_optim.curvature.base import Stacked, StackedPair, State
+from ctr_optim.curvature.gradient import terms as gradient_terms
 from ctr_optim.curvature.none import NoCurvature
 from ctr_optim.runtime import distributed
 from ctr_optim.settings import calibration_due
-from ctr_optim.trust_region.rerun import moved
+from ctr_optim.trust_region.rerun import Moved
 
 _INTERVAL = 50  # most steps between samples, where the coupling is not measured
 _RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
@@ -36,6 +38,9 @@ class Gradients(Protocol):
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients for ``params`` with the parameters as they are now."""
+
+    def sampled(self, work: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+        """What ``work``, which calls :meth:`gradients`, returns; None where it fails, in any process."""
 
 
 @dataclass(slots=True)
@@ -54,12 +59,15 @@ class Hutchinson(NoCurvature):
         interval: most steps between samples.
     """
 
-    per_token = True
-
     def __init__(self, prober: Gradients | None, decay: float, interval: int | None) -> None:
         self.prober, self.decay, self.interval, self.state = prober, decay, interval, HutchinsonState()
         self._stacks: list[Stacked] = []
         self._step = 0
+
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        """Whether there is a sample; until then gradients alone are the metric."""
+        return self.state.hessians > 0
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Add the diagonal to the state of every parameter that trains."""
@@ -81,14 +89,18 @@ class Hutchinson(NoCurvature):
         if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
             return
         stacks = [s for s in self._stacks if any(p.grad is not None for p in s.params)]
-        samples = sample_diagonal(stacks, self.prober.gradients, self._step)
+        samples = self.prober.sampled(partial(sample_diagonal, stacks, self.prober.gradients, self._step))
+        if samples is None:
+            return
         world = distributed.add_up(samples)
         self.state.hessians += 1
         for stack, one in zip(stacks, samples, strict=True):
             update_diagonal_(stack, one / world, self.decay, self.state.hessians)
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack."""
+        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack; by gradients until there is a sample."""
+        if not self.state.hessians:
+            return gradient_terms(deltas)
         return [quadratic(stack, delta) for stack, delta in deltas.items()]
 
     def close(self) -> None:
@@ -116,7 +128,7 @@ def sample_diagonal(
     changes = [(list(stack.params), list(z.unbind(0))) for stack, z in zip(stacks, signs, strict=True)]
     ends = []
     for radius in (_RADIUS, -_RADIUS):
-        with moved(changes, radius):
+        with Moved(changes, radius):
             ends.append(gradients(params))
     products = iter([(plus - minus) / (2 * _RADIUS) for plus, minus in zip(*ends, strict=True)])
     return [
