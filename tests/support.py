@@ -68,6 +68,20 @@ class TorchtuneLinear(nn.Module):
         return x @ self.weight.mT + (self.alpha / self.rank) * self.lora_b(self.lora_a(x))
 
 
+class TorchtitanLinear(nn.Linear):
+    """As torchtitan's LoRALinear: a linear layer with submodules, s in one attribute, and no rank."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        self.weight.requires_grad_(False)
+        self._lora_scaling = alpha / rank
+        self.lora_a, self.lora_b = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self._lora_scaling * self.lora_b(self.lora_a(x))
+
+
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, b_std: float = 0.3, **options: Any) -> Net:
     """A seeded Net; B starts away from zero, so that every factor says something (``b_std=0`` for a fresh adapter)."""
     torch.manual_seed(seed)

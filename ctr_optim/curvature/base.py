@@ -125,6 +125,9 @@ class Gradients(Protocol):
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients for ``params`` with the parameters as they are now."""
 
+    def sampled(self, work: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+        """What ``work``, which calls :meth:`gradients`, returns; None where it fails, in any process."""
+
 
 class Curvature(Protocol):
     """A metric over all parameters that train.

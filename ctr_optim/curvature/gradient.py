@@ -24,7 +24,12 @@ class Gradient(CurvatureBase):
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
         """Terms of the form, one a stack."""
-        return [over_parts(stack, diagonal_form(stack, delta).sum()) for stack, delta in deltas.items()]
+        return terms(deltas)
+
+
+def terms(deltas: Mapping[Any, Tensor]) -> list[Tensor]:
+    """Terms of the form ``sum v^ delta^2``, one a stack."""
+    return [over_parts(stack, diagonal_form(stack, delta).sum()) for stack, delta in deltas.items()]
 
 
 def diagonal_form(stack: Stacked, delta: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from ctr_optim.curvature.base import Gradients, Stacked, StackedPair, State
 from ctr_optim.curvature.defaults import CurvatureBase
+from ctr_optim.curvature.gradient import terms as gradient_terms
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
-from ctr_optim.runtime.displacement import moved
+from ctr_optim.runtime.displacement import Moved
 from ctr_optim.settings import Settings, calibration_due
 
 _INTERVAL = 50  # most steps between samples, where the coupling is not measured
@@ -42,7 +44,6 @@ class Hutchinson(CurvatureBase):
         interval: most steps between samples.
     """
 
-    per_token = True
     reruns = True
 
     def __init__(self, prober: Gradients | None, decay: float, interval: int | None) -> None:
@@ -54,6 +55,11 @@ class Hutchinson(CurvatureBase):
     def build(cls, pairs: Sequence[LoRAPair], settings: Settings, prober: Gradients | None) -> Hutchinson:
         """Return the curvature of an optimizer."""
         return cls(prober, settings.factor_decay, settings.calibration_interval)
+
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        """Whether there is a sample; until then gradients alone are the metric."""
+        return bool(self.state.hessians > 0)
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
         """Add the diagonal to the state of every parameter that trains."""
@@ -75,14 +81,18 @@ class Hutchinson(CurvatureBase):
         if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
             return
         stacks = [s for s in self._stacks if any(p.grad is not None for p in s.params)]
-        samples = sample_diagonal(stacks, self.prober.gradients, self._step)
+        samples = self.prober.sampled(partial(sample_diagonal, stacks, self.prober.gradients, self._step))
+        if samples is None:
+            return
         world = distributed.add_up(samples)
         self.state.hessians += 1
         for stack, one in zip(stacks, samples, strict=True):
             update_diagonal_(stack, one / world, self.decay, self.state.hessians)
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack."""
+        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack; by gradients until there is a sample."""
+        if not self.state.hessians:
+            return gradient_terms(deltas)
         return [quadratic(stack, delta) for stack, delta in deltas.items()]
 
     def close(self) -> None:
@@ -110,7 +120,7 @@ def sample_diagonal(
     changes = [(list(stack.params), list(z.unbind(0))) for stack, z in zip(stacks, signs, strict=True)]
     ends = []
     for radius in (_RADIUS, -_RADIUS):
-        with moved(changes, radius):
+        with Moved(changes, radius):
             ends.append(gradients(params))
     products = iter([(plus - minus) / (2 * _RADIUS) for plus, minus in zip(*ends, strict=True)])
     return [

@@ -1,4 +1,7 @@
-"""torchtune: ``LoRALinear`` with ``lora_a``/``lora_b`` and ``s = alpha / rank`` recomputed in every forward."""
+"""torchtune and torchtitan: ``LoRALinear`` with submodules ``lora_a`` and ``lora_b``.
+
+torchtune computes ``s = alpha / rank`` in every forward; torchtitan keeps ``s`` as ``_lora_scaling``.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,28 @@ class TorchtuneLibrary:
         layer.alpha = old_scaling * pair.rank
 
 
-_LIBRARY = TorchtuneLibrary()
+class TorchtitanLibrary:
+    """Bookkeeping of torchtitan's layers, which know neither rank nor alpha."""
+
+    def scaling(self, pair: LoRAPair) -> float:
+        layer: Any = pair.layer
+        return float(layer._lora_scaling)
+
+    def rank_changed(self, pair: LoRAPair, old_scaling: float) -> None:
+        pair.down.out_features = pair.rank  # type: ignore[assignment]
+        pair.up.in_features = pair.rank  # type: ignore[assignment]
+
+
+_TORCHTUNE, _TORCHTITAN = TorchtuneLibrary(), TorchtitanLibrary()
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
-    """Pairs of every torchtune LoRA layer below ``root``."""
+    """Pairs of every torchtune or torchtitan LoRA layer below ``root``."""
     for name, module in root.named_modules():
         down, up = module._modules.get("lora_a"), module._modules.get("lora_b")
-        if (
-            isinstance(down, nn.Linear)
-            and isinstance(up, nn.Linear)
-            and hasattr(module, "alpha")
-            and hasattr(module, "rank")
-        ):
-            yield LoRAPair(name, down, up, module, None, _LIBRARY)
+        if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
+            continue
+        if hasattr(module, "_lora_scaling"):
+            yield LoRAPair(name, down, up, module, None, _TORCHTITAN)
+        elif hasattr(module, "alpha") and hasattr(module, "rank"):
+            yield LoRAPair(name, down, up, module, None, _TORCHTUNE)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def moved(
-    changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float | Tensor = 1.0
-) -> Iterator[None]:
-    """Add ``factor`` times their deltas to parameters within a ``with`` block, then restore them bit for bit.
+class Moved:
+    """Parameters displaced by ``factor`` times their deltas (None: to zero) until the block ends, then as they were.
 
-    Args:
-        changes: parameters, and a delta for each; None in the deltas' place sets the parameters to zero.
-        factor: a number, or a tensor ``()``.
+    All memory is taken at construction: where it does not suffice, the parameters are where they were.
     """
-    saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
-    try:
-        for (params, _), (_, delta) in zip(saved, changes, strict=True):
-            if delta is None:
-                torch._foreach_zero_(params)
-            else:
-                here = factor.to(delta[0].device) if isinstance(factor, Tensor) else factor
-                torch._foreach_add_(params, torch._foreach_mul(list(delta), here))
-        yield
-    finally:
-        for params, values in saved:
+
+    def __init__(
+        self, changes: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]], factor: float | Tensor = 1.0
+    ) -> None:
+        self._saved = [(list(params), [p.clone() for p in params]) for params, _ in changes]
+        try:
+            for (params, _), (_, delta) in zip(self._saved, changes, strict=True):
+                if delta is None:
+                    torch._foreach_zero_(params)
+                else:
+                    here = factor.to(delta[0].device) if isinstance(factor, Tensor) else factor
+                    torch._foreach_add_(params, torch._foreach_mul(list(delta), here))
+        except BaseException:
+            self._restore()
+            raise
+
+    def __enter__(self) -> None:
+        """They have moved already."""
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for params, values in self._saved:
             torch._foreach_copy_(params, values)

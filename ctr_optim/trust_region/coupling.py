@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ctr_optim.runtime import distributed
-from ctr_optim.runtime.displacement import moved
 from ctr_optim.settings import calibration_due
-from ctr_optim.trust_region.logits import kl_divergence
-from ctr_optim.trust_region.protocols import Adapter, Prober, Quiet, Step
+from ctr_optim.trust_region.protocols import Adapter, Changes, Prober, Quiet, Step
 
 SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
 _GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
@@ -141,7 +139,7 @@ class Coupling:
         if state.base_coupling is None or state.calibrations % _BASE_EVERY == 0:
             self._measure_base(here, adapter)
 
-    def _measured(self, step: Step, limit: float, guess: Tensor, tries: int) -> tuple[float, Tensor | None] | None:
+    def _measured(self, step: Step, limit: float, guess: Tensor, tries: int) -> tuple[float, Tensor] | None:
         """The coupling along a step, and the logits before it; None where none can be had.
 
         Until it is known, nothing waits for the device: the pass is short, and it should not run out of work.
@@ -161,9 +159,9 @@ class Coupling:
             # flatter the further one pushes it
             unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
             epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(1.0)).nan_to_num(0.0, 0.0)
-            with self.quiet(), moved(changes, epsilon):
-                there = self.prober.logits()
-            measured = distributed.mean(self._kl(here, there), q)
+            measured = self._kl_at(changes, epsilon, here, q)
+            if measured is None:
+                return None
             found = measured / (0.5 * epsilon.square() * q)
             coupling, off = torch.stack([found, found / guess]).tolist()
             if not (math.isfinite(coupling) and coupling > 0):
@@ -177,24 +175,27 @@ class Coupling:
             guess = found
         return coupling, here
 
-    def _kl(self, here: Tensor | None, there: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Summed over loss tokens, and their number; None in a process that has nothing to compare."""
+    def _kl_at(self, changes: Changes, factor: float | Tensor, here: Tensor, like: Tensor) -> Tensor | None:
+        """``()`` the KL per token from ``here`` to the model with its parameters displaced; None where that fails."""
         assert self.prober is not None
-        if here is None or there is None:
+        displaced = self.prober.moved(changes, factor)
+        if displaced is None:
             return None
-        return kl_divergence(here, there, self.prober.loss_tokens(here))
+        with self.quiet(), displaced:
+            there = self.prober.logits()
+        found = None if there is None else self.prober.divergence(here, there)
+        return None if found is None else distributed.mean(found, like)
 
-    def _measure_base(self, here: Tensor | None, adapter: Adapter) -> None:
+    def _measure_base(self, here: Tensor, adapter: Adapter) -> None:
         """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
         assert self.prober is not None
         form = adapter.kl_form()
         total = 0.0 if form is None else float(form)
         if form is None or not total > 0:
             return
-        with self.quiet(), moved([(adapter.switches(), None)]):
-            base = self.prober.logits()
-        found = float(distributed.mean(self._kl(here, base), form)) / total
-        if math.isfinite(found):  # the run of the base model may fail
+        measured = self._kl_at([(adapter.switches(), None)], 1.0, here, form)
+        found = math.nan if measured is None else float(measured) / total
+        if math.isfinite(found):
             self.state.base_coupling = found
 
 

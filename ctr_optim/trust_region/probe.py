@@ -9,24 +9,36 @@ restored bit for bit. It never raises into the user's loop: ``refused`` says why
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.displacement import Moved
 from ctr_optim.runtime.hooks import Hook
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.trust_region.kept import Kept
 from ctr_optim.trust_region.logits import NO_LOGITS, kl_divergence, logits_of
 from ctr_optim.trust_region.loss_tokens import Watch
+from ctr_optim.trust_region.protocols import Changes
 from ctr_optim.trust_region.rerun import CannotRerun, Generators, common_ancestors
+
+T = TypeVar("T")
 
 _MOST_FAILURES = 3  # in a row; after them the model is not run again
 _SAME = 1e-2  # nats; a slice that says something else than its rows of the whole batch did is no part of the batch
+
+
+class _Failed:
+    """What did not work."""
+
+
+class NoLoss(ValueError):
+    """The model's output has no ``.loss``."""
 
 
 class Probe:
@@ -45,7 +57,8 @@ class Probe:
         self._call: Kept | None = None
         self._depth: int | None = None
         self._checked = False  # whether a slice was seen to say what it said as a part of the batch
-        self._failures = 0
+        self._failures = 0  # re-runs that failed, in a row
+        self._starved = 0  # measurements whose memory did not suffice, in a row
         self._phase = 0
         self._like = next(root.parameters())  # on the device that processes talk through
         self._handles = []
@@ -70,15 +83,17 @@ class Probe:
         """Whether there is a batch to re-run, and it is known which of its tokens the loss looks at."""
         if self._call is None:
             return False
-        reason = self._call.prepare()
-        self.refused = reason or self.refused
-        return reason is None
+        unprepared = self._tried(self._call.prepare)
+        if isinstance(unprepared, _Failed):
+            return False
+        self.refused = unprepared or self.refused
+        return unprepared is None
 
     # -- the training's forward -----------------------------------------------------------------------------------
 
     def entered(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward; the outermost module that is really called is the one to keep."""
-        if self.paused or not self.enabled or not torch.is_grad_enabled() or self._failures >= _MOST_FAILURES:
+        if self.paused or not self.enabled or not torch.is_grad_enabled() or self._given_up:
             return
         if self._depth is not None and depth > self._depth:
             return
@@ -142,8 +157,9 @@ class Probe:
         if saved is not None and self._checked:
             return saved
         found = self._attempt(call)
-        if not self._all(found is not None and (saved is None or _alike(saved, found, call.loss_tokens()))):
-            wider = call.batch is not None and not self._out_of_memory and call.widen()
+        alike = found is not None and (saved is None or self._tried(partial(_alike, saved, found, call)) is True)
+        if not self._all(alike):
+            wider = call.batch is not None and not self._out_of_memory and self._tried(call.widen) is True
             self.share = 1.0
             if self._all(wider or call.batch is None):
                 found = self._attempt(call)
@@ -158,17 +174,46 @@ class Probe:
         assert self._call is not None
         return self._call.loss_tokens()
 
+    def moved(self, changes: Changes, factor: float | Tensor = 1.0) -> Moved | None:
+        """The parameters displaced until the block ends; None where some process's memory does not suffice."""
+        found = self._tried(partial(Moved, changes, factor))
+        if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
+            return found
+        if not isinstance(found, _Failed):
+            found.__exit__()
+        self._starve()
+        return None
+
+    def divergence(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+        """KL summed over loss tokens, and their number; None where some process's memory does not suffice."""
+        assert self._call is not None
+        found = self._tried(partial(kl_divergence, here, there, self._call.loss_tokens()))
+        if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
+            self._starved = 0
+            return found
+        self._starve()
+        return None
+
+    def sampled(self, work: Callable[[], T]) -> T | None:
+        """What ``work``, which calls :meth:`gradients`, returns; None where it fails for any reason, in any process."""
+        found = self._tried(work, Exception)
+        if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
+            self._failures = 0
+            return found
+        self._failed()
+        return None
+
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients of the slice's own loss for ``params``, with the parameters as they are now.
 
         Raises:
-            ValueError: where the model's output has no ``.loss``.
+            NoLoss: where the model's output has no ``.loss``.
         """
         assert self._call is not None
         with self._without_trace(self._call), torch.enable_grad():
             loss = getattr(self._call.module(*self._call.args, **self._call.kwargs), "loss", None)
             if loss is None:
-                raise ValueError(
+                raise NoLoss(
                     "curvature='hutchinson' needs a model that returns its loss (pass labels to it); "
                     "the output has no .loss: use curvature='kfac', which looks at gradients only"
                 )
@@ -190,16 +235,48 @@ class Probe:
                 self.refused = "the model's logits have another shape for a part of the batch"
             return found
         except Exception as error:
-            self._out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            told = _told(error)
+            told = self._refuse(error)
             self.refused = f"{NO_LOGITS}, and without labels: {told}" if call.fused else told
-        if self._out_of_memory and self._like.is_cuda:
-            torch.cuda.empty_cache()  # the traceback, which held the pass's tensors, is gone by now
+        self._free()
         return None
+
+    def _tried(self, work: Callable[[], T], caught: type[Exception] = torch.OutOfMemoryError) -> T | _Failed:
+        """What ``work`` returns in this process, or that it failed; ``refused`` tells why."""
+        self._out_of_memory = False
+        try:
+            return work()
+        except NoLoss:
+            raise
+        except caught as error:
+            self._refuse(error)
+        self._free()
+        return _Failed()
+
+    def _refuse(self, error: Exception) -> str:
+        self._out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        self.refused = _told(error)
+        return self.refused
+
+    def _free(self) -> None:
+        """Give memory back; the traceback, which held the tensors of what failed, is gone by now."""
+        if self._out_of_memory and self._like.is_cuda:
+            torch.cuda.empty_cache()
+
+    @property
+    def _given_up(self) -> bool:
+        return max(self._failures, self._starved) >= _MOST_FAILURES
+
+    def _starve(self) -> None:
+        self._starved += 1
+        self._end(self._starved)
 
     def _failed(self) -> None:
         self._failures += 1
-        if self._failures == _MOST_FAILURES:
+        self._end(self._failures)
+
+    def _end(self, failures: int) -> None:
+        """After some failures in a row, say so and stop trying."""
+        if failures == _MOST_FAILURES:
             self.release()
             warnings.warn(
                 f"CTROptimizer could not run the model again to measure the KL of a step, {_MOST_FAILURES} times in a "
@@ -237,11 +314,11 @@ class Probe:
                 buffer.copy_(value)
 
 
-def _alike(saved: Tensor, found: Tensor, counts: Tensor) -> bool:
+def _alike(saved: Tensor, found: Tensor, call: Kept) -> bool:
     """Whether a re-run says what the training's forward said, but for rounding."""
     if saved.shape != found.shape:
         return False
-    total, count = kl_divergence(saved, found, counts)
+    total, count = kl_divergence(saved, found, call.loss_tokens())
     return not float(total) > _SAME * float(count)  # NaN is for the measurement to refuse
 
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-Changes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]  # parameters, and what is added to each
+# parameters, and what is added to each; None: they become zero
+Changes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]]
 
 
 class Step(Protocol):
@@ -59,6 +60,12 @@ class Prober(Protocol):
 
     def logits_in_training(self) -> Tensor | None:
         """``(n, V)`` logits of the training's own forward pass."""
+
+    def moved(self, changes: Changes, factor: float | Tensor = 1.0) -> AbstractContextManager[None] | None:
+        """The parameters displaced until the block ends, by None: to zero. None where memory does not suffice."""
+
+    def divergence(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+        """KL summed over loss tokens, and their number; None where memory does not suffice."""
 
     def loss_tokens(self, logits: Tensor) -> Tensor:
         """``(n,)`` whether the loss looks at each token."""

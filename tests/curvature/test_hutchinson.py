@@ -81,3 +81,33 @@ def test_a_model_that_does_not_return_its_loss_is_told_so():
     nn.functional.cross_entropy(logits.flatten(0, 1), labels.clamp_min(0).flatten()).backward()
     with pytest.raises(ValueError, match="hutchinson"):
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:CTROptimizer cannot measure")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_sample_that_fails_is_left_out(error, monkeypatch):
+    """Gradients alone are the metric until there is a sample, so that the first steps are bounded, too."""
+    model, batch = tiny_llama(), llama_batch()
+    optimizer = CTROptimizer(
+        model.parameters(), curvature="hutchinson", max_kl=1e-2, calibration_interval=1, kl_schedule="constant"
+    )
+    probe, before = optimizer._curvature.prober, [p.detach().clone() for p in model.parameters()]
+    working = probe.gradients
+
+    def fails(params):
+        raise error("no gradients today")
+
+    def step():
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        return optimizer.metrics()
+
+    monkeypatch.setattr(probe, "gradients", fails)
+    metrics = step()
+    assert metrics["trust/source"] == "measured" and metrics["trust/predicted_kl"] == pytest.approx(1e-2)
+    assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert not any(bool(entry["hessian_diagonal"].any()) for entry in optimizer.state.values())
+    monkeypatch.setattr(probe, "gradients", working)
+    step()
+    assert any(bool(entry["hessian_diagonal"].any()) for entry in optimizer.state.values())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import (
     LoRALinear,
+    TorchtitanLinear,
     TorchtuneLinear,
     backward,
     batch,
@@ -78,6 +79,23 @@ def test_torchtune_style_layers() -> None:
     model(torch.randn(7, 5)).square().mean().backward()
     opt.step()
     assert all(f["C"].norm() > 0 and f["S"].norm() > 0 for f in factors_of(opt).values())
+
+
+def test_torchtitan_style_layers_keep_their_scale_when_ranks_move() -> None:
+    """A linear layer that became a LoRA layer: neither rank nor alpha, only ``_lora_scaling``."""
+    model = nn.Sequential(TorchtitanLinear(12, 6, 2, 8.0), nn.Tanh(), TorchtitanLinear(6, 10, 3, 8.0))
+    opt = CTROptimizer(trainable(model), **QUIET)
+    assert [(p.name, p.rank, p.scaling) for p in opt.pairs] == [("0", 2, 4.0), ("2", 3, pytest.approx(8 / 3))]
+    assert opt.pairs[0].A is model[0].lora_a.weight and opt.pairs[1].B is model[2].lora_b.weight
+    model(torch.randn(7, 12)).square().mean().backward()
+    opt.step()
+    assert all(f["C"].norm() > 0 and f["S"].norm() > 0 for f in factors_of(opt).values())
+    pair = opt.pairs[0]
+    with torch.no_grad():
+        pair.A.set_(pair.A.repeat(2, 1))
+        pair.B.set_(pair.B.repeat(1, 2))
+    pair.library.rank_changed(pair, pair.scaling)
+    assert pair.down.out_features == pair.up.in_features == pair.rank == 4 and pair.scaling == 4.0
 
 
 def test_hand_written_layers() -> None:

@@ -20,7 +20,7 @@ from support import (
 )
 from torch import Tensor, nn
 
-from ctr_optim.runtime.displacement import moved
+from ctr_optim.runtime.displacement import Moved
 from ctr_optim.trust_region.coupling import SLOPE_EXPONENT
 from ctr_optim.trust_region.logits import MOST_TOKENS, kl_divergence
 
@@ -57,12 +57,12 @@ def test_only_tokens_that_count_are_summed_over_all_pieces() -> None:
 def test_moved_parameters_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     params = [torch.randn(3, 4).to(dtype), torch.randn(3, 4).to(dtype)]
     before, delta = [p.clone() for p in params], torch.randn(2, 3, 4)
-    with moved([(params, delta)], 0.1):
+    with Moved([(params, delta)], 0.1):
         for p, q, d in zip(params, before, delta, strict=True):
             torch.testing.assert_close(p, (q.float() + 0.1 * d).to(dtype), rtol=1e-2, atol=1e-2)
             assert not torch.equal(p, q)
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    with pytest.raises(RuntimeError, match="inside"), moved([(params, None)]):
+    with pytest.raises(RuntimeError, match="inside"), Moved([(params, None)]):
         assert all((p == 0).all() for p in params)
         raise RuntimeError("inside")
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))

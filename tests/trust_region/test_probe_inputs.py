@@ -11,7 +11,8 @@ import torch
 from support import batch, exact_kl, loss_of, net, optimizer, weights_of
 from torch import Tensor, nn
 
-from ctr_optim.trust_region import kept
+from ctr_optim.runtime.displacement import Moved
+from ctr_optim.trust_region import kept, probe
 from ctr_optim.trust_region.rerun import sequences_in
 
 OPTIONS: dict[str, Any] = dict(lr=1.0, max_kl=1e-3, calibration_interval=1)
@@ -143,6 +144,52 @@ def test_no_re_run_raises_and_three_failures_end_it(error: type[Exception]) -> N
         assert opt.metrics()["trust/predicted_kl"] == pytest.approx(1e-3)
         tried.append(model.tried)
     assert tried[2] == tried[-1] and tried[0] < tried[2]
+
+
+def exhausted(*_: Any) -> None:
+    raise torch.OutOfMemoryError("the MEMORY is full")
+
+
+@pytest.mark.parametrize("part", ["Moved", "kl_divergence"])
+def test_a_measurement_without_memory_is_left_out(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the copies of the displaced parameters nor the comparison of logits raises into the user's loop."""
+    model = net()
+    opt = optimizer(model, **OPTIONS)
+
+    def step(index: int) -> dict[str, Any]:
+        opt.zero_grad()
+        loss_of(model(batch(index)[0]), batch(index)[1]).backward()
+        before = weights_of(opt)
+        opt.step()
+        after = weights_of(opt)
+        assert all(not torch.equal(before[name][1], after[name][1]) for name in before)
+        return opt.metrics()
+
+    working = getattr(probe, part)
+    monkeypatch.setattr(probe, part, exhausted)
+    assert "memory" in step(0)["trust/source"]
+    monkeypatch.setattr(probe, part, working)
+    known = step(1)
+    assert known["trust/source"] == "measured"
+    monkeypatch.setattr(probe, part, exhausted)
+    step(2), step(3)
+    with pytest.warns(UserWarning, match="memory"):
+        step(4)
+    assert step(5)["trust/predicted_kl"] == pytest.approx(1e-3)
+
+
+def test_parameters_that_cannot_be_displaced_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [torch.ones(3), torch.ones(2)]
+    tries = iter([None, exhausted])
+    multiply = torch._foreach_mul
+
+    def second_fails(*given: Any) -> Any:
+        return (next(tries) or multiply)(*given)
+
+    monkeypatch.setattr(torch, "_foreach_mul", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        Moved([([p], [torch.ones_like(p)]) for p in params])
+    assert all(bool((p == 1).all()) for p in params)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "python"])
