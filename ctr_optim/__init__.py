@@ -4,6 +4,7 @@ from ctr_optim.checkpoint.files import load_checkpoint, save_checkpoint
 from ctr_optim.checkpoint.matching import match_ranks
 from ctr_optim.export.compact import export_compact
 from ctr_optim.export.uniform import export_uniform
+from ctr_optim.holdout import Holdout
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.ranks.compress import compress
@@ -14,6 +15,7 @@ from ctr_optim.retention import Retention
 
 __all__ = [
     "CTROptimizer",
+    "Holdout",
     "LoRAPair",
     "RankEvent",
     "RankScheduler",

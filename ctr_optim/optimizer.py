@@ -57,14 +57,15 @@ class CTROptimizer(Attached):
 
     Args:
         params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
-        lr: leave it out, and schedule it as ever. Above about 0.01 the KL bound, not lr, sets the step length. The
+        lr: leave it out, and schedule it as ever: where the KL is bounded, only the schedule's shape matters. The
             default is 8e-2, or AdamW's everyday 2e-4 where no trust region can hold.
         betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
             sets how long a step is, and old gradients only turn it.
         max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
         kl_schedule: ``"auto"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
-            scheduler as ``initial_lr``; it falls as ``1 / (1 + t / 25)`` over t steps at one lr, and in proportion to a
-            batch's loss tokens below 256. ``"lr"``: the first of these alone. ``"constant"``: none of them.
+            scheduler as ``initial_lr``; it falls as ``1 / (1 + t / 25)`` over t steps at one lr, in proportion to a
+            batch's loss tokens below 256, and where rows are seen again. ``"lr"``: the first of these alone, and lr
+            limits a step, too. ``"constant"``: none of them.
             ``"adaptive"``: from predicted and actual reduction of the loss, needs ``step(closure)``, which is called
             twice.
         calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before;

@@ -102,6 +102,7 @@ SETUPS: dict[str, list[str | None]] = {
         + 'stand_in("torchtitan.components.optimizer", ParamGroupConfig=dict,\n'
         + '         OptimizersContainer=type("OptimizersContainer", (), {"Config": dict}))\n',
     ],
+    "docs/holdout.md": [LOOP + CTR],
     "docs/not-forgetting.md": [LOOP + CTR],
 }
 """For each page a setup for each block; None: the block goes on with the names of the block before it."""
