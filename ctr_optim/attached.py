@@ -1,4 +1,4 @@
-"""What an optimizer holds on to: the layers it found, its hooks, its stacks of parameters, and its numbers."""
+"""The optimizer's layers, hooks, stacks of parameters and numbers."""
 
 from __future__ import annotations
 

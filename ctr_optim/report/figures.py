@@ -114,7 +114,7 @@ def ranks_over_time(canvas: Any, run: Run) -> None:
 
 
 def figures(run: Run) -> list[tuple[str, Draw, float]]:
-    """What there is to draw of a run: a name, the drawing, and its height in inches at a width of 12."""
+    """Return the panels of a run: name, drawing function, and height in inches at a width of 12."""
     modules, blocks = len(run.grid.modules), len(run.grid.blocks)
     found: list[tuple[str, Draw, float]] = []
     if run.logs:
