@@ -79,9 +79,10 @@ class KFAC(CurvatureBase):
     # -- stacks -------------------------------------------------------------------------------------------------------
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add empty factors to the state of every B that has none."""
+        """Add empty factors to the state of every B among ``params`` that has none."""
+        given = {id(p) for p in params}
         for pair in self.pairs:
-            if "factor_updates" not in state[pair.B]:
+            if id(pair.B) in given and "factor_updates" not in state[pair.B]:
                 state[pair.B].update(factor_state(pair, self.structure))
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:

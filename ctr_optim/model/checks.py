@@ -25,7 +25,7 @@ def check_parameters(parameters: Iterable[nn.Parameter]) -> None:
     """Refuse DeepSpeed's stage 3, which leaves empty shells where the weights were."""
     if any(hasattr(p, "ds_id") for p in parameters):
         raise ValueError(
-            "CTROptimizer: DeepSpeed ZeRO partitions these parameters, so no layer holds its weights. LoRA's parameters "
+            "CTROptimizer: DeepSpeed ZeRO partitions these parameters, so no layer holds its weights. LoRA's weights "
             "are few, so train with DistributedDataParallel instead"
         )
 
