@@ -146,9 +146,9 @@ class Block:
         return torch.where(rows > 0, rows, torch.inf).amin()
 
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
-        """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.
+        """Fold the staged sums into the moving averages; pairs without tokens or with infinite sums keep theirs.
 
-        A pair whose averages are not finite (a fault: nothing that comes in here is) begins them anew.
+        A pair whose averages are not finite (a fault, because no such sum is added) restarts them.
 
         ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
         """

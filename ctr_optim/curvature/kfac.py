@@ -185,7 +185,7 @@ class KFAC(CurvatureBase):
         return tokens if self.settings.loss_reduction == "mean" else 1 / tokens
 
     def penalties(self, coupling: float) -> dict[Any, Tensor]:
-        """Gradients of ``trust_penalty KL(base || model)``, in the units of the loss's own gradients, by stack.
+        """Return the gradients of ``trust_penalty KL(base || model)`` by stack, in the units of the loss's gradients.
 
         Args:
             coupling: of the whole adapter, from the block-diagonal form to nats.

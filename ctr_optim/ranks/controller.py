@@ -112,7 +112,7 @@ class RankController:
         masked: bool,
         coupling: float | None = None,
     ) -> list[RankEvent]:
-        """Survey, share out, resize; returns the events, none where the factors could not be decomposed.
+        """Survey the layers, allocate ranks and resize; return the events, none if a decomposition failed.
 
         :meth:`notify` calls the listeners. The event drops the sketches from the state, so the caller restacks in any
         case. The budget that the model starts with is kept: the next event may use what one event leaves unspent.
