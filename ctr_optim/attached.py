@@ -1,4 +1,4 @@
-"""What an optimizer holds on to: the layers it found, its hooks, its stacks of parameters, and its numbers."""
+"""The optimizer's layers, hooks, stacks of parameters and numbers."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Attached(Optimizer):
         return self._trained.home() or self._trained.roots[0]
 
     def _hook_forwards(self) -> list[Any]:
-        """Hooks that call :meth:`_forward_begins` before every forward pass that will be trained on."""
+        """Register hooks that call :meth:`_forward_begins` before every training forward pass."""
         begins = partial(_forward_begins, weakly(self._forward_begins))
         return [
             root.register_forward_pre_hook(Hook(begins, id(root)), with_kwargs=True) for root in self._trained.roots
@@ -145,7 +145,7 @@ class Attached(Optimizer):
         )
 
     def _stack(self) -> list[Stack]:
-        """Everything that trains, by shape; laid out anew after anything replaced the state that the stacks share."""
+        """Return the stacks of all parameters that train, built anew after their shared state was replaced."""
         self._follow()
         if self._layout is None:
             distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
@@ -289,7 +289,7 @@ class Attached(Optimizer):
         self._arm()
 
     def _forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward that will be trained on: the model may have been moved, and gradients dropped."""
+        """Prepare for a training forward pass: follow a moved model, drop statistics of dropped gradients."""
         if self._bound.needs_rows:
             self._trust.rows.look(args, kwargs)
         if not self._trained.fsdp:

@@ -63,11 +63,10 @@ def twin(model: nn.Module, opt: CTROptimizer, foreach: bool | None, **options: A
     """The same model and optimizer, by way of a checkpoint, with another ``foreach``."""
     other = copy.deepcopy(model)
     twin = optimizer(other, **options)
-    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for group in twin.param_groups:
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
         group["foreach"] = foreach
-    twin._restack()
-    twin._arm()
+    twin.load_state_dict(saved)
     return other, twin
 
 

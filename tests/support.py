@@ -243,14 +243,21 @@ def peft_weights(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
 def factors_of(opt: CTROptimizer) -> dict[str, dict[str, Tensor]]:
     """The optimizer's factors, as dense matrices."""
     opt.metrics()  # lays out the state where no step has been taken
-    structure = STRUCTURES[opt._settings.factor_structure]
     result = {}
     for pair in opt.pairs:
         state = opt.state[pair.B]
+        held = {key.removeprefix("input_") for key in state if key.startswith("input_")}
+        structure = next(s for s in STRUCTURES.values() if set(s.fields) == held)
         C, S = (structure(*(state[f"{side}_{f}"] for f in structure.fields)) for side in ("input", "output"))
         dense = {"C": C.to_dense(), "S": S.to_dense(), "H": state["rank_input"], "D": state["rank_output"]}
         result[pair.name] = {k: v.detach().clone() for k, v in dense.items()}
     return result
+
+
+def numbers(opt: CTROptimizer) -> dict[str, Any]:
+    """The optimizer's own numbers, as a checkpoint holds them."""
+    found: dict[str, Any] = opt.state_dict()["param_groups"][0]["ctr"]
+    return found
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

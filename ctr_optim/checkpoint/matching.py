@@ -162,7 +162,8 @@ def _weight_of(
     if len(active) != 1:
         raise ValueError(
             f"match_ranks: {pair.name} carries the adapters {[p.adapter for p in alike]}, of which {active} are "
-            "active, and the checkpoint's names lack the adapter; pass match_ranks(..., adapter=name)"
+            "active, and the names in the checkpoint do not say which adapter they belong to; pass "
+            "match_ranks(..., adapter=name)"
         )
     return nameless if pair.adapter == active[0] else None
 

@@ -181,7 +181,7 @@ def _expected_entry(
 
 
 def _sketches_like(entry: Any, pair: LoRAPair) -> dict[str, Tensor]:
-    """What sketches of the saved ones' number of columns look like; nothing where none are saved."""
+    """Return empty sketches with as many columns as the saved ones; no entry if none are saved."""
     saved = entry.get("sketch_range") if isinstance(entry, Mapping) else None
     columns = saved.shape[-1] if isinstance(saved, Tensor) and saved.dim() else 0
     return sketch_state(pair, columns - OVERSAMPLED) if columns else {}

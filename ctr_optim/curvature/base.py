@@ -143,7 +143,10 @@ class Curvature(Protocol):
     state: Any
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add what this curvature keeps in the optimizer's state, where it is missing."""
+        """Add the tensors of this curvature to the state of ``params``, where they are missing.
+
+        Loading a checkpoint calls it, too, for one parameter at a time: a stand-in without storage.
+        """
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
         """Take new stacks, which hold the state."""

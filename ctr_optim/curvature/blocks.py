@@ -77,7 +77,7 @@ class Block:
     # -- capture ------------------------------------------------------------------------------------------------
 
     def stages(self, damping: float) -> list[Stage]:
-        """Where the taps put the tokens of each pair; empty."""
+        """Return an empty place for the tokens of each pair."""
         if self._sums is None:
             rows, h, d = (torch.zeros_like(t) for t in (self.b.tensors["factor_updates"], self.H, self.D))
             wide = (self.structure(*(torch.zeros_like(t) for t in factor.tensors)) for factor in (self.C, self.S))
@@ -91,7 +91,7 @@ class Block:
         return [Stage(self._sums, index) for index in range(len(self.pairs))]
 
     def follow_(self, state: Any) -> bool:
-        """Move everything to the layers' device; whether they have been moved. What was staged elsewhere is dropped."""
+        """Move all tensors to the layers' device, drop the staged sums, and return whether the device changed."""
         device = self.pairs[0].B.device
         if device == self.H.device:
             return False
@@ -107,7 +107,7 @@ class Block:
 
     @property
     def staged(self) -> list[Tensor]:
-        """What processes add up before a commit."""
+        """Sums that processes add up before a commit."""
         return [] if self._sums is None else self._sums.tensors
 
     def whiteners(self, damping: float) -> tuple[Any, Any]:
@@ -146,9 +146,9 @@ class Block:
         return torch.where(rows > 0, rows, torch.inf).amin()
 
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
-        """Fold the staged sums into the moving averages; pairs not seen, or with sums not finite, stay as they are.
+        """Fold the staged sums into the moving averages; pairs without tokens or with infinite sums keep theirs.
 
-        A pair whose averages are not finite (a fault: nothing that comes in here is) begins them anew.
+        A pair whose averages are not finite (a fault, because no such sum is added) restarts them.
 
         ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
         """
@@ -175,7 +175,7 @@ class Block:
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
 
     def bases(self) -> list[tuple[Stacked, Tensor]]:
-        """Whose eigenbasis comes of what: A's of D, B's of H."""
+        """Return stacks with the factor that gives their eigenbasis: A with D, B with H."""
         return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
 
     @property
@@ -234,7 +234,7 @@ def refresh_bases(blocks: Iterable[Block]) -> int:
     """New eigenbases for all stacks, many ranks at once; returns how many failed and kept the old ones."""
     alike: dict[Any, list[tuple[Stacked, Tensor]]] = {}
     for stack, factor in (pair for block in blocks for pair in block.bases()):
-        # smaller ranks are filled up with directions that nothing is known of: a call takes longer than its arithmetic
+        # Zero-pad smaller ranks so that one batched call serves many stacks: launches cost more than arithmetic.
         kind = (padded_rank(factor.shape[-1]), factor.dtype, factor.device)
         alike.setdefault(kind, []).append((stack, factor))
     failed = 0

@@ -31,7 +31,7 @@ _TURN = 0.7548776662  # from one step to the next
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a layer's tokens go: its place in the sums of its block."""
+    """The place of one layer in the sums of its block."""
 
     sums: Sums
     layer: int

@@ -1,9 +1,9 @@
 """The second curvature proxy: the Hessian's diagonal, by Hutchinson's estimator.
 
 ``diag(H) = E[z * H z]`` for signs z (Hutchinson, 1990; AdaHessian, arXiv 2006.00719). The Hessian-vector product is a
-central difference of gradients on a slice of the last batch, so that no double backward is needed and every attention
-kernel will do. Dearer than K-FAC (two backwards at a time) and blind to how a layer's parameters move together: it is
-here to compare with.
+central difference of gradients on a slice of the last batch, so it needs no double backward and works with every
+attention kernel. It costs two backward passes per sample and ignores correlations between a layer's parameters; it
+serves as a baseline for K-FAC.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Hutchinson(CurvatureBase):
             self.prober.enabled = calibration_due(step, self.interval or _INTERVAL)
 
     def update(self, finite: Tensor, agreed: Any) -> None:
-        """Take another sample of the diagonal, where the batch was kept."""
+        """Add one sample to the moving average of the diagonal, if this step kept its batch."""
         if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
             return
         stacks = [s for s in self._stacks if any(p.grad is not None for p in s.params)]

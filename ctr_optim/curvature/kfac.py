@@ -79,9 +79,10 @@ class KFAC(CurvatureBase):
     # -- stacks -------------------------------------------------------------------------------------------------------
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add empty factors to the state of every B that has none."""
+        """Add empty factors to the state of every B among ``params`` that has none."""
+        given = {id(p) for p in params}
         for pair in self.pairs:
-            if "factor_updates" not in state[pair.B]:
+            if id(pair.B) in given and "factor_updates" not in state[pair.B]:
                 state[pair.B].update(factor_state(pair, self.structure))
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
@@ -184,7 +185,7 @@ class KFAC(CurvatureBase):
         return tokens if self.settings.loss_reduction == "mean" else 1 / tokens
 
     def penalties(self, coupling: float) -> dict[Any, Tensor]:
-        """Gradients of ``trust_penalty KL(base || model)``, in the units of the loss's own gradients, by stack.
+        """Return the gradients of ``trust_penalty KL(base || model)`` by stack, in the units of the loss's gradients.
 
         Args:
             coupling: of the whole adapter, from the block-diagonal form to nats.

@@ -1,4 +1,4 @@
-"""The plain step of LoRA pairs in Triton kernels: the same as the torch operations of ``Block`` and ``Stack``, sooner.
+"""The step of LoRA pairs in Triton kernels: the same numbers, to rounding, as ``Block`` and ``Stack`` in less time.
 
 A step in torch passes over the moments a dozen times and launches hundreds of kernels; here it is three passes and a
 dozen launches. Same numbers, to rounding: the torch operations are the reference, and do all that this room does not
@@ -27,7 +27,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import users_line
 
 SLICES = 32  # programs that share a layer's A or B
-# room for a rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
+# padded rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
 TILES = {16: (64, 4), 32: (32, 4), 64: (16, 8)}
 
 _broken = False

@@ -37,7 +37,7 @@ class Stack:
                 state[p][key] = distributed.as_parts(part, state[p][key])
 
     def to_(self, device: torch.device, state: Any) -> None:
-        """Move the state to ``device``, unless it is there."""
+        """Move the state to ``device``, if it is on another one."""
         if device != self.device:
             self.tensors = {key: stacked.to(device) for key, stacked in self.tensors.items()}
             self._share(state)
@@ -50,7 +50,7 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        """Where the state is."""
+        """Device of the state."""
         return self.tensors["step"].device
 
     @property
@@ -68,7 +68,7 @@ class Stack:
         return self._stacked([p.detach() for p in self.params]).to(self.dtype)
 
     def gradients(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Gradients ``(L, *shape)`` and who has one ``(L,)``; all zero unless ``finite``. None where nobody has."""
+        """Return gradients ``(L, *shape)``, zero unless ``finite``, and which exist ``(L,)``; None without any."""
         grads = [p.grad for p in self.params]
         missing = [g is None for g in grads]
         if all(missing):
@@ -142,7 +142,7 @@ class Stack:
         torch._foreach_add_([p.data for p in params], parts)
 
     def parts(self, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What this process holds of the parameters and of a step ``(L, *shape)``."""
+        """Return this process's parts of the parameters and of a step ``(L, *shape)``."""
         cut = list(delta.unbind(0)) if self.rank_dim is None else distributed.parts(delta, self.params[0])
         return [distributed.local(p) for p in self.params], cut
 

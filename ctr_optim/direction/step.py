@@ -46,11 +46,11 @@ class Step:
 def directions(
     stacks: Sequence[Stack], fused: Fused, finite: Tensor, penalties: Mapping[Any, Tensor]
 ) -> tuple[dict[Stack, Tensor], list[Tensor]]:
-    """Every stack's step before the trust region; and, where kernels took a part, that part's form and slope.
+    """Return every stack's step before the trust region, and the form and slope of the kernels' part.
 
     Args:
-        stacks: what trains.
-        fused: the part that kernels take.
+        stacks: all parameters that train.
+        fused: takes the stacks that its kernels support.
         finite: ``()`` whether the step is to be taken.
         penalties: gradients to add to those of the loss, by stack.
     """

@@ -29,7 +29,7 @@ def adapter_of(model: Any, adapter: str, who: str) -> tuple[dict[str, Tensor], d
 
 
 def write(config: Any, weights: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
-    """What PEFT's ``save_pretrained`` would write."""
+    """Write the same files as PEFT's ``save_pretrained``."""
     from safetensors.torch import save_file
 
     if not is_first():

@@ -18,7 +18,7 @@ from ctr_optim.ranks.compress import Compression, compress
 
 @dataclass(frozen=True)
 class CompressedFiles:
-    """What was written, and what it cost; sizes in bytes of the adapters' weights."""
+    """Result of :func:`compress_files`: the compression, and the sizes of both adapters' weights in bytes."""
 
     done: Compression
     bytes_before: int

@@ -1,4 +1,4 @@
-"""Where people train: thin bridges from training frameworks to the optimizer, each imported on its own."""
+"""Thin bridges from training frameworks to the optimizer; each module imports one framework."""
 
 from __future__ import annotations
 

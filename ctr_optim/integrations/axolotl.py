@@ -17,7 +17,7 @@ from ctr_optim.integrations.transformers import attach
 
 
 class CTRArgs(BaseModel):
-    """What the plugin adds to axolotl's config."""
+    """Options that the plugin adds to axolotl's config."""
 
     ctr: dict[str, Any] | None = None
 

@@ -1,4 +1,4 @@
-"""torchtitan: a container that knows the optimizer name ``CTR``. In the config of a model with LoRA::
+"""torchtitan: an optimizers container that accepts the name ``CTR``. In the config of a model with LoRA::
 
 optimizer=CTROptimizersContainer.Config(
     param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="CTR", optimizer_kwargs={"max_kl": 0.1})])

@@ -178,9 +178,9 @@ def _warn_of_ignored_rate(args: TrainingArguments, optimizer: CTROptimizer) -> N
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
-    """Make the handler that is calling call this callback before its loggers, which read ``logs`` in passing.
+    """Move this callback before the loggers in the calling handler, because loggers read ``logs`` when they are called.
 
-    Callbacks from users come last, and are not told their handler: it is two frames up.
+    The Trainer calls user callbacks last and does not pass its handler, which is two frames up the stack.
     """
     frame = inspect.currentframe()
     caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None

@@ -49,7 +49,7 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
 
 
 def padded_basis(basis: Tensor, room: int) -> Tensor:
-    """Bases ``(..., r, r)`` with room for more directions, which are their own basis."""
+    """Return bases ``(..., r, r)`` enlarged to ``room``; the added directions are their own basis."""
     new = sized(basis, (-2, -1), room).clone()
     new.diagonal(dim1=-2, dim2=-1)[..., basis.shape[-1] :] = 1
     return new

@@ -25,8 +25,8 @@ def check_parameters(parameters: Iterable[nn.Parameter]) -> None:
     """Refuse DeepSpeed's stage 3, which leaves empty shells where the weights were."""
     if any(hasattr(p, "ds_id") for p in parameters):
         raise ValueError(
-            "CTROptimizer: DeepSpeed ZeRO partitions these parameters, so that no layer holds its weights; LoRA's are "
-            "few: train with DistributedDataParallel instead"
+            "CTROptimizer: DeepSpeed ZeRO partitions these parameters, so no layer holds its weights. LoRA's weights "
+            "are few, so train with DistributedDataParallel instead"
         )
 
 
@@ -54,7 +54,7 @@ def check_sharding(parameters: Iterable[nn.Parameter], rerunning: str | None) ->
         if off is not None:
             raise ValueError(
                 f"CTROptimizer: parameters were offloaded to {off} while the model runs on {mesh.device_type}; leave "
-                "out fully_shard(offload_policy=...): what trains with LoRA is small"
+                "out fully_shard(offload_policy=...): the trained LoRA parameters are small"
             )
 
 
@@ -102,7 +102,7 @@ def check_ranks_can_move(pairs: Sequence[LoRAPair], roots: Iterable[nn.Module], 
 
 
 def changes_base(roots: Iterable[nn.Module], pairs: Sequence[LoRAPair]) -> str | None:
-    """Return the ``init_lora_weights`` of an adapter that changed the base weights (PiSSA and its kin), else None."""
+    """Return the ``init_lora_weights`` of an adapter that changed the base weights (PiSSA and similar), else None."""
     adapters = {pair.adapter for pair in pairs}
     for root in roots:
         for module in root.modules():

@@ -1,4 +1,4 @@
-"""The word every room speaks: one LoRA-adapted linear map."""
+"""LoRAPair, one LoRA-adapted linear map: the type that all parts exchange."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ctr_optim.runtime.distributed import whole, write_
 
 
 class Library(Protocol):
-    """What a LoRA library has to tell us about one of its layers, and to be told when a rank changes."""
+    """Bookkeeping of one LoRA library: the scaling of a layer, and its attributes after the rank changed."""
 
     def scaling(self, pair: LoRAPair) -> float:
-        """The factor ``s`` in ``y = W0 x + s B A x``."""
+        """Return the factor ``s`` in ``y = W0 x + s B A x``."""
 
     def rank_changed(self, pair: LoRAPair, old_scaling: float) -> None:
-        """Bring the layer's bookkeeping in line with the shapes of A and B, ``s`` staying ``old_scaling``."""
+        """Set the layer's attributes to the shapes of A and B; ``s`` stays ``old_scaling``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
-        """Rows of A: the directions that the layer has room for (:func:`ranks_in_use` counts those that it uses)."""
+        """Rows of A: the allocated rank (:func:`ranks_in_use` counts the directions in use)."""
         return self.A.shape[0]
 
     @property
@@ -84,7 +84,7 @@ class LoRAPair:
         Directions whose row of A and column of B are zero have no gradient: they stay zero, exactly.
 
         Raises:
-            ValueError: if there is no room for k directions.
+            ValueError: if k exceeds the allocated rank.
         """
         rank, (room, d_in), d_out = a.shape[0], self.A.shape, self.B.shape[0]
         if a.shape != (rank, d_in) or b.shape != (d_out, rank) or rank > room:

@@ -59,8 +59,8 @@ class PeftLibrary:
     def _write_patterns(self, config: Any, adapter: str | None) -> None:
         """Replace the patterns by one exact entry for each layer that differs from the config.
 
-        PEFT takes the first key that matches and may sort the keys, so that a user's own, broader pattern could
-        hide ours: the whole dict is ours from the first change on.
+        PEFT takes the first key that matches and may sort the keys, so a broader pattern of the user could hide an
+        exact entry. From the first change on, this object owns the whole dict.
         """
         if any(config.rank_pattern is ranks and config.alpha_pattern is alphas for ranks, alphas in self._written):
             return

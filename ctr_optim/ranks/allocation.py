@@ -62,7 +62,7 @@ class Survey:
 
 
 def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
-    """The surveys, layers without a direction with the mean second moment of all others' for the first they get."""
+    """Return the surveys; layers without directions get the mean second moment of all other layers for new ones."""
     if all(s.rank for s in surveys):
         return list(surveys)
     home = surveys[0].rows
@@ -87,7 +87,7 @@ def survey(
 
     Args:
         fresh: A's rows mean nothing yet, and what they reach counts as absent, too.
-        ranks: directions in use, by layer; None: all that there is room for.
+        ranks: directions in use, by layer; None: all allocated directions.
     """
     whiteners, weights = block.whiteners(damping), block.weights()
     in_use = [pair.rank if ranks is None else ranks[pair.name] for pair in block.pairs]
@@ -100,7 +100,7 @@ def survey(
 
 
 def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """At most 64 at once: enough for a launch to cost nothing, few enough for copies in float64 to find room."""
+    """Split into groups of at most 64, so that launches are few and the float64 copies of one group fit into memory."""
     return (items[i : i + 64] for i in range(0, len(items), 64))
 
 
@@ -113,7 +113,7 @@ def _survey_alike(
     count: float,
     fresh: bool,
 ) -> list[Survey]:
-    """Those of a block's layers that use ``rank`` directions."""
+    """Survey the layers of a block that use ``rank`` directions."""
     at = torch.tensor(list(layers), device=block.H.device)
     a, b = weights[0][at, :rank], weights[1][at, :, :rank]
     H, D, C, S = host(block.H[at, :rank, :rank]), host(block.D[at, :rank, :rank]), block.C[at], block.S[at]
@@ -142,7 +142,7 @@ def _survey_alike(
         utility, rows = H.new_zeros(len(layers), 0), a.new_zeros(len(layers), 0, a.shape[-1])
     c_rows = C.matmul(rows.mT)
     cross, inner = host(a @ c_rows), host(rows @ c_rows)
-    # directions not in use have no moments: sums over the room are sums over those in use
+    # Unused directions have zero moments, so a sum over the allocated rank is the sum over the directions in use.
     sides = [
         (None if side is None else side.tensors["exp_avg_sq"][at].sum(dim) / max(1, rank))
         for side, dim in ((block.a, -2), (block.b, -1))
@@ -230,8 +230,8 @@ def resize(
 ) -> None:
     """Keep the best ``kept`` directions of layers and give each its ``added`` most useful absent ones.
 
-    A layer is cut to the directions that it uses, resized, and filled up with zeros to the room that it has: what was
-    allocated if ``masked``, else the new rank (at least 1: libraries know no layers of rank 0).
+    A layer is truncated to the directions in use, resized, and zero-padded: to the allocated rank if ``masked``, else
+    to the new rank, at least 1, because libraries have no layers of rank 0.
 
     Args:
         some: layers of one block that use as many directions.
@@ -304,5 +304,5 @@ def _stacked(layers: Sequence[C]) -> C:
 
 
 def _of(layers: C, index: int) -> C:
-    """Those of one layer."""
+    """Return the entry of one layer."""
     return type(layers)(*(getattr(layers, field.name)[index] for field in fields(layers)))

@@ -24,7 +24,7 @@ _REFITS = 4  # trials of the search
 
 
 class Compression(list[RankEvent]):
-    """One event for each layer whose rank changed, and what the cut cost.
+    """One event for each layer whose rank changed, and the measured cost of the cut.
 
     Attributes:
         ranks: the ranks of all layers, by name; 0 for a layer that lost every direction.

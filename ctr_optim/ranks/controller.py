@@ -1,4 +1,4 @@
-"""Rank events during training: when to sketch, when to reallocate, and who is told."""
+"""Rank events during training: when to sketch, when to reallocate, and which listeners to call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RankController:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
             raise ValueError(f"rank_scheduler: several layers are named {twice[0]!r}; train one model an optimizer")
-        # impossible budgets are heard of here, not at the first event
+        # Refuse impossible budgets at construction, not at the first event.
         scheduler.allocate(
             {pair.name: [0.0] * pair.max_rank for pair in pairs},
             {pair.name: pair.cost for pair in pairs},
@@ -112,7 +112,7 @@ class RankController:
         masked: bool,
         coupling: float | None = None,
     ) -> list[RankEvent]:
-        """Survey, share out, resize; returns the events, none where the factors could not be decomposed.
+        """Survey the layers, allocate ranks and resize; return the events, none if a decomposition failed.
 
         :meth:`notify` calls the listeners. The event drops the sketches from the state, so the caller restacks in any
         case. The budget that the model starts with is kept: the next event may use what one event leaves unspent.
@@ -184,5 +184,5 @@ class RankController:
         return replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
 
     def _allocated(self) -> int:
-        """Parameters that there is room for."""
+        """Allocated parameters."""
         return sum(pair.rank * pair.cost for pair in self._pairs)

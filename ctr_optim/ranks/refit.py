@@ -26,7 +26,7 @@ def refit(layers: Adapter, measurement: Measurement, steps: int, tolerance: floa
     pairs = [pair for pair in layers.pairs.values() if bool(pair.A.any()) and bool(pair.B.any())]
     if pairs:
         with measurement.training(pairs) as parameters:
-            optimizer = CTROptimizer(parameters, model=measurement.model, max_kl=MAX_KL * tolerance)
+            optimizer = CTROptimizer(parameters, model=measurement.model, max_kl=MAX_KL * tolerance, kl_schedule="lr")
             peak = optimizer.param_groups[0]["lr"]
             try:
                 for step in range(steps):

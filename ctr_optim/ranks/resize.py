@@ -64,7 +64,7 @@ def shrink(core: Core, on: Projection) -> tuple[Core, list[Tensor]]:
 
 
 def unchanged(core: Core) -> tuple[Core, list[Tensor]]:
-    """What :func:`shrink` returns where every direction stays as it is."""
+    """Return the result of :func:`shrink` for layers that keep every direction."""
     *layers, rank, _ = core.H.shape
     eye = torch.eye(rank, dtype=core.H.dtype, device=core.H.device).expand(*layers, 3, -1, -1)
     return core, [eye, eye]
@@ -81,7 +81,7 @@ def grow(core: Core, cross: Tensor, inner: Tensor) -> Core:
 
 
 def padded(core: Core, room: int) -> Core:
-    """A core with room for more directions: they have no factors, and are their own basis."""
+    """Return a core enlarged to ``room``; the added directions have no factors and are their own basis."""
     factors = sized(core.H, (-2, -1), room), sized(core.D, (-2, -1), room)
     return Core(*factors, padded_basis(core.basis_a, room), padded_basis(core.basis_b, room))
 

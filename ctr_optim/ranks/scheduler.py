@@ -42,7 +42,7 @@ class RankScheduler:
         tolerance: nats per token that all events together may cost, in place of a budget: at each event, the directions
             that are worth least per parameter go, as many as fit into the event's share. The cost is predicted, through
             the coupling of the whole adapter that the optimizer measures. Training then wins back some of it. Allocate
-            more directions than you need. A layer loses half of its directions at most at one event. Layers grow only
+            more directions than you need. A layer loses at most half of its directions in one event. Layers grow only
             where ``max_rank`` is given: one that lost nothing, and whose next direction promises ``1 + hysteresis``
             times the price at which others keep theirs.
     """
@@ -103,14 +103,14 @@ class RankScheduler:
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
 
     def multiple_at(self, mean: float) -> int:
-        """What ranks are multiples of, at a mean rank."""
+        """Return the number that ranks are multiples of, for a mean rank."""
         if self.multiple is not None:
             return self.multiple
         most = min(mean / 4, self.sketch_rank)
         return 1 << int(math.log2(most)) if most >= 1 else 1
 
     def most_change(self, mean: float) -> int | None:
-        """``max_change``, and room for one multiple, at a mean rank."""
+        """Return ``max_change``, but at least one multiple, for a mean rank."""
         return None if self.max_change is None else max(self.max_change, self.multiple_at(mean))
 
     @staticmethod
@@ -211,7 +211,7 @@ class RankScheduler:
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
         most = {n: min(cap, len(utilities[n]), (limits or {}).get(n, cap)) for n in costs}
         least = {n: min(max(self.min_rank, (floors or {}).get(n, 0)), most[n]) for n in costs}
-        multiple = self.multiple_at(mean)  # layers that have no room for one get all they have
+        multiple = self.multiple_at(mean)  # a layer whose largest rank is below one multiple gets its largest rank
         most = {n: max(rank - rank % multiple or rank, least[n]) for n, rank in most.items()}
         least = {n: min(rank + -rank % multiple, most[n]) for n, rank in least.items()}
         new = dict(least)

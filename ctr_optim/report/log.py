@@ -81,7 +81,7 @@ def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """What a logger can plot: the metrics of the run as a whole, and the mean, smallest and largest rank."""
+    """Return the metrics that a logger can plot: those of the whole run, and the mean, smallest and largest rank."""
     shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
     ranks = metrics["ranks"].values()
     sometimes = ("budget/used", "budget/limit", "retain/kl", "holdout/loss", "trust/holdout_factor")

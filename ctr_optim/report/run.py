@@ -75,7 +75,7 @@ class Run:
 
     @property
     def last_ranks(self) -> dict[str, int]:
-        """Every layer's rank at the end."""
+        """Rank of every layer at the end of the run."""
         return {name: h[-1][1] for name, h in self.history.items()}
 
     def rank(self, layer: str, step: int) -> int:

@@ -51,7 +51,7 @@ def compared(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def summary(run: Run) -> list[tuple[str, str, str]]:
-    """What there is to say of the run as a whole: a name, the value, and what belongs to it."""
+    """Return the rows that describe the whole run: name, value and remark."""
     lines = [("steps", str(run.last_step), "")]
     first, now = list(run.first_ranks.values()), list(run.last_ranks.values())
     if first:

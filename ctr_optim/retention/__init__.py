@@ -1,4 +1,4 @@
-"""What must stay: statistics of retained text, and the coordinates in which an adapter learns without forgetting."""
+"""Retention: statistics of retained text, and the coordinates in which an adapter learns without forgetting."""
 
 from __future__ import annotations
 

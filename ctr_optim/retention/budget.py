@@ -7,9 +7,9 @@ distance on the retained tokens (``rate``) is learned from one measurement to th
 - between measurements, the distance is predicted by ``rate`` times the path;
 - a measurement comes when the path may have used half of what is left, so ever more often as the budget fills;
 - a step is shortened where it is longer than what is left, and than a share of the whole (`_STRIDE`);
-- where a measurement finds the budget exceeded, every B shrinks until it is not. The KL is quadratic in B, and in its
-  own metric the nearest point within the budget lies on the straight way back to the base model: what is taken from the
-  step is its component along the budget's gradient, and what is left moves along the boundary.
+- if a measurement exceeds the budget, every B shrinks until the KL is within it. The KL is quadratic in B. In that
+  metric the nearest point within the budget lies on the straight line to the base model, so the shrink removes the
+  step's component along the budget's gradient, and the rest moves along the boundary.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """What is left of the distance, as predicted; at least 0."""
+        """Predicted distance that remains within the budget, at least 0."""
         used = math.sqrt(max(self.state.budget_used or 0.0, 0.0))
         return max(self.reach - used - self.state.budget_rate * self.state.budget_path, 0.0)
 
     def metrics(self) -> dict[str, float | None]:
-        """What was measured last; ``retain/kl`` only where it was measured on retained text."""
+        """Return the last measurement; ``retain/kl`` only if it was made on retained text."""
         used = {"budget/used": self.state.budget_used, "budget/limit": self.limit}
         return {"retain/kl": self.state.budget_used, **used} if self.meter.on_text else used
 
@@ -187,6 +187,6 @@ def check_budget(
     if others or not pairs:
         found = f"{others} parameters train that belong to no LoRA layer" if pairs else "there are no LoRA layers"
         raise ValueError(
-            f"kl_budget: {found}, so that the base model is not what is left with B = 0; train LoRA layers alone "
-            " (no DoRA, no modules_to_save), or leave kl_budget out"
+            f"kl_budget: {found}, but setting B = 0 must give the base model; train LoRA layers alone "
+            "(no DoRA, no modules_to_save), or leave kl_budget out"
         )

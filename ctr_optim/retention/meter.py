@@ -97,7 +97,7 @@ class TextMeter:
 
 
 def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
-    """``()`` KL(base || model) summed over tokens; base: log-probabilities, rounded to half precision."""
+    """Return ``()`` KL(base || model), summed over tokens; ``base``: log-probabilities in half precision."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     sums = []
     for p, q in zip(torch.split(base, _PIECE), torch.split(logits, _PIECE), strict=True):

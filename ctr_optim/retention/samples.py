@@ -97,7 +97,7 @@ def _generating(model: nn.Module) -> Any:
 
 
 def _generate(model: Any, ids: Tensor, length: int, temperature: float) -> Tensor:
-    """Sequences ``(B, length)`` by the model's own ``generate``, with nothing of its generation config in force.
+    """Return sequences ``(B, length)`` from the model's ``generate``, without the settings of its generation config.
 
     Without a token that ends a text, a sequence goes on until it is full.
     """

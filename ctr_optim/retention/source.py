@@ -1,4 +1,4 @@
-"""What the optimizer was given to retain: resolved once, written to the state of every A, and carried from there."""
+"""The argument ``retain``: resolved once, then kept in the state of every A, which checkpoints carry."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Retained:
         retain: batches of text, a :class:`Retention`, the name of a source (:data:`SOURCES`), or None.
 
     Attributes:
-        batches: the text, once it is known; None without any.
+        batches: the text; None before it is known, and without text.
         retention: what was measured on it.
         pending: whether it is still to be measured.
 
@@ -114,7 +114,7 @@ class Retained:
 
 
 def as_state(metric: Metric, like: Tensor) -> dict[str, Tensor]:
-    """Return P in the form that the state of A holds, on the device of A and in float32 at least."""
+    """Return P as the tensors of the state of A, on the device of A and at least in float32."""
     kind: dict[str, Any] = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
     scales = torch.cat([metric.base.unsqueeze(-1), metric.weights], -1)
     return {VECTORS: metric.vectors.mT.contiguous().to(**kind), SCALES: scales.to(**kind)}

@@ -66,7 +66,7 @@ class Retention:
     Made by :meth:`measure`, or empty for :meth:`load_state_dict`.
 
     Attributes:
-        rank: eigenpairs that are kept of each layer (fewer where the layer is narrower).
+        rank: eigenpairs kept for each layer; fewer for layers of fewer input features.
         layers: for each layer's name, the name under which its statistics are held: layers that read one input share
             them.
         statistics: by those names.

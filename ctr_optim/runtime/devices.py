@@ -1,4 +1,4 @@
-"""What devices ask for: a model may lie on several of them, and autocast or TF32 may be on."""
+"""Tensors on several devices, and exact arithmetic where autocast or TF32 is on."""
 
 from __future__ import annotations
 

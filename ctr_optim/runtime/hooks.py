@@ -37,4 +37,4 @@ def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """What the hook of a copy does."""
+    """Do nothing: the hook of a copied module."""

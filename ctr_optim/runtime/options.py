@@ -33,7 +33,7 @@ def suggests_options(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean ...?"`` for the known name nearest to ``name``, or a list of the known names."""
+    """Return ``"; did you mean ...?"`` with the known name nearest to ``name``, or a list of the known names."""
     known = list(known)
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"

@@ -41,7 +41,7 @@ class CouplingState:
 
 
 class Coupling:
-    """Measures kappa on the model now and then, and follows it from step to step.
+    """Measures kappa on the model at intervals, and extrapolates it from step to step.
 
     Args:
         prober: runs the model again; None where no single model holds all parameters.
@@ -50,7 +50,7 @@ class Coupling:
 
     Attributes:
         state: numbers that a checkpoint carries.
-        kappa: the last step's; None before the first step.
+        kappa: kappa of the last step; None before the first step.
     """
 
     def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None) -> None:
@@ -82,7 +82,7 @@ class Coupling:
 
     @property
     def source(self) -> str:
-        """Where the coupling comes from."""
+        """Origin of the coupling: ``"measured"``, or the reason why it is not."""
         if self.interval is None:
             return "block-diagonal"
         if self.state.coupling is not None:

@@ -1,4 +1,4 @@
-"""One training forward of the model: its inputs, what it said, and which of its tokens are compared."""
+"""One training forward pass of the model: its inputs, its logits, and the tokens that are compared."""
 
 from __future__ import annotations
 

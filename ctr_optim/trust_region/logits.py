@@ -58,7 +58,7 @@ def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, 
 
 
 def evenly(count: int, phase: int = 0) -> slice:
-    """At most :data:`MOST_TOKENS` of ``count`` rows, evenly spaced.
+    """Return a slice of at most :data:`MOST_TOKENS` of ``count`` rows, evenly spaced.
 
     Args:
         phase: any whole number; it turns the first row, so that several measurements see different rows.

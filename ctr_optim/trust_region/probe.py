@@ -281,7 +281,7 @@ class Probe:
             warnings.warn(
                 f"CTROptimizer could not run the model again to measure the KL of a step, {_MOST_FAILURES} times in a "
                 f"row, and stops trying: {self.refused}. The bound rests on the coupling known so far; "
-                "metrics()['trust/source'] tells which.",
+                "metrics()['trust/source'] gives its origin.",
                 stacklevel=users_line(),
             )
 

@@ -186,3 +186,20 @@ def test_match_ranks_takes_the_only_adapter_under_another_name() -> None:
     model = tiny_llama(r=4)
     match_ranks(model, weights)
     assert ranks_of(model, "default") == {5}
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "gradient"])
+def test_parameters_of_no_lora_layer_come_back(curvature: str) -> None:
+    def built(seed: int) -> tuple[nn.Module, CTROptimizer]:
+        model = net(seed)
+        model.head.requires_grad_(True)
+        return model, optimizer(model, curvature=curvature, **OPTIONS)
+
+    model, opt = built(0)
+    train(model, opt, 3)
+    other, again = built(1)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for m, o in ((model, opt), (other, again)):
+        train(m, o, 3, 3)
+    assert same(snapshot(model), snapshot(other))

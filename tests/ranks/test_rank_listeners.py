@@ -27,8 +27,11 @@ def test_a_listener_that_raises_leaves_an_optimizer_that_works() -> None:
     opt, reference = build(model), build(plain)
     heard: list[RankEvent] = []
 
+    disk_is_full = True
+
     def fails(event: RankEvent) -> None:
-        raise OSError("disk full")
+        if disk_is_full:
+            raise OSError("disk full")
 
     opt.on_rank_event(fails)
     opt.on_rank_event(heard.append)
@@ -37,7 +40,7 @@ def test_a_listener_that_raises_leaves_an_optimizer_that_works() -> None:
         train(model, opt, 1, 3)
     train(plain, reference, 4)
     assert heard and opt.steps == 4 and opt.ranks == reference.ranks
-    opt._ranks.listeners.clear()
+    disk_is_full = False
     train(model, opt, 6, 4)
     train(plain, reference, 6, 4)
     assert same(snapshot(model), snapshot(plain))
@@ -93,7 +96,6 @@ def test_skipped_steps_are_not_among_those_that_a_sketch_sums_over(through_check
         opt = build(model, interval=8, window=4)
         opt.load_state_dict(saved)
         assert opt.state_dict()["param_groups"][0]["ctr"]["sketched"] == 2
-    opt._ranks.listeners.clear()
     opt.zero_grad()
     backward(model, batch(7))
     opt.step()

@@ -42,8 +42,7 @@ def resized(opt: CTROptimizer, kept: int, added: int) -> None:
         for name in ("sketch_range", "sketch_corange"):
             opt.state[s.pair.B].pop(name)
         resize([s], kept, added, opt.state.get)
-    opt._restack()
-    opt._arm()
+    opt.load_state_dict(opt.state_dict())  # the state was replaced: stack it anew
 
 
 def raw_moments(opt: CTROptimizer) -> dict[str, tuple[Tensor, Tensor]]:

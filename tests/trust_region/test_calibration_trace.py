@@ -16,6 +16,7 @@ from support import (
     llama_loss,
     loss_of,
     net,
+    numbers,
     optimizer,
     snapshot,
     tiny_llama,
@@ -310,9 +311,9 @@ def test_a_measurement_that_is_no_number_is_dropped(what: str, monkeypatch: pyte
     before, probe = opt.metrics()["trust/coupling"], opt._trust.coupling.prober
     logits = probe.logits
     monkeypatch.setattr(probe, "logits", lambda: torch.full_like(logits(), torch.nan) if what == "nan" else None)
-    usual = opt._trust.coupling.state.coupling
+    usual = numbers(opt)["coupling"]
     train(model, opt, 1, 1)
-    assert opt._trust.coupling.state.coupling == usual and opt._trust.coupling.state.calibrations == 1 and before > 0
+    assert numbers(opt)["coupling"] == usual and numbers(opt)["calibrations"] == 1 and before > 0
     assert opt.metrics()["trust/predicted_kl"] <= 1e-3 * (1 + 1e-6)
 
 
@@ -321,6 +322,6 @@ def test_a_fresh_adapter_is_the_base_model() -> None:
     model = net(b_std=0.0)
     opt = optimizer(model, lr=1e-2, max_kl=1e-3, calibration_interval=1)
     train(model, opt, 1)
-    assert opt._trust.coupling.state.coupling is not None and opt._trust.coupling.state.base_coupling is None
+    assert numbers(opt)["coupling"] is not None and numbers(opt)["base_coupling"] is None
     train(model, opt, 1, 1)
-    assert opt._trust.coupling.state.base_coupling is not None
+    assert numbers(opt)["base_coupling"] is not None

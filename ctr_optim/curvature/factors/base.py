@@ -31,29 +31,29 @@ class Factor(ABC):
     @staticmethod
     @abstractmethod
     def shapes(width: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the fields of one layer of width d."""
+        """Return the shapes of the fields for one layer of width d."""
 
     @staticmethod
     @abstractmethod
     def sums(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``, summed in ``dtype``."""
+        """Return the fields of ``sum_t v_t v_t^T`` for rows v_t ``(..., n, d)``, summed in ``dtype``."""
 
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
-        """``F x`` for x ``(..., d, n)``."""
+        """Return ``F x`` for x ``(..., d, n)``."""
 
     @abstractmethod
     def whitener(self, damping: float) -> Tensor | tuple[Tensor, ...]:
-        """What :meth:`whiten` needs, computed once; damping is relative to the mean eigenvalue."""
+        """Return the tensors that :meth:`whiten` needs; ``damping`` is relative to the mean eigenvalue."""
 
     @staticmethod
     @abstractmethod
     def whiten(whitener: Tensor | tuple[Tensor, ...], x: Tensor, transpose: bool = False) -> Tensor:
-        """``W x`` (or ``W^T x``) with ``W F W^T = I``, F damped, for x ``(..., d, n)``."""
+        """Return ``W x`` (or ``W^T x``) with ``W F W^T = I``, F damped, for x ``(..., d, n)``."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:
-        """The matrix, ``(..., d, d)``."""
+        """Return the matrix, ``(..., d, d)``."""
 
 
 def of_layers(whitener: Any, index: Any) -> Any:
