@@ -23,7 +23,8 @@ from ctr_optim.settings import Settings, check_group
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
-OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age")  # what runs without kl_budget lack
+# what runs without kl_budget lack, and checkpoints of earlier versions
+OPTIONAL = ("budget_used", "budget_rate", "budget_path", "budget_age", "watched")
 LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that checkpoints of format 1 may lack
 
 
