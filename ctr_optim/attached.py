@@ -320,6 +320,15 @@ class Attached(Optimizer):
             group["lr"] = EVERYDAY_RATE if group["lr"] == LEARNING_RATE else group["lr"]
         warn_unbounded(reason, EVERYDAY_RATE)
 
+    def _judged(self, first: bool = False) -> None:
+        """Look at the held-out rows where it is time: before the first step, and after some others."""
+        judge, steps = self._judge, self._counters.steps
+        if judge is None or (steps != 0 if first else not judge.holdout.due(steps)):
+            return
+        distributed.reshard(self._trained.fsdp)
+        if judge.look(steps, self._held, self.state) and self._budget is not None:
+            self._budget.doubt()
+
     def _length(self) -> float:
         """Length of a step, the root of its KL in nats: of the bound, or of the last step where there is none."""
         limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit

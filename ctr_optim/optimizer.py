@@ -168,7 +168,7 @@ class CTROptimizer(Attached):
             the closure's loss.
         """
         checks.check_outside_backward()
-        loss = _evaluated(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if closure is None and self._bound.needs_closure:
             self._once.warn(checks.NO_CLOSURE)
         if all(p.grad is None for p in parameters_of(self.param_groups)):
@@ -209,15 +209,6 @@ class CTROptimizer(Attached):
         factor = budget.factor(length)
         step.take_(factor * (torch.ones_like(step.q) if scale is None else scale))
         budget.moved(factor * length, self._budget_due)
-
-    def _judged(self, first: bool = False) -> None:
-        """Look at the held-out rows where it is time: before the first step, and after some others."""
-        judge, steps = self._judge, self.steps
-        if judge is None or (steps != 0 if first else not judge.holdout.due(steps)):
-            return
-        distributed.reshard(self._trained.fsdp)
-        if judge.look(steps, self._held, self.state) and self._budget is not None:
-            self._budget.doubt()
 
     def restore_best(self) -> float:
         """Go back to the weights of the lowest loss on the held-out rows; returns that loss.
@@ -412,11 +403,3 @@ class CTROptimizer(Attached):
         check_group(self.param_groups[-1])
         if self._attached:
             self._attach()
-
-
-def _evaluated(closure: Callable[[], Any] | None) -> Any:
-    """The closure's loss, with gradients; None without a closure."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

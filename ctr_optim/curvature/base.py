@@ -55,6 +55,9 @@ class Stacked(Protocol):
     def live(self, finite: Tensor) -> Tensor:
         """``(L,)`` 1 for the parameters that this step moves."""
 
+    def newest(self) -> Tensor | None:
+        """This step's gradients ``(L, *shape)`` in the coordinates of the moments; None where there are none."""
+
     def coordinates(self, delta: Tensor) -> Tensor:
         """A step ``(L, *shape)`` in the coordinates of the moments."""
 

@@ -1,8 +1,8 @@
 """A metric from gradients alone, for parameters without Kronecker factors.
 
 Adam's second moments estimate the diagonal of ``E[g^2]`` over batches; for batch gradients of N tokens that is the
-Fisher diagonal over N. ``q = sum v^ delta^2`` in the coordinates in which Adam runs has the right shape, and the
-coupling, measured on the model, restores its scale. Layers whose forward pass the hooks do not see (fused LoRA
+Fisher diagonal over N. ``q = sum max(v^, g^2) delta^2`` in the coordinates in which Adam runs has the right shape, and
+the coupling, measured on the model, restores its scale. Layers whose forward pass the hooks do not see (fused LoRA
 kernels), adapters of other kinds and whole models are bounded this way.
 """
 
@@ -33,16 +33,24 @@ def terms(deltas: Mapping[Any, Tensor]) -> list[Tensor]:
 
 
 def diagonal_form(stack: Stacked, delta: Tensor) -> Tensor:
-    """``(L,)`` the form ``sum v^ delta^2`` of each parameter's step, v^ bias-corrected, in Adam's coordinates.
+    """``(L,)`` the form ``sum max(v^, g^2) delta^2`` of each parameter's step, in Adam's coordinates.
+
+    v^ is bias-corrected, g this step's gradient: where all gradients before were zero, v^ is g^2 over the number of
+    steps, and would take the first step that counts for far too short.
 
     Args:
         stack: L parameters; a parameter that had no gradient yet contributes 0.
         delta: ``(L, *shape)``.
     """
     second, beta2 = stack.tensors["exp_avg_sq"], float(stack.group["betas"][1])
+    count = stack.tensors["step"].clamp_min(1).view(-1, *[1] * (second.dim() - 1))
+    metric = second / (1 - beta2**count).to(second.dtype)
+    newest = stack.newest()
+    if newest is not None:
+        metric = torch.maximum(metric, newest.square_())
     moved = stack.coordinates(delta).to(second.dtype)
-    form: Tensor = torch.linalg.vecdot(second.reshape(len(second), -1), moved.reshape(len(second), -1).square())
-    return form / (1 - beta2 ** stack.tensors["step"].clamp_min(1))
+    form: Tensor = torch.linalg.vecdot(metric.reshape(len(metric), -1), moved.reshape(len(metric), -1).square())
+    return form
 
 
 def over_parts(stack: Stacked, value: Tensor) -> Tensor:

@@ -98,10 +98,7 @@ class Stack:
         t, group = self.tensors, self.group
         if penalty is not None:
             grad = grad + penalty * (live > 0)[:, None, None]
-        if self.retained:
-            grad = coordinates.product(grad, t)
-        if self.rank_dim is not None:
-            grad = rotate(grad, t["basis"], self.rank_dim)
+        grad = self._turned(grad)
         delta, factor = adam_(grad, t["exp_avg"], t["exp_avg_sq"], t["step"], live, group["betas"], group["eps"])
         factor = factor * -group["lr"]
         if self.rank_dim is None:
@@ -113,6 +110,16 @@ class Stack:
         if group["weight_decay"] != 0:
             delta -= self.values() * (group["lr"] * group["weight_decay"] * live.view(factor.shape).to(delta.dtype))
         return delta
+
+    def _turned(self, grad: Tensor) -> Tensor:
+        """A gradient ``(L, *shape)`` in the coordinates of the moments."""
+        grad = coordinates.product(grad, self.tensors) if self.retained else grad
+        return grad if self.rank_dim is None else rotate(grad, self.tensors["basis"], self.rank_dim)
+
+    def newest(self) -> Tensor | None:
+        """This step's gradients ``(L, *shape)`` in the coordinates of the moments; None where there are none."""
+        found = self.gradients(torch.ones((), dtype=torch.bool, device=self.device))
+        return None if found is None else self._turned(found[0])
 
     def coordinates(self, delta: Tensor) -> Tensor:
         """A step ``(L, *shape)`` in the coordinates of the moments."""

@@ -116,6 +116,26 @@ def test_a_measured_bound_for_every_kind_of_parameter(build: Callable[[], nn.Mod
     assert metrics["trust/predicted_kl"] <= BOUND * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("quiet", [1, 9])
+def test_the_first_gradient_that_is_not_zero_counts_in_full(quiet: int) -> None:
+    """Zero gradients before it, of a gate that is shut: Adam's second moment is ``g^2 / (quiet + 1)`` then."""
+    late, early = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(()))
+    opt = CTROptimizer(
+        [late, early], curvature="gradient", calibration_interval=None, max_kl=1e-6, kl_schedule="constant"
+    )
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for step in range(quiet + 1):
+        opt.zero_grad()
+        ((late * weight).sum() * (step == quiet) + early.sum()).backward()
+        before = [p.detach().clone() for p in (late, early)]
+        opt.step()
+    moved = [p.detach() - b for p, b in zip((late, early), before, strict=True)]
+    assert late.grad is not None and early.grad is not None
+    form = sum(float((p.grad * d).square().sum()) for p, d in zip((late, early), moved, strict=True))
+    assert opt.metrics()["trust/scale"] < 1 and opt.metrics()["trust/predicted_kl"] == pytest.approx(1e-6, rel=1e-4)
+    assert 0.5 * form == pytest.approx(1e-6, rel=0.05)
+
+
 def test_the_gradient_metric_can_be_chosen() -> None:
     worst, opt = largest_ratio(tiny_llama(torch.float32), curvature="gradient")
     assert worst < 3 and opt.metrics()["trust/source"] == "measured"
