@@ -48,7 +48,9 @@ def warn_unmeasured(source: str) -> None:
     """Warn that steps cannot be bounded in nats; Python shows the warning once for each reason."""
     warnings.warn(
         f"CTROptimizer cannot measure the KL of its steps here, scale {source}: it steps at AdamW's everyday rate "
-        "instead. Give lr=... to choose another rate; docs/faq.md says how the KL becomes measurable.",
+        "instead. To have a bound, let the model's forward return its scores before the softmax as output.logits (of a "
+        "contrastive loss: the similarities), and pass model=... if no single module was found. Or give lr=..., chosen "
+        "as for AdamW. docs/faq.md tells more.",
         stacklevel=users_line(),
     )
 

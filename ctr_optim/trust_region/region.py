@@ -67,7 +67,7 @@ class TrustRegion:
             scale = scale_within(predicted, self.limit, largest_factor(self.bound, groups))
         if not self.coupling.known:
             factor = everyday_factor(groups)
-            scale = scale * factor
+            scale = scale.clamp_max(factor)  # the assumed bound on top would make steps far shorter than AdamW's
             if factor < 1:
                 warn_unmeasured(self.coupling.source)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
