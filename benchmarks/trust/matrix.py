@@ -142,11 +142,13 @@ def tables(results: list[dict[str, Any]]) -> str:
     """Markdown: adapters by loss forms, wrappers by adapters, wrappers by loss forms, and a summary."""
     by = {(r["wrapper"], r["adapter"], r["form"]): r for r in results}
     largest = [r["largest"] for r in results if "largest" in r]
+    medians = [r["median"] for r in results if "median" in r]
     crashes = [r for r in results if "crash" in r]
     unbounded = [r for r in results if r.get("unbounded_steps") or ("crash" not in r and "largest" not in r)]
     lines = [
         f"{len(results)} cells. Median of the largest ratio: {statistics.median(largest):.2f}; "
-        f"above 3: {sum(x > 3 for x in largest)}; without a bound: {len(unbounded)}; crashes: {len(crashes)}."
+        f"above 3: {sum(x > 3 for x in largest)}; median of the cells' medians: {statistics.median(medians):.2f}; "
+        f"without a bound: {len(unbounded)}; crashes: {len(crashes)}."
         if largest
         else f"{len(results)} cells, {len(crashes)} crashes.",
         "",
