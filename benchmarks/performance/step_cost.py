@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 
 from benchmarks.performance.common import Clock, Report, kind_of, spread, state_bytes, table, tensor_bytes
 from ctr_optim import CTROptimizer, RankScheduler
-from ctr_optim.retention import Retention
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": dict(
@@ -110,16 +109,6 @@ def build(args: argparse.Namespace, report: Report, device: torch.device) -> Ben
         adapter_dtype=str(params[0].dtype),
     )
     return bench
-
-
-def retained(bench: Bench, tokens: int) -> Retention:
-    """Statistics of random tokens, in pieces of 256; the time that they take, and their size."""
-    pieces = torch.randint(0, bench.vocabulary, (max(1, tokens // 256), 256), device=bench.device)
-    began = time.perf_counter()
-    found = Retention.measure(bench.model, list(pieces.split(4)))
-    bench.clock.wait()
-    bench.report.add("retention", tokens=pieces.numel(), seconds=time.perf_counter() - began)
-    return found
 
 
 # -- whole steps, interleaved ------------------------------------------------------------------------------------
@@ -473,7 +462,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--retain", type=int, default=0, help="tokens of retained text; 0: none")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
@@ -497,8 +485,7 @@ def main() -> None:
     setting = {k: getattr(args, k) for k in ("shape", "precision", "rank", "batch", "length", "checkpointing")}
     report = Report(args.out, device, **setting)
     bench = build(args, report, device)
-    options = {"retain": retained(bench, args.retain)} if args.retain else {}
-    resumable, parts = Resumable(bench, **options), args.parts.split(",")
+    resumable, parts = Resumable(bench), args.parts.split(",")
     if "whole" in parts:
         whole_steps(bench, resumable, args.rounds, args.steps)
     if "step" in parts:
