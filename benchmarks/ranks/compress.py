@@ -11,8 +11,8 @@ Kinds of jobs, in the order in which they run; each trains one adapter:
   rows held out of training; every figure written is measured on the test split. The other ways get the number of
   parameters that ``compress`` left: ``svd`` (singular values of ``s B A``, the smallest squares per parameter go first,
   over all layers), ``svd_uniform`` (one rank for all layers, the largest that has no more parameters),
-  ``convert_to_lora`` (PEFT's function of this name, at the same rank), ``magnitude`` (directions go by
-  ``s |b_i| |a_i|`` as they are trained);
+  ``magnitude`` (directions go by ``s |b_i| |a_i|`` as they are trained), and, at the tolerances ``--converting`` alone
+  because it takes full SVDs of every layer's update, PEFT's ``convert_to_lora`` (the same cut as ``svd_uniform``);
 - ``scheduled``: CTROptimizer from ``--wide`` with ``RankScheduler(tolerance=)``, events at every tenth of the training
   up to its default end, and ``wide``: the same without it;
 - ``plain``: AdamW or CTROptimizer at the ranks ``--small``, nothing cut;
@@ -75,7 +75,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                     if method == "adalora":
                         job["lr"] = ADALORA * rate
                     if kind == "cut":
-                        job |= {"tolerances": args.tolerances, "refit": args.refit}
+                        job |= {"tolerances": args.tolerances, "converting": args.converting, "refit": args.refit}
                     if kind == "scheduled":
                         job["tolerances"] = [args.tolerance]
                     jobs.append(job)
@@ -160,7 +160,7 @@ class Worker:
             times["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         times["train_seconds"] = round(time.time() - began, 2)
         if job["kind"] == "cut":
-            records = cuts(model, held, test, job["tolerances"], self.device, job["refit"])
+            records = cuts(model, held, test, job["tolerances"], job["converting"], self.device, job["refit"])
         else:
             loss = loss_per_token(model, test, self.device)
             records = [{"way": job["kind"], "loss": loss, "parameters": 0}]
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.01, help="of that schedule")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tolerances", type=numbers(float), default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--converting", type=numbers(float), default=[1e-2], help="tolerances for convert_to_lora")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--held", type=int, default=128, help="training rows that compress measures on (at most)")

@@ -50,9 +50,15 @@ class Test:
 
 
 def cuts(
-    model: Any, held: list[Example], test: list[Example], tolerances: list[float], device: torch.device, refit: int = 0
-) -> list[Record]:
-    """Records of the uncut adapter, and of every way to cut it. ``compress`` measures on ``held``."""
+    model: Any, held: list[Example], test: list[Example], tolerances: list[float], converting: list[float],
+    device: torch.device, refit: int = 0,
+) -> list[Record]:  # fmt: skip
+    """Records of the uncut adapter, and of every way to cut it.
+
+    Args:
+        held: rows that ``compress`` measures on.
+        converting: tolerances at which ``convert_to_lora`` is called, too.
+    """
     layers = adapter_of(model, None, "benchmark")
     whole = sum(pair.rank * pair.cost for pair in layers.pairs.values())
     one = sum(layers.costs.values())  # parameters of rank 1 everywhere
@@ -72,7 +78,7 @@ def cuts(
             weights, parameters = truncated(layers, way, left)
             records.append(record(way, parameters, on_test.of(weights), tolerance=tolerance))
         uniform = left // one
-        if uniform >= 1:
+        if tolerance in converting and uniform >= 1:
             try:
                 figures = on_test.of(converted(model, uniform))
             except Exception as error:  # a peer that cannot run here is a result, too

@@ -28,6 +28,7 @@ RATES = [1e-4 * 2**i for i in range(6)]  # 1e-4 to 3.2e-3
 BOUNDS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
 EVERYDAY = 2e-4  # AdamW's rate that most users have
 SCHEDULES = ["cosine", "linear", "constant"]
+UNIT = 0.4 / 9  # seconds of one H200 for a unit of cost: nine processes take 0.4 each (results/real-h200.jsonl)
 
 
 def setting(task: str, **changes: Any) -> Spec:
@@ -81,6 +82,28 @@ def baseline() -> list[Spec]:
     for task in [*GENERATIVE, *CHOICE]:
         spec = setting(task)
         plan += [untrained(spec), *peer(spec, "adamw"), *bounds(spec)]
+    return plan
+
+
+def edges() -> list[Spec]:
+    """AdamW above the rates of ``baseline``, on the tasks whose best rate lies at its edge: three seeds, with the rate
+    at the edge and CTROptimizer's default beside them."""
+    plan = []
+    for task in ("e2e", "gsm8k"):
+        for seed in range(3):
+            spec = setting(task, seed=seed)
+            plan += [spec, *peer(spec, "adamw", [RATES[-1] * 2**i for i in range(3)])]
+    return plan
+
+
+def long() -> list[Spec]:
+    """1000 steps on two tasks, three seeds: the default, with retained text, AdamW at rates around its best."""
+    plan = []
+    for task in ("e2e", "gsm8k"):
+        plan.append(untrained(setting(task)))
+        for seed in range(3):
+            spec = setting(task, steps=1000, seed=seed)
+            plan += [spec, {**spec, "retain": WIKITEXT}, *peer(spec, "adamw", RATES[3:])]
     return plan
 
 
@@ -153,6 +176,7 @@ RETENTION_TASKS = ["e2e", "gsm8k", "mbpp", "boolq", "sst2", "hellaswag"]
 STARTS = ["corda", "lora_null", "lora_null_frozen", "sc_lora"]
 FEW = RATES[1:6:2]  # 2e-4, 8e-4, 3.2e-3
 MIDDLE = RATES[1:6]
+BUDGETS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
 
 
 def retention() -> list[Spec]:
@@ -165,7 +189,7 @@ def retention() -> list[Spec]:
         plan += [untrained(spec), *peer(spec, "adamw"), *peer(spec, "rslora", MIDDLE), *peer(spec, "lora_plus", MIDDLE)]
         plan += [spec, *({**spec, "retain": how} for how in ("none", "self", WIKITEXT))]
         plan += [s for how in (spec, kept) for s in bounds(how, (1e-2, 3e-2, 0.3))]
-        plan += [{**how, "kl_budget": nats} for how in (spec, kept) for nats in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)]
+        plan += [{**how, "kl_budget": nats} for how in (spec, kept) for nats in BUDGETS]
         plan += [{**spec, "options": {"trust_penalty": weight}} for weight in (0.01, 0.03, 0.1, 0.3, 1.0)]
         for weight in (0.01, 0.03, 0.1, 0.3, 1.0):
             plan += peer(kept, "adamw_kl", FEW, options={"weight": weight})
@@ -187,6 +211,17 @@ def retention_short() -> list[Spec]:
         plan += peer(kept, "adamw_replay", FEW, options={"share": 0.3})
         for method in STARTS:
             plan += peer(kept, method, FEW)
+    return plan
+
+
+def budget() -> list[Spec]:
+    """``kl_budget`` from 0.05 to 2 nats on retained text and without it: is it kept, and at which task loss?"""
+    plan = []
+    for task in ("e2e", "gsm8k"):
+        spec = setting(task)
+        kept = {**spec, "retain": WIKITEXT}
+        plan += [untrained(spec), spec, kept]
+        plan += [{**how, "kl_budget": nats} for how in (kept, spec) for nats in BUDGETS]
     return plan
 
 
@@ -294,7 +329,8 @@ def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
 PLANS: dict[str, Callable[[], list[Spec]]] = {
     plan.__name__: plan
     for plan in (
-        smoke, baseline, auto, default_only, retention, retention_short, sequence, protocol, templates, settings,
+        smoke, baseline, edges, long, auto, default_only, retention, retention_short, budget, sequence, protocol,
+        templates, settings,
     )
 }  # fmt: skip
 
@@ -336,5 +372,7 @@ def main(arguments: list[str]) -> None:
         specs = PLANS[args.plan]()
     changes = {key: json.loads(value) for key, _, value in (item.partition("=") for item in args.set)}
     specs = ordered({**spec, **changes} for spec in select(specs, args.only))
-    print(f"{args.plan}: {len(specs)} runs, cost {sum(map(cost, specs)):.0f} steps of 16 x 64 tokens", file=sys.stderr)
+    total = sum(map(cost, specs))
+    minutes = f"about {total * UNIT / 60:.0f} minutes of one H200 with nine processes"
+    print(f"{args.plan}: {len(specs)} runs, cost {total:.0f} steps of 16 x 64 tokens, {minutes}", file=sys.stderr)
     print(json.dumps(specs))
