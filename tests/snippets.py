@@ -108,6 +108,7 @@ SETUPS: dict[str, list[str | None]] = {
 """For each page a setup for each block; None: the block goes on with the names of the block before it."""
 
 ELSEWHERE = {
+    "docs/extending.md": "tests/test_docs_extending.py",
     "docs/tutorial.md": "tests/test_docs.py::test_the_tutorial_runs",
     "examples/peft/README.md": "tests/integrations/test_peft_draft.py",
 }

@@ -106,7 +106,7 @@ def test_no_step_ever_leaves_the_trust_region(
         form = kl_of_step(factors_of(opt), before, weights_of(opt))
         for p, b in zip(heads, heads_before, strict=True):  # no factors: Adam's second moments over N tokens
             state = opt.state[p]
-            second = state["exp_avg_sq"] / (1 - 0.99 ** state["step"])
+            second = torch.maximum(state["exp_avg_sq"] / (1 - 0.99 ** state["step"]), p.grad.square())
             form += 0.5 * tokens * float((second * (p.detach() - b).square()).sum())
         predicted = found["trust/coupling"] * form
         assert predicted <= max_kl * (1 + 1e-4)
