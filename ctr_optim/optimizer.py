@@ -324,8 +324,9 @@ class CTROptimizer(Attached):
     def metrics(self) -> dict[str, Any]:
         """What the last step did, as plain floats; waits for the device.
 
-        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor applied to the
-        step), ``trust/coupling`` and ``trust/source``, ``trust/unbounded`` (parameters that no measured metric
+        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor in [0, 1] applied to
+        the step at the default rate), ``trust/coupling`` and ``trust/source``,
+        ``trust/unbounded`` (parameters that no measured metric
         bounds), ``kl_from_base`` (nats per token; an estimate, right in proportion between layers) and
         ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``,
         ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).

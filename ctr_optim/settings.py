@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LEARNING_RATE = 8e-2  # the default, where the trust region sets the length of steps
+IGNORED = -100  # the label of tokens that the loss leaves out
 EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW; the default where no trust region can hold
 
 

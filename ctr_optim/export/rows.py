@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of tokens that the loss leaves out
+from ctr_optim.settings import IGNORED
+
 _FORMS = '{"prompt": ..., "completion": ...} (or "target"), {"messages": [...]}, or {"text": ...}'
 
 

@@ -56,9 +56,10 @@ class Judge:
         """What was measured last, and what followed."""
         s = self.state
         return {
-            "holdout/loss": s.holdout_loss, "holdout/best": s.holdout_best, "holdout/best_step": s.holdout_best_step,
-
-        }  # fmt: skip
+            "holdout/loss": s.holdout_loss,
+            "holdout/best": s.holdout_best,
+            "holdout/best_step": s.holdout_best_step,
+        }
 
     def look(self, step: int, params: Sequence[nn.Parameter], state: State) -> bool:
         """Measure the loss after ``step`` steps, and draw the consequences; returns whether the weights went back.
@@ -68,38 +69,34 @@ class Judge:
             params: the parameters that train.
             state: the optimizer's state, which keeps their best values.
         """
-        s = self.state
-        loss = self._loss()
-        if s.holdout_best is None or loss < s.holdout_best or not self._kept(params, state):
-            s.holdout_best, s.holdout_best_step = loss, step
-            self._keep(params, state)
+        if self._improved(step, params, state):
             return False
-        s.holdout_factor *= self.holdout.shrink
+        self.state.holdout_factor *= self.holdout.shrink
         if self.holdout.rollback:
             self._restore(params, state)
         return self.holdout.rollback
 
     def restore_best(self, step: int, params: Sequence[nn.Parameter], state: State) -> float:
         """Go back to the weights of the lowest held-out loss, unless today's are better; returns that loss."""
-        s = self.state
-        loss = self._loss()
-        if s.holdout_best is None or loss < s.holdout_best or not self._kept(params, state):
-            s.holdout_best, s.holdout_best_step = loss, step
-            self._keep(params, state)
-        else:
+        if not self._improved(step, params, state):
             self._restore(params, state)
-        return float(s.holdout_best)
-
-    def prepare(self, params: Sequence[nn.Parameter], state: State) -> None:
-        """Make room for the best values in the state of parameters that will be stacked."""
-        for p in params:
-            if state[p] and BEST not in state[p]:
-                state[p][BEST] = p.detach().clone()
+        assert self.state.holdout_best is not None
+        return self.state.holdout_best
 
     def forget(self, state: State) -> None:
         """Ranks have moved: the best weights so far fit no more."""
         for entry in state.values():
             entry.pop(BEST, None)
+
+    def _improved(self, step: int, params: Sequence[nn.Parameter], state: State) -> bool:
+        """Measure the loss; where it is the lowest, or no weights are kept to go back to, keep today's weights."""
+        s, loss = self.state, self._loss()
+        kept = all(BEST in state[p] for p in _trained(params))
+        if kept and s.holdout_best is not None and not loss < s.holdout_best:
+            return False
+        s.holdout_best, s.holdout_best_step = loss, step
+        self._keep(params, state)
+        return True
 
     def _loss(self) -> float:
         with self._quiet():
@@ -109,18 +106,19 @@ class Judge:
         self.state.holdout_loss = loss if math.isfinite(loss) else None
         return loss if math.isfinite(loss) else math.inf
 
-    def _kept(self, params: Sequence[nn.Parameter], state: State) -> bool:
-        return all(BEST in state[p] for p in params if p.requires_grad)
-
     @torch.no_grad()
     def _keep(self, params: Sequence[nn.Parameter], state: State) -> None:
-        self.prepare([p for p in params if p.requires_grad], state)
-        for p in params:
-            if p.requires_grad:
+        for p in _trained(params):
+            if BEST in state[p]:
                 distributed.local(state[p][BEST]).copy_(distributed.local(p.detach()))
+            elif state[p]:
+                state[p][BEST] = p.detach().clone()
 
     @torch.no_grad()
     def _restore(self, params: Sequence[nn.Parameter], state: State) -> None:
-        for p in params:
-            if p.requires_grad:
-                distributed.local(p.detach()).copy_(distributed.local(state[p][BEST]))
+        for p in _trained(params):
+            distributed.local(p.detach()).copy_(distributed.local(state[p][BEST]))
+
+
+def _trained(params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in params if p.requires_grad]

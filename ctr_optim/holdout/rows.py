@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.retention.passes import IDS, device_of, run, untouched
-
-IGNORED = -100  # the label of tokens that the loss leaves out
+from ctr_optim.settings import IGNORED
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

@@ -70,7 +70,7 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
 
     def scale(axis: Axes) -> None:
         for run, color in zip(runs, colors, strict=True):
-            factor = run.series("trust/holdout_factor")
+            factor = run.series("trust/factor/holdout")
             if factor[1]:
                 axis.plot(*factor, ":", color=color if several else SECOND, label="hold-out factor")
                 axis.legend(loc="best")

@@ -84,7 +84,7 @@ def scalars(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the metrics that a logger can plot: those of the whole run, and the mean, smallest and largest rank."""
     shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
     ranks = metrics["ranks"].values()
-    sometimes = ("budget/used", "budget/limit", "retain/kl", "holdout/loss", "trust/holdout_factor")
+    sometimes = ("budget/used", "budget/limit", "retain/kl", "holdout/loss", "trust/factor/holdout")
     found = {f"ctr/{name}": float(metrics[name]) for name in shown if metrics[name] is not None}
     found |= {f"ctr/{name}": float(metrics[name]) for name in sometimes if metrics.get(name) is not None}
     if ranks:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctr_optim.settings import IGNORED
 from ctr_optim.trust_region.logits import Logits, evenly
-
-IGNORED = -100  # the label of tokens that the loss leaves out
 
 # classes of transformers' models whose labels stand at their own token, not at the next one's
 _NOT_SHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining", "ForCTC")

@@ -32,7 +32,7 @@ class TrustRegion:
         factors: what ``max_kl`` was multiplied by in the last step, by reason.
         limit: the last step's bound, nats per token; None for no bound.
         predicted: KL that the last step was predicted to have, nats per token.
-        scale: factor that the last step was multiplied by.
+        scale: factor in [0, 1] that the last step was multiplied by, relative to the most that it could be.
         slope: derivative of the loss along the last step before the scale.
     """
 
@@ -61,16 +61,16 @@ class TrustRegion:
         self.limit = limit_of(self.bound, self.factors)
         self.coupling.measure(step, self.limit, adapter)
         predicted = 0.5 * self.coupling.along(step) * step.q
-        bounded = self.limit is not None and (self.coupling.known or adapter.per_token)
         scale = torch.ones_like(predicted)
-        if bounded and self.limit is not None:
-            scale = scale_within(predicted, self.limit, largest_factor(self.bound, groups))
+        most = largest_factor(self.bound, groups) if self.coupling.known else 1.0
+        if self.limit is not None and (self.coupling.known or adapter.per_token):
+            scale = scale_within(predicted, self.limit, most)
         if not self.coupling.known:
             factor = everyday_factor(groups)
             scale = scale.clamp_max(factor)  # the assumed bound on top would make steps far shorter than AdamW's
             if factor < 1:
                 warn_unmeasured(self.coupling.source)
-        self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale
+        self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale / most
         self.slope = step.slope
         return scale
 

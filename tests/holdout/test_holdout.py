@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer, RankScheduler
 from ctr_optim.holdout import Holdout
+from ctr_optim.report.log import scalars
 
 VOCAB = 64
 
@@ -188,3 +189,10 @@ def test_a_model_without_a_loss_is_told() -> None:
 def test_restore_best_needs_a_hold_out() -> None:
     with pytest.raises(ValueError, match="holdout=batches"):
         CTROptimizer(trainable(net())).restore_best()
+
+
+def test_loggers_get_the_loss_and_the_factor() -> None:
+    _, opt = overfitted(9)
+    shown = scalars(opt.metrics())
+    assert shown["ctr/holdout/loss"] == opt.metrics()["holdout/loss"]
+    assert shown["ctr/trust/factor/holdout"] == pytest.approx(0.3)

@@ -71,25 +71,26 @@ def test_dora_keeps_its_magnitude_outside_the_pairs() -> None:
     assert sum(len(g["params"]) for g in opt.param_groups) == 6
 
 
-def test_torchtune_style_layers() -> None:
-    model = nn.Sequential(TorchtuneLinear(5, 6, 2, 8.0), nn.Tanh(), TorchtuneLinear(6, 4, 3, 8.0))
+def check_two_layers(model: nn.Sequential, x: torch.Tensor) -> CTROptimizer:
+    """Layers of ranks 2 and 3 and an alpha of 8 are found, and a step gives them factors."""
     opt = CTROptimizer(trainable(model), **QUIET)
     assert [(p.name, p.rank, p.scaling) for p in opt.pairs] == [("0", 2, 4.0), ("2", 3, pytest.approx(8 / 3))]
     assert opt.pairs[0].A is model[0].lora_a.weight and opt.pairs[1].B is model[2].lora_b.weight
-    model(torch.randn(7, 5)).square().mean().backward()
+    model(x).square().mean().backward()
     opt.step()
     assert all(f["C"].norm() > 0 and f["S"].norm() > 0 for f in factors_of(opt).values())
+    return opt
+
+
+def test_torchtune_style_layers() -> None:
+    model = nn.Sequential(TorchtuneLinear(5, 6, 2, 8.0), nn.Tanh(), TorchtuneLinear(6, 4, 3, 8.0))
+    check_two_layers(model, torch.randn(7, 5))
 
 
 def test_torchtitan_style_layers_keep_their_scale_when_ranks_move() -> None:
     """A linear layer that became a LoRA layer: neither rank nor alpha, only ``_lora_scaling``."""
     model = nn.Sequential(TorchtitanLinear(12, 6, 2, 8.0), nn.Tanh(), TorchtitanLinear(6, 10, 3, 8.0))
-    opt = CTROptimizer(trainable(model), **QUIET)
-    assert [(p.name, p.rank, p.scaling) for p in opt.pairs] == [("0", 2, 4.0), ("2", 3, pytest.approx(8 / 3))]
-    assert opt.pairs[0].A is model[0].lora_a.weight and opt.pairs[1].B is model[2].lora_b.weight
-    model(torch.randn(7, 12)).square().mean().backward()
-    opt.step()
-    assert all(f["C"].norm() > 0 and f["S"].norm() > 0 for f in factors_of(opt).values())
+    opt = check_two_layers(model, torch.randn(7, 12))
     pair = opt.pairs[0]
     with torch.no_grad():
         pair.A.set_(pair.A.repeat(2, 1))

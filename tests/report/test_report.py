@@ -184,7 +184,7 @@ def test_names_of_evaluation_losses(name: str, is_loss: bool) -> None:
 
 
 def test_the_losses_are_drawn_together() -> None:
-    run = judged(**{"holdout/loss": 1.5, "trust/holdout_factor": 0.5}, **BUDGET)
+    run = judged(**{"holdout/loss": 1.5, "trust/factor/holdout": 0.5}, **BUDGET)
     axes = axes_of(run, "curves")
     lines = {line.get_label(): list(line.get_ydata()) for line in axes["loss (nats per token)"].lines}
     assert lines["evaluation"] == [2.2, 2.0, 2.1] and lines["hold-out"] == [1.5] * 30 and len(lines["training"]) == 30

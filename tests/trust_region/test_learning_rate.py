@@ -28,6 +28,17 @@ def test_every_rate_trains_the_same(lr: float, weight_decay: float) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("lr", [1e-5, None, 10.0])
+def test_the_scale_says_whether_the_bound_acted_at_any_rate(lr: float | None) -> None:
+    scales = []
+    for max_kl in (1e-3, 1e6):
+        model = net()
+        opt = CTROptimizer(trainable(model), lr=lr, model=model, max_kl=max_kl)
+        train(model, opt, 1)
+        scales.append(opt.metrics()["trust/scale"])
+    assert 0 < scales[0] < 1 and scales[1] == 1.0
+
+
 def test_groups_keep_the_ratio_of_their_rates() -> None:
     moves = []
     for scale in (1.0, 1e-3):
