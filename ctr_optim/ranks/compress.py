@@ -149,8 +149,8 @@ def compress(
     if done.error > tolerance:
         enough = math.ceil(done.tokens * (done.error / tolerance) ** 2)
         warnings.warn(
-            f"compress: {done.tokens} loss tokens show the rise of the loss only to {done.error:.2g} nats per token, more "
-            f"than the tolerance of {tolerance:g}; the KL holds, the loss on other rows may rise further. Pass batches "
+            f"compress: {done.tokens} loss tokens show the rise of the loss only to {done.error:.2g} nats per token, "
+            f"more than the tolerance of {tolerance:g}; the KL holds, the loss on other rows may rise further. Pass batches "
             f"with about {enough} loss tokens, or a larger tolerance",
             stacklevel=users_line(),
         )

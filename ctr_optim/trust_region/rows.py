@@ -8,7 +8,7 @@ HyperLogLog (Flajolet, Fusy, Gandouet and Meunier 2007): the registers keep the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ctr_optim.trust_region.rerun import tensors_in
 _BITS = 11  # of a key, that choose its register
 REGISTERS = 2**_BITS
 _WORD = 52 - _BITS  # bits whose leading zeros are counted; a float64 holds them exactly
+WINDOW = 1.2  # the growth of the distinct rows is judged while the rows grow by 1.2 to 1.44 times
+STEADY = 0.8  # distinct rows that grow at this share of the rows' rate, or faster, come from a stream that goes on
 _BIAS = 0.7213 / (1 + 1.079 / REGISTERS)
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # multipliers of splitmix64, as int64
 
@@ -31,10 +33,16 @@ class RowState:
     Attributes:
         rows_seen: rows trained on so far, each once a step.
         rows_sketch: the registers as hexadecimal digits, two for each.
+        window_seen, window_distinct: rows and distinct rows at the begin of the window that growth is judged in.
+        next_seen, next_distinct: the same of the window that follows.
     """
 
     rows_seen: int = 0
     rows_sketch: str = ""
+    window_seen: float = 0.0
+    window_distinct: float = 0.0
+    next_seen: float = 0.0
+    next_distinct: float = 0.0
 
 
 class Rows:
@@ -45,6 +53,7 @@ class Rows:
         self._keys: list[Tensor] = []  # of the rows since the last step
         self._seen: Tensor | None = None
         self._registers: Tensor | None = None
+        self._marks: Tensor | None = None  # (2, 2) rows and distinct rows, at the begin of this window and the next
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take note of a forward's rows."""
@@ -53,7 +62,7 @@ class Rows:
             self._keys.append(keys)
 
     def passes(self, like: Tensor) -> Tensor | None:
-        """``()`` rows seen over distinct rows, those of this step among them; None where no rows were ever seen.
+        """Return :func:`stale_passes` of the rows seen so far, this step's among them; None where there were no rows.
 
         All processes count together: each holds the same numbers afterwards.
 
@@ -63,30 +72,36 @@ class Rows:
         keys, self._keys = self._keys, []
         if not self._begin(bool(keys), like.device):
             return None
-        assert self._seen is not None and self._registers is not None
+        assert self._seen is not None and self._registers is not None and self._marks is not None
         new = self._count(torch.cat([key.to(like.device) for key in keys])) if keys else torch.zeros_like(self._seen)
         self._seen = self._seen + distributed.total(new)
         self._registers = distributed.largest(self._registers)
-        return (self._seen / distinct(self._registers).clamp_min(1)).clamp_min(1.0).to(like.dtype)
+        now = torch.stack([self._seen.double(), distinct(self._registers).double().clamp_min(1)])
+        self._marks = torch.where(now[0] >= WINDOW * self._marks[1, 0], torch.stack([self._marks[1], now]), self._marks)
+        return stale_passes(now, self._marks[0]).to(like.dtype)
 
     def settle(self) -> None:
         """Bring :attr:`state` up to date; waits for the device."""
-        if self._seen is not None and self._registers is not None:
-            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex())
+        if self._seen is not None and self._registers is not None and self._marks is not None:
+            marks = self._marks.flatten().tolist()
+            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex(), *marks)
 
     def resume(self) -> None:
         """Go on with the numbers that were loaded into :attr:`state`."""
-        self._seen = self._registers = None
+        self._seen = self._registers = self._marks = None
 
     def _begin(self, wanted: bool, device: torch.device) -> bool:
         """Make or move the registers; in several processes all have them, or none would wait for the others."""
-        if self._seen is None or self._registers is None:
+        if self._seen is None or self._registers is None or self._marks is None:
             if not (wanted or self.state.rows_seen or distributed.world_size() > 1):
                 return False
             registers = bytes.fromhex(self.state.rows_sketch) or bytes(REGISTERS)
             self._registers = torch.tensor(list(registers), dtype=torch.int64, device=device)
             self._seen = torch.tensor(self.state.rows_seen, device=device)
+            marks = astuple(self.state)[2:]
+            self._marks = torch.tensor(marks, dtype=torch.float64, device=device).view(2, 2)
         self._seen, self._registers = self._seen.to(device), self._registers.to(device)
+        self._marks = self._marks.to(device)
         return True
 
     def _count(self, keys: Tensor) -> Tensor:
@@ -97,6 +112,23 @@ class Rows:
         word = (keys >> _BITS) & (2**_WORD - 1)
         self._registers.scatter_reduce_(0, place, _WORD + 1 - _bits(word), "amax")
         return 1 + (keys[1:] != keys[:-1]).sum()
+
+
+def stale_passes(now: Tensor, then: Tensor) -> Tensor:
+    """``()`` how often a row was seen on average, without the repeats of a stream that still brings new rows.
+
+    Several passes over each batch of samples, as PPO takes them, repeat rows, but the distinct rows grow at the rate of
+    the rows. In a data set that was read once the distinct rows stop growing, and every repeat counts.
+
+    Args:
+        now: ``(2,)`` rows seen and distinct rows so far.
+        then: ``(2,)`` the same numbers earlier.
+    """
+    seen, known = now
+    growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
+    stale = (1 - growth[1] / (STEADY * growth[0]).clamp_min(torch.finfo(now.dtype).tiny)).clamp(0, 1)
+    repeats: Tensor = (seen / known - 1).clamp_min(0)
+    return 1 + repeats * stale
 
 
 def row_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -308,7 +308,7 @@ def test_the_error_is_that_of_labels_drawn_from_the_uncut_model() -> None:
 
 
 def test_too_few_loss_tokens_for_the_tolerance_are_said() -> None:
-    with pytest.warns(UserWarning, match=r"60 loss tokens show the rise of the loss only to .* Pass batches with about"):
+    with pytest.warns(UserWarning, match=r"60 loss tokens show the rise of the loss only to"):
         compress(trained(), 1e-3, batches())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
