@@ -150,8 +150,8 @@ def compress(
         enough = math.ceil(done.tokens * (done.error / tolerance) ** 2)
         warnings.warn(
             f"compress: {done.tokens} loss tokens show the rise of the loss only to {done.error:.2g} nats per token, "
-            f"more than the tolerance of {tolerance:g}; the KL holds, the loss on other rows may rise further. Pass batches "
-            f"with about {enough} loss tokens, or a larger tolerance",
+            f"more than the tolerance of {tolerance:g}; the KL holds, the loss on other rows may rise further. Pass "
+            f"batches with about {enough} loss tokens, or a larger tolerance",
             stacklevel=users_line(),
         )
     return done
