@@ -65,7 +65,7 @@ def adam_(
 def change_basis_(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, rank_dim: int) -> None:
     """Transform the moments from one orthonormal basis to another, in place.
 
-    First moments change exactly, ``m <- R m`` with ``R = new^T old``. Second moments change as ``v <- (R o R) v``, which
+    First moments change exactly, ``m <- R m`` with ``R = new^T old``. Second moments change as ``v <- (R o R) v``. This
     is exact for uncorrelated coordinates and for permutations.
 
     Args:

@@ -27,7 +27,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import users_line
 
 SLICES = 32  # kernel programs per weight: each handles one slice of a layer's A or B
-# Tile width and number of warps by padded rank. The r x r matrices and a tile of each wide tensor must fit in registers.
+# Tile width and number of warps by padded rank. The r x r matrices and a tile per wide tensor must fit in registers.
 TILES = {16: (64, 4), 32: (32, 4), 64: (16, 8)}
 
 _broken = False

@@ -34,7 +34,8 @@ def all_finite(groups: Iterable[dict[str, Any]], known: Container[int] = (), fou
         if g.is_sparse or g.is_complex():
             kind = "sparse" if g.is_sparse else "complex"
             raise TypeError(
-                f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}, expected a dense, real gradient"
+                f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}, expected a dense, real gradient. Build "
+                "embeddings with sparse=False, and give complex parameters to another optimizer."
             )
         part = distributed.local(g)
         if part.numel() > 0:
