@@ -62,8 +62,8 @@ def _kernels() -> Any:
 def suits(block: FactoredPair) -> bool:
     """Whether the kernels support a block.
 
-    They need trained A and B, float32 state, diagonal C and S, unsharded weights on a GPU, ``foreach=None``, no
-    retained-text coordinates, and a rank of at most the largest in :data:`TILES`.
+    They need trained A and B, unsharded on a GPU, with float32 state, diagonal C and S, and ``foreach=None``. The rank
+    is at most the largest in :data:`TILES`. Retained-text coordinates are not supported.
     """
     a, b = block.a, block.b
     if a is None or a.retained or not block.structure.is_diagonal or block.pairs[0].rank > max(TILES):

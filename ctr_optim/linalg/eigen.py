@@ -39,7 +39,7 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
     columns = torch.arange(size, device=matrix.device)
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite, matrix, eye)
-    silent = (matrix == 0).all(-1)  # (..., r)
+    silent = (matrix == 0).all(-1)  # (..., r): rows of exact zeros
     # Eigenvalues that exceed all others and rise with the row put the directions of zero rows last.
     above = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * (2 + columns.to(matrix.dtype) / size)
     try:
