@@ -1,4 +1,4 @@
-"""Curvature-aware, trust-region guided training of LoRA adapters, as a torch optimizer."""
+"""A torch optimizer that trains LoRA adapters with curvature information inside a trust region."""
 
 from ctr_optim.checkpoint.files import load_checkpoint, save_checkpoint
 from ctr_optim.checkpoint.matching import match_ranks

@@ -1,4 +1,4 @@
-"""The event log under its public name; :mod:`ctr_optim.report.log` defines it."""
+"""Public names of the event log that :mod:`ctr_optim.report.log` defines."""
 
 from ctr_optim.report.log import EventLog, event_file, read_events, scalars
 

@@ -1,1 +1,1 @@
-"""Kronecker factors of the Fisher matrix: what they are (factors) and how they are measured (capture, hutchinson)."""
+"""Curvature metrics: Kronecker factors from hooks (kfac), Adam's second moments (gradient), the Hessian's diagonal."""

@@ -1,7 +1,7 @@
-"""What a curvature is: a metric in which a step's length is measured, learned from ordinary training steps.
+"""Protocols of a curvature: a metric that measures the length of a step and is learned during training.
 
-Notation of the whole package. One adapted linear map is ``y = W0 x + s B A x`` with A ``(r, d_in)``, B ``(d_out, r)``;
-g is the per-token gradient at B's output (it contains s), ``h = A x``.
+This notation holds for the whole package. One adapted linear map is ``y = W0 x + s B A x`` with A ``(r, d_in)`` and
+B ``(d_out, r)``. ``h = A x``, and g is the per-token gradient at B's output. g contains the factor s.
 
 ========  ================  ==========================================================================
 symbol    shape             meaning
@@ -11,12 +11,12 @@ S         (d_out, d_out)    E[g g^T]
 H         (r, r)            E[h h^T] = A C A^T
 D         (r, r)            E[(B^T g)(B^T g)^T] = B^T S B
 q         scalar            quadratic form of a step: ``<dA, D dA C> + <dB, S dB H>`` and a cross term
-kappa     scalar            coupling: measured KL of a step over its block-diagonal prediction ``q / 2``
-L                           layers of one shape, worked on together; always the first dimension
+kappa     scalar            coupling: measured KL of a step divided by its block-diagonal prediction ``q / 2``
+L         scalar            number of layers of one shape in a batched call; always the first dimension
 ========  ================  ==========================================================================
 
-Expectations are over tokens with a loss, and gradients are those of the per-token loss: batch size, accumulation,
-padding and loss scaling change nothing.
+Expectations run over the tokens that have a loss, and gradients are those of the per-token loss. Therefore the factors
+do not depend on batch size, gradient accumulation, padding or loss scaling.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ State = MutableMapping[Any, dict[str, Tensor]]
 
 
 class Stacked(Protocol):
-    """Parameters of one shape, with their gradients and optimizer state in one tensor each.
+    """L parameters of one shape, with each entry of their optimizer state stacked in one tensor.
 
     Attributes:
         params: L parameters.
-        group: their parameter group.
-        rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for parameters of no LoRA layer.
+        group: the parameter group of all L parameters.
+        rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for a parameter outside LoRA layers.
         tensors: optimizer state by name, ``(L, ...)`` each.
     """
 
@@ -50,29 +50,32 @@ class Stacked(Protocol):
     tensors: dict[str, Tensor]
 
     def values(self) -> Tensor:
-        """``(L, *shape)`` the parameters in the state's dtype."""
+        """Return the parameters ``(L, *shape)`` in the dtype of the state."""
 
     def live(self, finite: Tensor) -> Tensor:
-        """``(L,)`` 1 for the parameters that this step moves."""
+        """Return ``(L,)``: 1 for each parameter that this step moves, else 0."""
 
     def newest(self) -> Tensor | None:
-        """This step's gradients ``(L, *shape)`` in the coordinates of the moments; None where there are none."""
+        """Return this step's gradients ``(L, *shape)`` in the coordinates of the moments; None without gradients."""
 
     def coordinates(self, delta: Tensor) -> Tensor:
-        """A step ``(L, *shape)`` in the coordinates of the moments."""
+        """Return a step ``(L, *shape)`` in the coordinates of the moments."""
 
     def hold(self, key: str, stacked: Tensor, state: State) -> None:
-        """Add a tensor ``(L, ...)`` to the state."""
+        """Add a tensor ``(L, ...)`` to the state under the name ``key``."""
 
     def set_basis(self, basis: Tensor) -> None:
-        """Move to a new basis ``(L, r, r)``, moments and all."""
+        """Change to a new basis ``(L, r, r)`` and rotate the moments into it."""
 
     def to_(self, device: torch.device, state: State) -> None:
         """Move the state to a device."""
 
 
 class StackedPair(Protocol):
-    """LoRA pairs of one shape: their stacks, and their places among the optimizer's pairs."""
+    """LoRA pairs of one shape: their stacks, and their indices in the optimizer's list of pairs.
+
+    ``borrowed`` holds, for each pair whose A belongs to another layer, the stack and the row that hold this A.
+    """
 
     @property
     def pairs(self) -> Sequence[LoRAPair]: ...
@@ -87,13 +90,14 @@ class StackedPair(Protocol):
 
 
 class Factored(StackedPair, Protocol):
-    """LoRA pairs of one shape with their Kronecker factors: a curvature's account of these layers.
+    """LoRA pairs of one shape with their Kronecker factors.
 
     Attributes:
         structure: structure of C and S.
-        H, D: ``(L, r, r)``, exact.
-        C, S: structured, batch dimension L.
-        sketch: range ``(L, d_out, k)`` and corange ``(L, l, d_in)`` of the whitened gradient; empty unless one is open.
+        H, D: full matrices ``(L, r, r)``.
+        C, S: structured matrices with batch dimension L.
+        sketch: range ``(L, d_out, k)`` and corange ``(L, l, d_in)`` of the whitened gradient; empty while no sketch is
+            open.
     """
 
     structure: type[Factor]
@@ -104,111 +108,128 @@ class Factored(StackedPair, Protocol):
     sketch: list[Tensor]
 
     def whiteners(self, damping: float) -> tuple[Any, Any]:
-        """Whiteners of C and S."""
+        """Return the whiteners of C and S.
+
+        Args:
+            damping: relative to the mean eigenvalue.
+        """
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
+        """Return A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
 
     def test_matrices(self) -> tuple[Tensor, Tensor]:
-        """Omega ``(d_in, k)`` and Psi ``(d_out, l)`` of the sketch."""
+        """Return the test matrices Omega ``(d_in, k)`` and Psi ``(d_out, l)`` of the sketch."""
 
     def drop_sketch(self, state: State) -> None:
-        """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
+        """Remove the sketch from the optimizer's state. The caller must rebuild the stacks afterwards."""
 
 
 class Gradients(Protocol):
-    """Gradients of the last batch's loss at other parameters."""
+    """Re-runs the last batch and returns the gradients of its loss.
+
+    Attributes:
+        enabled: whether the next training batch is kept for a re-run.
+    """
 
     enabled: bool
 
     @property
     def ready(self) -> bool:
-        """Whether there is a batch to run again."""
+        """Whether a batch is available for a re-run."""
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
-        """Gradients for ``params`` with the parameters as they are now."""
+        """Return the gradients of ``params`` at the current parameter values."""
 
     def sampled(self, work: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-        """What ``work``, which calls :meth:`gradients`, returns; None where it fails, in any process."""
+        """Call ``work``, which uses :meth:`gradients`, and return its result; None if it fails in any process."""
 
 
 class Curvature(Protocol):
-    """A metric over all parameters that train.
+    """A metric over all trained parameters.
 
-    The optimizer calls, in the order of a training step: :meth:`arm`, then the user's forward and backward passes, then
-    :meth:`update`, :meth:`refresh` and :meth:`quadratic`. ``prepare`` and ``bind`` follow each change of the stacks.
-    :class:`~ctr_optim.curvature.defaults.CurvatureBase` has a default for every method.
+    In each training step the optimizer calls :meth:`arm` before the user's forward and backward passes. After them it
+    calls :meth:`update`, :meth:`refresh` and :meth:`quadratic`. It calls ``prepare`` and ``bind`` after each change of
+    the stacks. :class:`~ctr_optim.curvature.defaults.CurvatureBase` has a default for every method.
 
     Attributes:
-        state: dataclass of the numbers that a checkpoint carries; None for none.
+        state: dataclass of the numbers that a checkpoint carries; None if there are none.
     """
 
     state: Any
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add the tensors of this curvature to the state of ``params``, where they are missing.
+        """Add this curvature's missing tensors to the state of ``params``.
 
-        Loading a checkpoint calls it, too, for one parameter at a time: a stand-in without storage.
+        Loading a checkpoint also calls this method, with one meta-device placeholder at a time in place of a parameter.
         """
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
-        """Take new stacks, which hold the state."""
-
-    def unbind(self) -> None:
-        """Drop the stacks: something replaced the state that they share."""
-
-    def due(self, step: int) -> bool:
-        """Whether the forward pass of this step is to be observed, for which stacks must be bound."""
-
-    def arm(self, step: int) -> None:
-        """Get ready for the forward pass of this step."""
-
-    def update(self, finite: Tensor, agreed: Any) -> None:
-        """Fold the statistics of this step's forward and backward passes into the averages.
+        """Use new stacks, which hold the state.
 
         Args:
-            finite: ``()`` whether the step is to be taken.
-            agreed: options that all processes must share.
+            pairs: stacks of LoRA pairs.
+            others: stacks of all other trained parameters.
+        """
+
+    def unbind(self) -> None:
+        """Drop the stacks, because the state that they share was replaced."""
+
+    def due(self, step: int) -> bool:
+        """Whether this curvature observes the forward pass of ``step``. If so, the caller binds stacks first."""
+
+    def arm(self, step: int) -> None:
+        """Prepare for the forward pass of ``step``."""
+
+    def update(self, finite: Tensor, agreed: Any) -> None:
+        """Add the statistics of this step's forward and backward passes to the moving averages.
+
+        Args:
+            finite: ``()`` whether all gradients are finite, so that the step is taken.
+            agreed: options that must be equal in all processes.
         """
 
     def refresh(self) -> int:
-        """Renew the bases in which directions are found; returns how many decompositions failed."""
+        """Recompute the bases in which Adam runs, and return the number of failed decompositions."""
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms ``()`` of the quadratic form of a step.
+        """Return the terms ``()`` of the quadratic form of a step.
 
         Args:
             deltas: the step, ``(L, *shape)`` for each stack.
-            done: blocks whose terms are known already.
+            done: blocks whose terms the caller has already computed.
         """
 
     @property
     def per_token(self) -> bool:
-        """Whether the metric has the scale of a token's KL, so that an assumed coupling is better than none."""
+        """Whether the metric has the scale of the KL per token, so that an assumed coupling can bound a step."""
 
     def tokens(self) -> Tensor | None:
-        """``()`` loss tokens of a step, when statistics were last taken; None or infinite where they are not known."""
+        """Return ``()`` the loss tokens of the last observed step; None or infinite if they are unknown."""
 
     def kl_form(self) -> Tensor | None:
-        """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""
+        """Return ``()`` the block-diagonal estimate of the KL from the base model; None without factors."""
 
     def switches(self) -> list[Tensor]:
-        """Tensors that give the base model when all of them are zero."""
+        """Return the tensors that turn the model into the base model when all of them are zero."""
 
     def forget(self, unless: Tensor | None = None) -> None:
-        """Drop the statistics of passes whose gradients are gone; ``unless``: ``()`` condition on the device."""
+        """Drop the statistics of passes whose gradients were cleared.
+
+        Args:
+            unless: ``()`` condition on the device; if it is true, the statistics stay.
+        """
 
     def quiet(self) -> AbstractContextManager[None]:
-        """A context in which forward passes leave no statistics."""
+        """Return a context in which forward passes add no statistics."""
 
     def follow_devices(self, state: State) -> None:
-        """Move everything to where the model has been moved."""
+        """Move all tensors to the device that the model was moved to."""
 
     def closer(self) -> Callable[[], None]:
-        """A function that removes the hooks, and that keeps neither stacks nor state alive."""
+        """Return a function that removes the hooks. It must not keep stacks or state alive."""
 
     def settle(self) -> None:
-        """Bring :attr:`state` up to date; may wait for the device."""
+        """Bring :attr:`state` up to date; this may wait for the device."""
 
     def resume(self) -> None:
         """Continue with the numbers that were loaded into :attr:`state`."""

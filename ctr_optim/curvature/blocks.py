@@ -1,4 +1,4 @@
-"""LoRA pairs of one shape, stacked: their factors, and the batched work on them."""
+"""Blocks: stacked LoRA pairs of one shape with their Kronecker factors, and batched operations on them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,19 @@ from ctr_optim.linalg.shapes import padded_rank, sized
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 
-OVERSAMPLED = 8  # columns of a sketch beyond the directions that are wanted
+OVERSAMPLED = 8  # columns of a sketch in addition to the requested directions
 
 
 def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
-    """A pair's factors before anything was seen; they live in the optimizer's state of B."""
+    """Return the zero factors of a pair that has no statistics yet. They are part of B's optimizer state.
+
+    Args:
+        pair: the LoRA layer.
+        structure: structure of C and S.
+
+    Returns:
+        Tensors by state name, float32 or wider, on B's device.
+    """
     b = pair.B
     dtype = torch.promote_types(b.dtype, torch.float32)
 
@@ -43,7 +51,7 @@ def factor_state(pair: LoRAPair, structure: type[Factor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TokenScale:
-    """How the gradients seen by the taps become gradients of the per-token loss.
+    """Scale that converts the gradients that the hooks see into gradients of the per-token loss.
 
     Attributes:
         tokens: ``()`` loss tokens N of this step, over micro-batches and processes.
@@ -54,12 +62,17 @@ class TokenScale:
     grad: Tensor
 
     def to(self, device: torch.device) -> TokenScale:
-        """The same on another device."""
+        """Return this scale on another device."""
         return TokenScale(self.tokens.to(device), self.grad.to(device))
 
 
 class Block:
-    """Pairs of one shape. ``H, D`` are exact ``(L, r, r)``; ``C, S`` are structured, batch dimension L."""
+    """LoRA pairs of one shape. H and D are full matrices ``(L, r, r)``; C and S are structured, batch dimension L.
+
+    Args:
+        stacks: stacks of the pairs.
+        structure: structure of C and S.
+    """
 
     def __init__(self, stacks: StackedPair, structure: type[Factor]) -> None:
         self.pairs, self.indices, self.structure = list(stacks.pairs), list(stacks.indices), structure
@@ -77,7 +90,11 @@ class Block:
     # -- capture ------------------------------------------------------------------------------------------------
 
     def stages(self, damping: float) -> list[Stage]:
-        """Return an empty place for the tokens of each pair."""
+        """Reset the staged sums, and return the stage of each pair.
+
+        Args:
+            damping: of the sketch's whiteners, relative to the mean eigenvalue.
+        """
         if self._sums is None:
             rows, h, d = (torch.zeros_like(t) for t in (self.b.tensors["factor_updates"], self.H, self.D))
             wide = (self.structure(*(torch.zeros_like(t) for t in factor.tensors)) for factor in (self.C, self.S))
@@ -91,7 +108,7 @@ class Block:
         return [Stage(self._sums, index) for index in range(len(self.pairs))]
 
     def follow_(self, state: Any) -> bool:
-        """Move all tensors to the layers' device, drop the staged sums, and return whether the device changed."""
+        """Move all tensors to the layers' device and drop the staged sums; return whether the device changed."""
         device = self.pairs[0].B.device
         if device == self.H.device:
             return False
@@ -102,60 +119,65 @@ class Block:
         return True
 
     def adopt_sums(self, others: Iterable[Block]) -> None:
-        """Take over what the taps staged for these same pairs in one of ``others``."""
+        """Take over the staged sums of the block in ``others`` that has the same pairs."""
         self._sums = next((o._sums for o in others if o.indices == self.indices), None)
 
     @property
     def staged(self) -> list[Tensor]:
-        """Sums that processes add up before a commit."""
+        """Staged sums, which the processes add up before a commit; empty if nothing was staged."""
         return [] if self._sums is None else self._sums.tensors
 
     def whiteners(self, damping: float) -> tuple[Any, Any]:
-        """Whiteners of C and S, as the factors stand now."""
+        """Return the whiteners of the current C and S; ``damping`` is relative to the mean eigenvalue."""
         return self.C.whitener(damping), self.S.whitener(damping)
 
     def open_sketch(self, rank: int, state: Any) -> None:
-        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer."""
+        """Start sketching the whitened gradient for ``rank`` candidate directions per layer."""
         for name, empty in sketch_state(self.pairs[0], rank).items():
             self.b.hold(name, empty.repeat(len(self.pairs), 1, 1), state)
             self.sketch.append(self.b.tensors[name])
 
     def drop_sketch(self, state: Any) -> None:
-        """Remove the sketch from the optimizer's state; the stacks must be built anew afterwards."""
+        """Remove the sketch from the optimizer's state. The caller must rebuild the stacks afterwards."""
         drop_sketches(state, self.pairs)
 
     def test_matrices(self) -> tuple[Tensor, Tensor]:
-        """Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, the same on every process and in every run."""
+        """Return Gaussian Omega ``(d_in, k)`` and Psi ``(d_out, l)``, equal in every process and every run."""
         range_, corange = self.sketch
         omega, psi = _gaussians(corange.shape[-1], range_.shape[-2], range_.shape[-1], corange.shape[-2])
         return omega.to(range_), psi.to(range_)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
+        """Return A ``(L, r, d_in)`` and B ``(L, d_out, r)`` in the factors' dtype."""
         a = distributed.stack_whole([pair.A.detach() for pair in self.pairs])
         return a.to(self.H.dtype), self.b.values()
 
     def forget(self, unless: Tensor | None = None) -> None:
-        """Drop what the taps have staged so far; ``unless``: ``()`` condition on the device."""
+        """Drop the staged sums; with ``unless``, a condition ``()`` on the device, only if it is false."""
         if self._sums is not None:
             self._sums.forget() if unless is None else self._sums.keep_if(unless)
 
     def loss_tokens(self) -> Tensor:
-        """``()`` the fewest tokens that any of these pairs saw a gradient on; infinite where none saw any."""
+        """Return ``()`` the smallest number of tokens with a gradient over the pairs that have any; else infinity."""
         rows = self.staged[0]
         return torch.where(rows > 0, rows, torch.inf).amin()
 
     def commit(self, scale: TokenScale, decay: float, finite: Tensor) -> None:
-        """Fold the staged sums into the moving averages; pairs without tokens or with infinite sums keep theirs.
+        """Add the staged sums to the moving averages of the factors.
 
-        A pair whose averages are not finite (a fault, because no such sum is added) restarts them.
+        The update is ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``, bias-corrected from the first
+        of n updates on. A pair without tokens, or with a sum that is not finite, keeps its averages. A pair whose
+        averages are not finite restarts them: only a fault causes this, because commit() never adds such a sum.
 
-        ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``: bias-corrected from the first update on.
+        Args:
+            scale: converts the sums to the per-token loss.
+            decay: decay of the moving averages.
+            finite: ``()`` whether this step's gradients are finite; if not, all averages stay.
         """
         rows, h, d, *wide = self.staged
         n = len(self.structure.fields)
         targets = [self.H, *self.C.tensors, self.D, *self.S.tensors]
-        # side by side, for a launch takes longer than the arithmetic
+        # One concatenated tensor saves kernel launches, which take longer than the arithmetic.
         averages = _side_by_side(targets)
         of_inputs = _side_by_side([h, *wide[:n]]) / rows.clamp_min(1).unsqueeze(-1)
         of_gradients = _side_by_side([d, *wide[n : 2 * n]]) * (scale.grad**2 / scale.tokens)
@@ -175,16 +197,16 @@ class Block:
             sketch += torch.where(seen.view(-1, 1, 1), new * (scale.grad / scale.tokens), 0)
 
     def bases(self) -> list[tuple[Stacked, Tensor]]:
-        """Return stacks with the factor that gives their eigenbasis: A with D, B with H."""
+        """Return each stack with the factor ``(L, r, r)`` whose eigenbasis it uses: A with D, B with H."""
         return [(stack, factor) for stack, factor in ((self.a, self.D), (self.b, self.H)) if stack is not None]
 
     @property
     def seen(self) -> Tensor:
-        """``(L,)`` whether a layer has factors."""
+        """``(L,)`` whether each layer has factors."""
         return self.b.tensors["factor_updates"] > 0
 
     def _delta_a(self, deltas: Mapping[Stacked, Tensor]) -> Tensor | None:
-        """``(L, r, d_in)`` the step of A, which another layer's stack may hold; None where A does not move."""
+        """Return the step of A ``(L, r, d_in)``, which may belong to another layer's stack; None if A does not move."""
         if self.a is not None:
             return deltas.get(self.a)
         if not self.borrowed or any(stack not in deltas for stack, _ in self.borrowed):
@@ -192,11 +214,12 @@ class Block:
         return torch.stack([deltas[stack][row] for stack, row in self.borrowed])
 
     def quadratic(self, deltas: Mapping[Stacked, Tensor], fallback: Tensor | None = None) -> Tensor:
-        """``()`` the quadratic form of these layers' part of a step.
+        """Return ``()`` the quadratic form of these layers' part of a step.
 
         Args:
-            deltas: the step.
-            fallback: ``()`` weight of the form from gradients, for layers without factors; None: all have factors.
+            deltas: the step, ``(L, *shape)`` for each stack.
+            fallback: ``()`` weight of the diagonal form from gradients, for layers without factors; None if all layers
+                have factors.
         """
         delta_a, delta_b = self._delta_a(deltas), deltas.get(self.b)
         form = quadratic(delta_a, delta_b, *self.weights(), self.H, self.D, self.C, self.S)
@@ -204,26 +227,29 @@ class Block:
             halves = [(s, deltas[s]) for s in (self.a, self.b) if s is not None and s in deltas]
             for stack, delta in halves:
                 rough = fallback.to(form) * diagonal_form(stack, delta)
-                form = torch.where(self.seen, form, form + rough)  # factors that are zero add nothing
+                form = torch.where(self.seen, form, form + rough)  # without factors, form is 0
         return form.sum()
 
     def penalties(self, weight: float | Tensor) -> dict[Any, Tensor]:
-        """Gradients ``(L, *shape)`` of ``weight tr(D H) / 2``, the block-diagonal KL from the base model, by stack.
+        """Return the gradients of ``weight tr(D H) / 2``, the weighted block-diagonal KL from the base model.
 
-        For a given D and H: ``D A C`` and ``S B H``.
+        They are ``weight D A C`` for A and ``weight S B H`` for B.
+
+        Returns:
+            ``(L, *shape)`` by stack.
         """
         gradients = penalty_gradients(*self.weights(), self.H, self.D, self.C, self.S)
         halves = zip((self.a, self.b), gradients, strict=True)
         return {stack: 0.5 * weight * gradient for stack, gradient in halves if stack is not None}
 
     def kl_from_base(self) -> Tensor:
-        """``(L,)`` block-diagonal share of each adapter in the KL from the base model, ``tr(D H) / 2``."""
+        """Return ``(L,)`` each layer's share ``tr(D H) / 2`` of the block-diagonal KL from the base model."""
         return 0.5 * (self.D * self.H.mT).sum((-2, -1))
 
 
 @lru_cache(maxsize=32)
 def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Omega and Psi of layers of one shape, on the host: drawing them takes longer than all that is done with them."""
+    """Return Omega and Psi for layers of one shape, on the CPU. The cache avoids drawing them again, which is slow."""
     generator = torch.Generator().manual_seed(d_in * 1_000_003 + d_out)
     shapes = (d_in, columns), (d_out, rows)
     omega, psi = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
@@ -231,10 +257,14 @@ def _gaussians(d_in: int, d_out: int, columns: int, rows: int) -> tuple[Tensor, 
 
 
 def refresh_bases(blocks: Iterable[Block]) -> int:
-    """New eigenbases for all stacks, many ranks at once; returns how many failed and kept the old ones."""
+    """Recompute the eigenbases of all stacks, batched over ranks.
+
+    Returns:
+        The number of stacks whose decomposition failed; these keep their previous bases.
+    """
     alike: dict[Any, list[tuple[Stacked, Tensor]]] = {}
     for stack, factor in (pair for block in blocks for pair in block.bases()):
-        # Zero-pad smaller ranks so that one batched call serves many stacks: launches cost more than arithmetic.
+        # Zero-padding smaller ranks lets one batched call serve many stacks: launches cost more than arithmetic.
         kind = (padded_rank(factor.shape[-1]), factor.dtype, factor.device)
         alike.setdefault(kind, []).append((stack, factor))
     failed = 0
@@ -243,7 +273,7 @@ def refresh_bases(blocks: Iterable[Block]) -> int:
         previous = [stack.tensors["basis"] for stack, _ in some]
         old = torch.cat([padded_basis(basis, room) for basis in previous])
         new = eigenbasis(torch.cat([sized(factor, (-2, -1), room) for _, factor in some]), old)
-        if new is old:  # one that does not converge takes all others with it: each by itself
+        if new is old:  # one failure fails the whole batch, so retry each stack separately
             found = [eigenbasis(factor, basis) for (_, factor), basis in zip(some, previous, strict=True)]
         else:
             parts = torch.split(new, [len(basis) for basis in previous])
@@ -257,17 +287,25 @@ def refresh_bases(blocks: Iterable[Block]) -> int:
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """``(L, *)`` all that L layers have, a row each."""
+    """Flatten and concatenate the tensors ``(L, ...)`` to one row per layer, ``(L, *)``."""
     return torch.cat([t.flatten(1) for t in tensors], 1)
 
 
 def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    """``(L,)`` whether all of a layer's entries are; by their sums, a pass and a launch less for each tensor."""
+    """Return ``(L,)`` whether all entries of each layer are finite.
+
+    Testing the sums saves one pass and one launch per tensor.
+    """
     return torch.isfinite(torch.stack([t.flatten(1).sum(1) for t in tensors])).all(0)
 
 
 def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
-    """Empty sketches of the whitened gradient for ``rank`` candidate directions, oversampled; in the state of B."""
+    """Return empty sketches of the whitened gradient for ``rank`` candidate directions; part of B's optimizer state.
+
+    Returns:
+        range ``(d_out, k)`` and corange ``(l, d_in)`` by state name, float32 or wider. k is ``rank`` plus
+        :data:`OVERSAMPLED`, at most the layer's widths.
+    """
     d_out, d_in = pair.B.shape[0], pair.A.shape[1]
     columns = min(rank + OVERSAMPLED, d_in, d_out)
     dtype = torch.promote_types(pair.B.dtype, torch.float32)
@@ -278,7 +316,7 @@ def sketch_state(pair: LoRAPair, rank: int) -> dict[str, Tensor]:
 
 
 def drop_sketches(state: Any, pairs: Iterable[LoRAPair]) -> None:
-    """Take the pairs' sketches out of the state; whoever holds stacks of it stacks anew."""
+    """Remove the pairs' sketches from the state. The caller must rebuild the stacks afterwards."""
     for pair in pairs:
         for name in ("sketch_range", "sketch_corange"):
             state[pair.B].pop(name, None)

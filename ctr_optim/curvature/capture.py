@@ -1,12 +1,11 @@
-"""Taps on LoRA layers: sums over tokens, taken during backward, that become Kronecker factors in ``step()``.
+"""Hooks on LoRA layers that sum statistics over tokens during the backward pass.
 
-One tap sits on the output of each B and sees everything at once: the layer's input x, ``h = A x``, and the
-gradient g at B's output. (g is ``s`` times the gradient at the layer's own output; we let the output factor carry
-``s^2``, so that the scaling appears nowhere else.) Tokens with ``g = 0`` - padding, prompts behind the last loss
-token - count for nothing.
+A *tap* is an autograd function at the output of each B. Its backward pass has the layer's input x, ``h = A x`` and
+the gradient g at B's output. g is ``s`` times the gradient at the layer's own output. Therefore the output factor S
+contains ``s^2``, and the scaling appears nowhere else. Tokens with ``g = 0`` (padding, for example) add nothing.
 
-Sums are *staged* here and committed by the optimizer: a step that is skipped leaves the factors alone, and
-micro-batches simply add up.
+The sums are *staged* until ``step()`` commits them to the Kronecker factors. Therefore a skipped step leaves the
+factors unchanged, and micro-batches add up.
 """
 
 from __future__ import annotations
@@ -25,29 +24,31 @@ from ctr_optim.curvature.sums import Sums
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime.hooks import Hook
 
-_GOLDEN = 0.6180339887  # from one token of a sample to the next
-_TURN = 0.7548776662  # from one step to the next
+_GOLDEN = 0.6180339887  # shift of the place within a stride from one sampled token to the next
+_TURN = 0.7548776662  # shift of the phase from one step to the next
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The place of one layer in the sums of its block."""
+    """The sums of a block, and the index of one layer in them."""
 
     sums: Sums
     layer: int
 
 
 def sample(tokens: int, stride: int, phase: Tensor) -> Tensor:
-    """Indices of one token in every ``stride``, at a place that moves from one to the next.
+    """Return the index of one token out of every ``stride``, at a place that changes from one stride to the next.
 
-    A fixed place would see the same positions of every sequence wherever ``stride`` divides their length. Multiples of
-    the golden ratio spread the places evenly.
+    A fixed place would sample the same positions of every sequence if ``stride`` divides the sequence length.
+    Multiples of the golden ratio spread the places evenly.
 
     Args:
+        tokens: number of tokens.
+        stride: number of tokens that each sampled token represents.
         phase: ``()`` in [0, 1), on the tokens' device.
 
     Returns:
-        ``(ceil(tokens / stride),)`` rising indices.
+        ``(ceil(tokens / stride),)`` int64, ascending.
     """
     index = torch.arange(-(-tokens // stride), device=phase.device)
     place = ((index * _GOLDEN + phase) % 1 * stride).long()
@@ -55,9 +56,9 @@ def sample(tokens: int, stride: int, phase: Tensor) -> Tensor:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; its backward adds to a stage.
+    """The identity function; its backward pass adds the tokens to a stage.
 
-    Outside autocast x and h are what the LoRA layer saves itself, and nothing more is kept.
+    Without autocast and sampling, the LoRA layer itself also saves x and h, so that this needs no extra memory.
     """
 
     @staticmethod
@@ -73,7 +74,7 @@ class _Tap(torch.autograd.Function):
         (grad,) = grads
         x, h, b, picked = ctx.saved_tensors
         kept = grad.reshape(-1, grad.shape[-1])
-        # a copy of the part: a view would keep the whole gradient alive until the tokens are summed
+        # Indexing copies the sampled rows. A view would keep the whole gradient alive until the tokens are summed.
         kept = kept if picked is None else kept[picked]
         ctx.stage.sums.add(ctx.stage.layer, x, h, b, kept, ctx.stride)
         return grad, None, None, None, None, None, None
@@ -82,7 +83,15 @@ class _Tap(torch.autograd.Function):
 class Taps:
     """The forward hooks of all pairs.
 
-    The model's hooks hold this object, and it holds nothing of the optimizer: the owner closes it when it goes.
+    The model's hooks keep this object alive, so it must not reference the optimizer. The owner calls :meth:`close`.
+
+    Args:
+        pairs: the LoRA layers.
+        max_tokens: most tokens that each layer samples per forward pass; None for all.
+
+    Attributes:
+        enabled: whether forward passes are observed.
+        stages: the stage of each pair, None until it is set; empty after :meth:`close`.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair], max_tokens: int | None) -> None:
@@ -90,7 +99,7 @@ class Taps:
         self.max_tokens = max_tokens
         self.stages: list[Stage | None] = [None] * len(pairs)
         self._inputs: list[Tensor | None] = [None] * len(pairs)
-        self._samples: dict[tuple[int, torch.device], Tensor] = {}  # of this step's tokens
+        self._samples: dict[tuple[int, torch.device], Tensor] = {}  # this step's indices, by token count and device
         self._handles: list[RemovableHandle] = []
         for index, pair in enumerate(pairs):
             for module, seen in ((pair.down, self._seen_down), (pair.up, self._seen_up)):
@@ -113,14 +122,17 @@ class Taps:
         picked = None if stride == 1 else self._picked(x.shape[0], stride, stage.sums.phase)
         if picked is not None:
             x, h = x[picked], h[picked]
-        # in h's dtype: under autocast the layer keeps a copy of x in half precision, and so do we
+        # h's dtype saves memory under autocast, where the layer also uses x in half precision.
         return _Tap.apply(out, x.to(h.dtype), h, weight.detach(), picked, stage, stride)  # type: ignore
 
     def turn(self, step: int) -> None:
-        """Look at other tokens than in the step before; a forward that checkpointing runs again sees the same ones."""
+        """Sample other tokens than in the previous step.
+
+        Within one step the sample is fixed, so that gradient checkpointing recomputes the same tokens.
+        """
         self._samples.clear()
         for sums in {id(stage.sums): stage.sums for stage in self.stages if stage is not None}.values():
-            sums.phase.fill_(step * _TURN % 1)  # a tensor: compiled graphs stay as they are
+            sums.phase.fill_(step * _TURN % 1)  # a tensor, so that compiled graphs need no recompilation
 
     def _picked(self, tokens: int, stride: int, phase: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -132,7 +144,7 @@ class Taps:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let forwards pass unseen for a while."""
+        """Return a context in which forward passes are not observed."""
         enabled, self.enabled = self.enabled, False
         try:
             yield
@@ -140,7 +152,7 @@ class Taps:
             self.enabled = enabled
 
     def close(self) -> None:
-        """Remove every hook; there is nothing to arm from then on."""
+        """Remove every hook permanently."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -1,4 +1,4 @@
-"""The default of every method of a curvature."""
+"""Base class with a default for every method of a curvature."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from ctr_optim.settings import Settings
 
 
 class CurvatureBase:
-    """Implements :class:`~ctr_optim.curvature.base.Curvature` by doing nothing; subclasses override what they need.
+    """A curvature that does nothing. Subclasses override the methods that they need.
+
+    It implements the protocol :class:`~ctr_optim.curvature.base.Curvature`.
 
     Attributes:
-        measures: whether a step has a length in this metric; without one no trust region holds.
-        reruns: whether the curvature runs forward and backward passes of its own. It then gets a prober, and refuses
-            sharded parameters, which only the training's own passes gather.
-        per_token: whether the metric has the scale of a token's KL.
-        state: dataclass of the numbers that a checkpoint carries; None for none.
+        measures: whether the metric gives a step a length. If not, there is no trust region.
+        reruns: whether the curvature runs its own forward and backward passes. These need a prober and unsharded
+            parameters: only the training's own passes gather sharded ones.
+        per_token: whether the metric has the scale of the KL per token.
+        state: dataclass of the numbers that a checkpoint carries; None if there are none.
     """
 
     measures: ClassVar[bool] = True
@@ -36,8 +38,8 @@ class CurvatureBase:
         Args:
             pairs: LoRA layers whose B is trained.
             settings: options of the optimizer.
-            prober: gives gradients of the last batch's loss; None unless :attr:`reruns` and one model holds all
-                parameters.
+            prober: returns gradients of the last batch's loss; None if no single model holds all parameters, or if
+                neither this class nor the coupling re-runs the model.
         """
         return cls()
 
@@ -45,60 +47,60 @@ class CurvatureBase:
         """Add nothing to the state."""
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
-        """Need no stacks."""
+        """Ignore the stacks."""
 
     def unbind(self) -> None:
-        """Hold no stacks."""
+        """Do nothing: this class holds no stacks."""
 
     def due(self, step: int) -> bool:
-        """Observe no forward pass."""
+        """Return False: no forward pass is observed."""
         return False
 
     def arm(self, step: int) -> None:
-        """Change nothing before the forward pass."""
+        """Do nothing before the forward pass."""
 
     def update(self, finite: Tensor, agreed: Any) -> None:
-        """Learn nothing."""
+        """Keep no statistics."""
 
     def refresh(self) -> int:
-        """Keep the bases as they are."""
+        """Keep the bases, and return 0 failures."""
         return 0
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Return no terms: the step has no length."""
+        """Return no terms: a step has no length."""
         return []
 
     def tokens(self) -> Tensor | None:
-        """Return None: the loss tokens are not known."""
+        """Return None: the number of loss tokens is unknown."""
         return None
 
     def kl_form(self) -> Tensor | None:
-        """Return None: no factors are known."""
+        """Return None: there are no factors."""
         return None
 
     def switches(self) -> list[Tensor]:
-        """Return no tensors: the base model is not known."""
+        """Return no tensors: the base model is unknown."""
         return []
 
     def forget(self, unless: Tensor | None = None) -> None:
-        """Drop nothing."""
+        """Do nothing: there are no statistics."""
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Return an empty context: forward passes leave no statistics."""
+        """Return an empty context: forward passes add no statistics."""
         return nullcontext()
 
     def follow_devices(self, state: State) -> None:
-        """Hold no tensor outside of the stacks."""
+        """Do nothing: this class holds no tensors outside the stacks."""
 
     def closer(self) -> Callable[[], None]:
-        """Return a function that removes no hook."""
+        """Return a function that does nothing: there are no hooks."""
         return _nothing
 
     def settle(self) -> None:
-        """Hold no number on the device."""
+        """Do nothing: :attr:`state` is always up to date."""
 
     def resume(self) -> None:
-        """Need nothing after :attr:`state` was loaded."""
+        """Do nothing after :attr:`state` was loaded."""
 
     def close(self) -> None:
         """Remove every hook."""

@@ -1,9 +1,9 @@
-"""The second curvature proxy: the Hessian's diagonal, by Hutchinson's estimator.
+"""The Hessian's diagonal by Hutchinson's estimator, as a baseline for K-FAC.
 
-``diag(H) = E[z * H z]`` for signs z (Hutchinson, 1990; AdaHessian, arXiv 2006.00719). The Hessian-vector product is a
-central difference of gradients on a slice of the last batch, so it needs no double backward and works with every
-attention kernel. It costs two backward passes per sample and ignores correlations between a layer's parameters; it
-serves as a baseline for K-FAC.
+``diag(H) = E[z * H z]`` for random signs z (Hutchinson, 1990; AdaHessian, arXiv 2006.00719). H is the Hessian in this
+module. The Hessian-vector product is a central difference of gradients on a slice of the last batch. Therefore it needs
+no double backward pass and works with every attention kernel. Each sample costs two forward and backward passes. The
+diagonal ignores correlations between parameters.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.displacement import Moved
 from ctr_optim.settings import Settings, calibration_due
 
-_INTERVAL = 50  # most steps between samples, where the coupling is not measured
-_RADIUS = 1e-3  # of the difference, per coordinate: above float32's rounding, below the curvature's own scale
+_INTERVAL = 50  # most steps between samples if the coupling is not measured
+_RADIUS = 1e-3  # finite-difference radius per coordinate: above float32 rounding, below the scale of the curvature
 
 
 @dataclass(slots=True)
 class HutchinsonState:
-    """Numbers that a checkpoint carries: ``hessians``, samples so far."""
+    """Numbers that a checkpoint carries: ``hessians``, the number of samples so far."""
 
     hessians: int = 0
 
 
 class Hutchinson(CurvatureBase):
-    """The Hessian's diagonal of every parameter, sampled where the coupling is measured.
+    """The Hessian's diagonal for every parameter, sampled at the steps at which the coupling is measured.
 
     Args:
-        prober: gives gradients of the last batch's loss.
-        decay: of the moving average of samples.
-        interval: most steps between samples.
+        prober: returns gradients of the last batch's loss; None for no samples.
+        decay: decay of the moving average over samples.
+        interval: most steps between samples; None for the default.
     """
 
     reruns = True
@@ -53,31 +53,31 @@ class Hutchinson(CurvatureBase):
 
     @classmethod
     def build(cls, pairs: Sequence[LoRAPair], settings: Settings, prober: Gradients | None) -> Hutchinson:
-        """Return the curvature of an optimizer."""
+        """Return the curvature of an optimizer; the arguments are those of ``CurvatureBase.build``."""
         return cls(prober, settings.factor_decay, settings.calibration_interval)
 
     @property
     def per_token(self) -> bool:  # type: ignore[override]
-        """Whether there is a sample; until then gradients alone are the metric."""
+        """Whether there is a sample. Before the first sample, the metric comes from gradients alone."""
         return bool(self.state.hessians > 0)
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add the diagonal to the state of every parameter that trains."""
+        """Add a zero diagonal to the state of every parameter in ``params`` that has none."""
         for p in params:
             state[p].setdefault("hessian_diagonal", torch.zeros_like(state[p]["exp_avg"]))
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
-        """Take new stacks."""
+        """Use new stacks."""
         self._stacks = [s for pair in pairs for s in (pair.a, pair.b) if s is not None] + list(others)
 
     def arm(self, step: int) -> None:
-        """Have the batch kept where a sample is due; remember the step, which seeds the signs."""
+        """Make the prober keep the batch if a sample is due, and store the step, which seeds the signs."""
         self._step = step
         if self.prober is not None:
             self.prober.enabled = calibration_due(step, self.interval or _INTERVAL)
 
     def update(self, finite: Tensor, agreed: Any) -> None:
-        """Add one sample to the moving average of the diagonal, if this step kept its batch."""
+        """Add one sample to the moving average of the diagonal if the prober kept this step's batch."""
         if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
             return
         stacks = [s for s in self._stacks if any(p.grad is not None for p in s.params)]
@@ -90,13 +90,13 @@ class Hutchinson(CurvatureBase):
             update_diagonal_(stack, one / world, self.decay, self.state.hessians)
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms ``<delta, max(diag(H), 0) delta>``, one a stack; by gradients until there is a sample."""
+        """Return one term ``<delta, max(diag(H), 0) delta>`` for each stack; terms from gradients without a sample."""
         if not self.state.hessians:
             return gradient_terms(deltas)
         return [quadratic(stack, delta) for stack, delta in deltas.items()]
 
     def close(self) -> None:
-        """Sample no more; the diagonals stay."""
+        """Stop sampling; the diagonals stay."""
         self.prober = None
 
 
@@ -104,11 +104,12 @@ class Hutchinson(CurvatureBase):
 def sample_diagonal(
     stacks: Sequence[Stacked], gradients: Callable[[list[Tensor]], list[Tensor]], seed: int
 ) -> list[Tensor]:
-    """One sample ``z * H z`` for each stack, ``(L, *shape)``.
+    """Return one sample ``z * H z (L, *shape)`` for each stack.
 
     Args:
-        gradients: gradients of the loss for a list of parameters, where they stand.
-        seed: of the signs; the same on every process.
+        stacks: the parameters.
+        gradients: returns the loss's gradients for a list of parameters at their current values.
+        seed: seed of the signs z, equal in every process.
     """
     generator = torch.Generator().manual_seed(seed)
     signs = []
@@ -129,12 +130,19 @@ def sample_diagonal(
 
 
 def update_diagonal_(stack: Stacked, sample: Tensor, decay: float, updates: int) -> None:
-    """Bias-corrected moving average of the samples, in the stack's state; samples that are not finite are left out."""
+    """Add a sample to the bias-corrected moving average of the diagonal in the stack's state, in place.
+
+    Args:
+        stack: the parameters.
+        sample: ``(L, *shape)``; entries that are not finite are ignored.
+        decay: decay of the moving average.
+        updates: number of samples, this one included.
+    """
     weight = (1 - decay) / (1 - decay**updates)
     diagonal = stack.tensors["hessian_diagonal"]
     diagonal.lerp_(torch.where(torch.isfinite(sample), sample, diagonal), weight)
 
 
 def quadratic(stack: Stacked, delta: Tensor) -> Tensor:
-    """``()`` the form ``<delta, max(diag(H), 0) delta>`` of a stack's step."""
+    """Return ``()`` the form ``<delta, max(diag(H), 0) delta>`` of a stack's step ``(L, *shape)``."""
     return (delta.square() * stack.tensors["hessian_diagonal"].clamp_min(0)).sum()

@@ -1,4 +1,4 @@
-"""K-FAC of LoRA layers: H and D exact, C and S structured, from hooks on ordinary forward and backward passes."""
+"""K-FAC for LoRA layers: full H and D, structured C and S, measured by hooks during training."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from ctr_optim.settings import Settings, chosen, due
 
 @dataclass(slots=True)
 class TokenState:
-    """Numbers that a checkpoint carries: ``tokens``, loss tokens of a step when the taps were last open; 0: never."""
+    """Numbers that a checkpoint carries: ``tokens``, the loss tokens of the last observed step; 0 if unknown."""
 
     tokens: float = 0.0
 
 
 class KFAC(CurvatureBase):
-    """Kronecker factors of every LoRA layer.
+    """The K-FAC metric: Kronecker factors for every LoRA layer, Adam's second moments for all other parameters.
 
     Args:
-        pairs: the layers; each one's B must be trained.
+        pairs: the LoRA layers; every B must be trained.
         settings: options of the optimizer.
 
     Attributes:
         taps: hooks on the layers.
-        blocks: layers of one shape each, with factors; empty until stacks are bound.
+        blocks: one block with factors per layer shape; empty until stacks are bound.
         sketching: whether whitened gradients are sketched for a rank event.
     """
 
@@ -56,72 +56,72 @@ class KFAC(CurvatureBase):
         self._looked = False
         self._others: list[Stacked] = []
         self._complete: bool | None = None
-        self._count: Tensor | None = None  # infinite until some layer's tokens are seen
+        self._count: Tensor | None = None  # loss tokens; infinite until the hooks see tokens of some layer
         self.state = TokenState()
 
     @classmethod
     def build(cls, pairs: Sequence[LoRAPair], settings: Settings, prober: Gradients | None) -> Curvature:
-        """Return the curvature of an optimizer: the metric from gradients where there are no LoRA layers."""
+        """Return the curvature of an optimizer: K-FAC, or the metric from gradients if there are no LoRA layers."""
         return cls(pairs, settings) if pairs else Gradient()
 
     @property
     def complete(self) -> bool:
-        """Whether every layer has factors; waits for the device until that is so, once a factor update."""
+        """Whether every layer has factors. Until then, this waits for the device once per factor update."""
         if self._complete is None:
             self._complete = bool(together([block.seen.all() for block in self.blocks]).all())
         return self._complete
 
     @property
     def able(self) -> bool:
-        """Whether there are layers with hooks."""
+        """Whether hooks are installed."""
         return bool(self.taps.stages)
 
     # -- stacks -------------------------------------------------------------------------------------------------------
 
     def prepare(self, state: State, params: Sequence[nn.Parameter]) -> None:
-        """Add empty factors to the state of every B among ``params`` that has none."""
+        """Add zero factors to the state of every B in ``params`` that has none."""
         given = {id(p) for p in params}
         for pair in self.pairs:
             if id(pair.B) in given and "factor_updates" not in state[pair.B]:
                 state[pair.B].update(factor_state(pair, self.structure))
 
     def bind(self, pairs: Sequence[StackedPair], others: Sequence[Stacked]) -> None:
-        """Make blocks of the stacks; statistics staged for the same layers stay."""
+        """Build blocks from the stacks. Sums that are staged for the same layers stay."""
         before, self.blocks = self.blocks, [Block(stacks, self.structure) for stacks in pairs]
         self._others, self._complete = list(others), None
         for block in self.blocks if before else ():
             block.adopt_sums(before)
 
     def unbind(self) -> None:
-        """Drop the blocks, whose state was replaced."""
+        """Drop the blocks, because their state was replaced."""
         self.blocks = []
 
     def follow_devices(self, state: State) -> None:
-        """Move the factors to where the layers have been moved."""
+        """Move the factors to the layers' devices."""
         if any([block.follow_(state) for block in self.blocks]):
             self.stage()
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Whether this step's tokens are summed: while a sketch is open, and when factors are due."""
+        """Whether this step's tokens are summed: for a sketch, or because a factor update is due."""
         return self.able and (self.sketching or due(step, self.settings.factor_interval))
 
     def arm(self, step: int) -> None:
-        """Open the taps where factors are due."""
+        """Enable the hooks if :meth:`due`, with empty sums and a new token sample."""
         self.taps.enabled = self.due(step)
         if self.taps.enabled:
             self.stage()
             self.taps.turn(step)
 
     def stage(self) -> None:
-        """Give the taps empty sums for their tokens."""
+        """Connect the hooks to empty sums."""
         for block in self.blocks:
             for index, stage in zip(block.indices, block.stages(self.settings.damping), strict=True):
                 self.taps.stages[index] = stage
 
     def open_sketch(self, rank: int, state: State) -> bool:
-        """Begin to sketch the whitened gradient for ``rank`` directions a layer; False where one is open already."""
+        """Start sketching the whitened gradient for ``rank`` directions per layer; return False if a sketch is open."""
         if "sketch_range" in state[self.pairs[0].B]:
             return False
         for block in self.blocks:
@@ -129,7 +129,7 @@ class KFAC(CurvatureBase):
         return True
 
     def update(self, finite: Tensor, agreed: Any) -> None:
-        """Fold the staged sums into the factors, where the taps were open."""
+        """Add the staged sums to the factors if the hooks were enabled."""
         if self.taps.enabled:
             self._commit(finite, agreed)
 
@@ -139,33 +139,36 @@ class KFAC(CurvatureBase):
         world = distributed.add_up([t for block in self.blocks for t in block.staged])
         tokens = counted = together([block.loss_tokens() for block in self.blocks]).amin()
         seen = torch.isfinite(tokens) & finite.to(tokens.device)
-        if not self._looked:  # once: it waits for the device
+        if not self._looked:  # only once, because the check waits for the device
             self._looked = True
             checks.warn_if_blind(tokens, finite.to(tokens.device), self.pairs)
         tokens = torch.where(seen, tokens, 1.0)
-        # a sum's gradients are per token as they are; a mean was taken by each process of its own tokens
+        # Gradients of a sum loss need no scale. For a mean loss, each process divided by about tokens / world tokens.
         summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
-        loss_scale = grad_scale()  # a number stays one: as a tensor it would make the host wait
+        loss_scale = grad_scale()  # a Python number stays one: converting it to a tensor would make the host wait
         scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
         for block in self.blocks:
             block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
         before = torch.full_like(tokens, torch.inf) if self._count is None else self._count.to(tokens.device)
         self._count = torch.where(seen, counted, before)
-        self._complete = self._complete or None  # look again, as long as some layers have no factors
+        self._complete = self._complete or None  # check again while some layers have no factors
 
     def refresh(self) -> int:
-        """Renew the eigenbases of D and H."""
+        """Recompute the eigenbases of D and H, and return the number of failed decompositions."""
         return refresh_bases(self.blocks)
 
     def forget(self, unless: Tensor | None = None) -> None:
-        """Drop the staged sums."""
+        """Drop the staged sums; with ``unless``, a condition ``()`` on the device, only if it is false."""
         for block in self.blocks if self.taps.enabled else ():
             block.forget(unless)
 
     # -- the metric ---------------------------------------------------------------------------------------------------
 
     def quadratic(self, deltas: Mapping[Any, Tensor], done: Iterable[Any]) -> list[Tensor]:
-        """Terms of the K-FAC quadratic form, one a block; parameters without factors count by their gradients."""
+        """Return the terms ``()`` of the quadratic form: one per block, and one per stack without factors.
+
+        Layers and parameters without factors use the diagonal form from gradients.
+        """
         known = list(done)
         rest = [block for block in self.blocks if block not in known]
         weight = self._weight()
@@ -178,53 +181,59 @@ class KFAC(CurvatureBase):
         return forms
 
     def _weight(self) -> Tensor:
-        """``()`` factor from squared batch gradients to the per-token Fisher diagonal: N for a mean, 1/N for a sum."""
+        """Return ``()`` the factor that converts squared batch gradients into the per-token Fisher diagonal.
+
+        For N loss tokens it is N for a mean loss and 1/N for a sum loss.
+        """
         if self._count is None:
             return torch.ones((), device="cpu")
         tokens = torch.where(torch.isfinite(self._count), self._count, 1.0)
         return tokens if self.settings.loss_reduction == "mean" else 1 / tokens
 
     def penalties(self, coupling: float) -> dict[Any, Tensor]:
-        """Return the gradients of ``trust_penalty KL(base || model)`` by stack, in the units of the loss's gradients.
+        """Return the gradients of ``trust_penalty KL(base || model)`` in the units of the loss's gradients.
 
         Args:
-            coupling: of the whole adapter, from the block-diagonal form to nats.
+            coupling: coupling of the whole adapter, which converts the block-diagonal form into nats.
+
+        Returns:
+            ``(L, *shape)`` by stack; empty if ``trust_penalty`` is 0.
         """
         weight = self.settings.trust_penalty * coupling
         found: dict[Any, Tensor] = {}
         for block in self.blocks if weight else ():
-            # a sum's gradients are those of all tokens, averaged over processes
+            # Gradients of a sum loss are summed over all tokens and averaged over processes.
             tokens = 1 / (self._weight().to(block.H) * distributed.world_size())
             found |= block.penalties(weight * tokens if self.settings.loss_reduction == "sum" else weight)
         return found
 
     def settle(self) -> None:
-        """Bring :attr:`state` up to date; waits for the device."""
+        """Bring :attr:`state` up to date. This waits for the device."""
         tokens = 0.0 if self._count is None else float(self._count)
         self.state.tokens = tokens if math.isfinite(tokens) else 0.0
 
     def resume(self) -> None:
-        """Go on with the numbers that were loaded into :attr:`state`."""
+        """Continue with the numbers that were loaded into :attr:`state`."""
         tokens, device = self.state.tokens, self.pairs[0].B.device
         dtype = torch.promote_types(self.pairs[0].B.dtype, torch.float32)
         self._count = torch.tensor(tokens, device=device, dtype=dtype) if tokens else None
 
     def tokens(self) -> Tensor | None:
-        """``()`` loss tokens of a step, when the taps were last open; infinite where no layer's tokens are seen."""
+        """Return ``()`` the loss tokens of the last observed step; infinite while the hooks have seen no tokens."""
         return self._count
 
     def kl_form(self) -> Tensor | None:
-        """``()`` the sum of ``tr(D H) / 2`` over layers."""
+        """Return ``()`` the sum of ``tr(D H) / 2`` over layers; None before stacks are bound."""
         return together([b.kl_from_base().sum() for b in self.blocks]).sum() if self.blocks else None
 
     def switches(self) -> list[Tensor]:
-        """Every layer's B, as far as this process holds it."""
+        """Return every layer's B, or this process's shard of it."""
         return [distributed.local(pair.B) for block in self.blocks for pair in block.pairs]
 
     def quiet(self) -> AbstractContextManager[None]:
-        """The taps let forward passes through unseen."""
+        """Return a context in which the hooks observe no forward pass."""
         return self.taps.paused()
 
     def closer(self) -> Callable[[], None]:
-        """Remove the taps."""
+        """Return the function that removes the hooks."""
         return self.taps.close

@@ -1,4 +1,4 @@
-"""No curvature: nothing is observed, no step has a length, and no trust region holds."""
+"""No curvature: there are no hooks, no metric and no trust region."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from ctr_optim.curvature.defaults import CurvatureBase
 
 
 class NoCurvature(CurvatureBase):
-    """No metric: steps are Adam's own."""
+    """No metric: the optimizer takes Adam's steps unchanged."""
 
     measures = False

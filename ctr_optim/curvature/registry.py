@@ -1,4 +1,4 @@
-"""Curvatures by the name that the option ``curvature`` takes."""
+"""Registry of the values of the option ``curvature``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over tokens of a block of layers, taken during backward."""
+"""Sums over the tokens of a block of layers, filled during the backward pass."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ctr_optim.runtime.devices import exact
 
 
 class Sums:
-    """Sums over the tokens of a block of L layers since the last ``step()``, batch dimension first.
+    """Sums over the tokens of a block of L layers since the last ``step()``.
 
-    Backward only sets tokens aside; they are summed for many layers at once, when enough have come together or
-    somebody asks. A launch a layer for each term would cost more than all the arithmetic.
+    The backward pass only queues tokens. They are summed for many layers in one call, when the queue is full or the
+    sums are read. One launch per layer and term would cost more than the arithmetic.
 
     Attributes:
-        rows: ``(L,)`` tokens with a gradient.
+        rows: ``(L,)`` number of tokens with a gradient.
         rank_input: ``(L, r, r)`` sum of ``h h^T``, for H.
         rank_output: ``(L, r, r)`` sum of ``B^T g g^T B``, for D.
         input, output: sums of ``x x^T`` and ``g g^T``, for C and S.
-        sketch: of the whitened gradient, on the steps before a rank event.
-        phase: ``()`` in [0, 1), which tokens are looked at where there are too many.
+        sketch: sketch of the whitened gradient, on the steps before a rank event; else None.
+        phase: ``()`` in [0, 1), chooses the tokens that are sampled.
     """
 
-    most_held = 2**24  # numbers set aside before they are summed: 64 MiB in float32
+    most_held = 2**24  # most numbers in the queue: 64 MiB in float32
 
     def __init__(self, rows: Tensor, rank_input: Tensor, rank_output: Tensor, input: Factor, output: Factor) -> None:
         self.rows, self.rank_input, self.rank_output, self.input, self.output = (
@@ -45,18 +45,23 @@ class Sums:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Everything summed so far."""
+        """All sums, the queued tokens included."""
         self.flush()
         sketched = [] if self.sketch is None else [self.sketch.range_, self.sketch.corange]
         return [self.rows, self.rank_input, self.rank_output, *self.input.tensors, *self.output.tensors, *sketched]
 
     def add(self, layer: int, x: Tensor, h: Tensor, b: Tensor, g: Tensor, stride: int) -> None:
-        """Tokens of one layer: x ``(n, d_in)``, h ``(n, r)``, b ``(d_out, r)``, g ``(n, d_out)``, any float dtype.
+        """Queue the tokens of one layer.
 
-        Every one of them stands for ``stride`` tokens.
+        Args:
+            layer: index of the layer.
+            x, h: inputs of A ``(n, d_in)`` and of B ``(n, r)``, in any float dtype.
+            b: weight B ``(d_out, r)``.
+            g: gradients at B's output, ``(n, d_out)``.
+            stride: number of tokens that each of the n tokens represents.
         """
-        z = g @ b.to(g.dtype)  # now: a sharded B may be gone later
-        if torch.compiler.is_compiling():  # one graph, no lists
+        z = g @ b.to(g.dtype)  # computed now, because FSDP2 may free the gathered B later
+        if torch.compiler.is_compiling():  # a list of tensors would break the graph
             self._sum(torch.tensor([layer], device=g.device), x[None], h[None], z[None], g[None], stride)
             return
         if self._waiting and (self._stride != stride or _kind(self._waiting[0][1:]) != _kind((x, h, z, g))):
@@ -69,7 +74,7 @@ class Sums:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Sum what was set aside."""
+        """Sum the queued tokens, and empty the queue."""
         if self._waiting:
             layers, *tokens = zip(*self._waiting, strict=True)
             index = torch.tensor(layers, device="cpu").to(self.rows.device, non_blocking=True)
@@ -79,12 +84,12 @@ class Sums:
         self._drop()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Set all sums to zero, and empty the queue."""
         self._drop()
         torch._foreach_zero_(self.tensors)
 
     def keep_if(self, condition: Tensor) -> None:
-        """Begin anew unless ``condition`` holds, without waiting for the device to say."""
+        """Set all sums to zero unless ``condition ()`` is true, without waiting for the device."""
         for t in self.tensors:
             t.copy_(torch.where(condition.to(t.device), t, 0))
 
@@ -92,10 +97,10 @@ class Sums:
         self._waiting, self._held = [], 0
 
     def _sum(self, layers: Tensor, x: Tensor, h: Tensor, z: Tensor, g: Tensor, stride: int) -> None:
-        """Add tokens of k layers: ``(k, n, width)`` each."""
+        """Add tokens of m layers: x, h, z and g are ``(m, n, width)`` each, with ``z = B^T g`` per token."""
         wide = self.rank_input.dtype
         active = (g != 0).any(-1, keepdim=True)
-        # in their own precision, for masking is exact there: what is wide is read and written as seldom as can be
+        # Masking is exact in the tokens' own dtype. Casting x to the sums' dtype first would cost memory traffic.
         x, h, z = x * active, h.to(wide) * active, z.to(wide)
         self.rows.index_add_(0, layers, active.sum((-2, -1)).to(wide), alpha=stride)
         self.rank_input.index_add_(0, layers, h.mT @ h, alpha=stride)

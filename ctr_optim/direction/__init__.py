@@ -1,1 +1,1 @@
-"""From gradients to a step: Adam in an orthonormal basis, batched over parameters of one shape."""
+"""Steps from gradients: Adam in an orthonormal basis, batched over parameters of one shape."""

@@ -1,8 +1,8 @@
 """Adam in an orthonormal basis, batched over parameters of one shape.
 
-A's Fisher block is ``C (x) D``, B's is ``H (x) S``. Adam runs in the eigenbasis of the small, exact factor (D for A,
-H for B), as EKFAC (George et al., 2018, arXiv 1806.03884) and SOAP (Vyas et al., 2024, arXiv 2409.11321) do for
-whole weight matrices. With identity bases it is torch's AdamW.
+The Fisher block of A is ``C (x) D``, and that of B is ``H (x) S``. Adam runs in the eigenbasis of the small, exact
+factor: D for A, H for B. EKFAC (George et al., 2018, arXiv 1806.03884) and SOAP (Vyas et al., 2024, arXiv 2409.11321)
+do the same for full weight matrices. With identity bases this is torch's AdamW.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
-    """Coordinates of x in ``basis`` (columns), along its rank dimension: -2 for A ``(r, d)``, -1 for B ``(d, r)``."""
+    """Return the coordinates of x in an orthonormal basis, along the rank dimension.
+
+    Args:
+        x: ``(..., r, d)`` for ``rank_dim=-2`` (A), ``(..., d, r)`` for ``rank_dim=-1`` (B).
+        basis: ``(..., r, r)``, basis vectors in columns.
+        rank_dim: -2 or -1.
+    """
     return basis.mT @ x if rank_dim == -2 else x @ basis
 
 
 def unrotate(x: Tensor, basis: Tensor, rank_dim: int) -> Tensor:
-    """Inverse of :func:`rotate` for orthonormal bases."""
+    """Return the inverse of :func:`rotate` for an orthonormal basis."""
     return basis @ x if rank_dim == -2 else x @ basis.mT
 
 
@@ -30,16 +36,18 @@ def adam_(
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Update the moments in place and return Adam's direction ``m^ / (sqrt(v^) + eps)`` (Kingma & Ba, 2015).
+    """Update the moments in place, and return Adam's direction ``m^ / (sqrt(v^) + eps)`` (Kingma & Ba, 2015).
 
     Args:
-        grad, exp_avg, exp_avg_sq: ``(L, *shape)``; ``grad`` is used up.
-        step: ``(L,)`` number of updates so far, advanced here.
-        live: ``(L,)`` of 0 and 1. Where 0, nothing changes: no gradient this time, or one that is not finite.
+        grad, exp_avg, exp_avg_sq: ``(L, *shape)``; ``grad`` is overwritten.
+        step: ``(L,)`` number of updates so far, incremented in place.
+        live: ``(L,)`` of 0 and 1. An entry 0 (no gradient, or not finite) leaves the parameter's state unchanged.
+        betas, eps: as in :class:`torch.optim.AdamW`.
 
     Returns:
-        ``m / (sqrt(v) + eps c)`` of the gradient's shape, and ``(L, 1, ...)`` factors that it is still to be multiplied
-        by: both bias corrections, and 0 where not live. The caller has a place where that costs nothing.
+        The unscaled direction ``m / (sqrt(v) + eps c) (L, *shape)``, and its factor ``(L, 1, ...)``. The direction is
+        their product. The factor contains both bias corrections and ``live``. The caller can combine it with
+        other factors at no cost.
     """
     step += live
     wide = (-1,) + (1,) * (grad.dim() - 1)
@@ -55,10 +63,15 @@ def adam_(
 
 
 def change_basis_(exp_avg: Tensor, exp_avg_sq: Tensor, old: Tensor, new: Tensor, rank_dim: int) -> None:
-    """Carry the moments from one orthonormal basis to another, in place.
+    """Transform the moments from one orthonormal basis to another, in place.
 
-    First moments move exactly, ``m <- R m`` with ``R = new^T old``; second moments as ``v <- (R o R) v``, exact for
-    independent coordinates and for permutations.
+    First moments change exactly, ``m <- R m`` with ``R = new^T old``. Second moments change as ``v <- (R o R) v``. This
+    is exact for uncorrelated coordinates and for permutations.
+
+    Args:
+        exp_avg, exp_avg_sq: moments ``(L, *shape)`` in the basis ``old``.
+        old, new: ``(L, r, r)``, basis vectors in columns.
+        rank_dim: rank dimension of the moments: -2 for A, -1 for B.
     """
     turn = (new.mT @ old).mT
     exp_avg.copy_(rotate(exp_avg, turn, rank_dim))

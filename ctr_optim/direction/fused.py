@@ -1,8 +1,8 @@
-"""The step of LoRA pairs in Triton kernels: the same numbers, to rounding, as ``Block`` and ``Stack`` in less time.
+"""The step of LoRA pairs in Triton kernels: equal to that of ``Block`` and ``Stack`` up to rounding, and faster.
 
-A step in torch passes over the moments a dozen times and launches hundreds of kernels; here it is three passes and a
-dozen launches. Same numbers, to rounding: the torch operations are the reference, and do all that this room does not
-take (see :func:`suits`).
+A step in torch passes over the moments a dozen times and launches hundreds of kernels. The Triton kernels need three
+passes and about a dozen launches. The torch operations are the reference, and handle all blocks that the kernels do not
+support (see :func:`suits`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import users_line
 
-SLICES = 32  # programs that share a layer's A or B
-# padded rank -> width of a tile, and warps: r x r matrices and a tile of each wide tensor must fit into registers
+SLICES = 32  # kernel programs per weight: each handles one slice of a layer's A or B
+# Tile width and number of warps by padded rank. The r x r matrices and a tile per wide tensor must fit in registers.
 TILES = {16: (64, 4), 32: (32, 4), 64: (16, 8)}
 
 _broken = False
@@ -51,7 +51,7 @@ class FactoredPair(Protocol):
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels' module; None where Triton is not installed."""
+    """Return the module of the kernels; None if Triton is not installed."""
     try:
         from ctr_optim.direction import kernels
     except ImportError:
@@ -60,10 +60,10 @@ def _kernels() -> Any:
 
 
 def suits(block: FactoredPair) -> bool:
-    """Whether the kernels can take a block: A and B both train, float32 state, diagonal C and S, on one GPU, whole.
+    """Whether the kernels support a block.
 
-    ``foreach`` decides as in torch: None is the fastest that there is, True asks for torch operations on stacks, False
-    for one layer at a time.
+    They need trained A and B, unsharded on a GPU, with float32 state, diagonal C and S, and ``foreach=None``. The rank
+    is at most the largest in :data:`TILES`. Retained-text coordinates are not supported.
     """
     a, b = block.a, block.b
     if a is None or a.retained or not block.structure.is_diagonal or block.pairs[0].rank > max(TILES):
@@ -73,15 +73,23 @@ def suits(block: FactoredPair) -> bool:
         and stack.group["foreach"] is None
         and stack.params[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not distributed.is_sharded(stack.params[0])
-        and (stack.params[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1")  # tests, on the CPU
+        and (stack.params[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1")  # tests run on the CPU
         for stack in (a, b)
     )
 
 
 class Fused:
-    """Takes the part of a step that its kernels can; its user does the rest as ever.
+    """Runs the part of a step that the kernels support; the caller runs the rest in torch.
 
-    In the order of a step: :meth:`look`, :meth:`directions`, :meth:`move_`.
+    Call :meth:`look`, :meth:`directions` and :meth:`move_`, in this order.
+
+    Args:
+        blocks: candidates; unsupported blocks, and blocks on another device than the first supported one, are ignored.
+
+    Attributes:
+        blocks: the supported blocks.
+        stacks: their stacks of A and B.
+        params: ids of their parameters.
     """
 
     def __init__(self, blocks: Iterable[FactoredPair]) -> None:
@@ -97,9 +105,9 @@ class Fused:
             self._rows = dict(zip(self.stacks, torch.split(self._table, self._counts), strict=True))
 
     def look(self) -> Tensor | None:
-        """``()`` whether every gradient is finite; None where kernels cannot take this step.
+        """Return ``()`` whether every gradient is finite; None if the kernels do not support this step.
 
-        They can where every parameter has a gradient, dense and like itself.
+        They need a dense, contiguous gradient for every parameter, in the dtype and on the device of the parameter.
         """
         if not self.stacks or _broken or not self._found():
             return None
@@ -112,13 +120,16 @@ class Fused:
         return None
 
     def directions(self, finite: Tensor) -> tuple[dict[Stack, Tensor], tuple[Tensor, Tensor] | None]:
-        """Advance the moments; every stack's step ``(L, *shape)`` before the trust region, their form and slope.
+        """Update the moments, and return the step before the trust region, its quadratic form and its slope.
 
-        As ``Stack.direction``, ``Block.quadratic`` and ``Stack.slope``. Where a kernel fails, the stacks from there on
-        are left as they were, and missing; neither form nor slope is known then.
+        The results equal those of ``Stack.direction``, ``Block.quadratic`` and ``Stack.slope`` up to rounding.
 
         Args:
-            finite: ``()``; where false, nothing moves and steps are zero.
+            finite: ``()`` whether all gradients are finite; if not, the moments stay and the step is zero.
+
+        Returns:
+            The step ``(L, *shape)`` for each stack, and its form ``()`` and slope ``()``. If a kernel fails, the
+            remaining stacks are unchanged and missing, and None replaces form and slope.
         """
         deltas: dict[Stack, Tensor] = {}
         pairs = [len(block.pairs) for block in self.blocks]
@@ -129,7 +140,7 @@ class Fused:
                 square_a, square_b, cross, slope_a, slope_b = parts
                 live = _live(block.b, finite)
                 gram = sums.new_empty(*square_b.shape, *block.H.shape[1:])
-                # B first: A's kernel ends what B's began of the cross term
+                # B comes first, because A's kernel needs the sums dB^T S B of B's kernel for the cross term.
                 deltas[block.b] = self._direction(block.b, block.H, block.S, gram, square_b, cross, slope_b, live)
                 grams = gram.sum(1)
                 deltas[block.a] = self._direction(block.a, block.D, block.C, grams, square_a, cross, slope_a, live)
@@ -142,7 +153,12 @@ class Fused:
         return deltas, (combine(*forms).sum(), (slope_a + slope_b).sum())
 
     def move_(self, deltas: Mapping[Stack, Tensor], scale: Tensor) -> list[Stack]:
-        """``p <- p + scale delta``, as ``Stack.move_``; returns the stacks that have moved."""
+        """Apply ``p <- p + scale delta`` as ``Stack.move_`` does, and return the moved stacks.
+
+        Args:
+            deltas: the step, ``(L, *shape)`` for each stack.
+            scale: ``()``.
+        """
         moved: list[Stack] = []
         scale = scale.to(self._table.device)
         with self._trying():
@@ -182,7 +198,10 @@ class Fused:
         return delta
 
     def _found(self) -> bool:
-        """Tell the device where gradients and parameters are: both may have moved since the last step."""
+        """Copy the addresses of parameters and gradients to the device; return False if the kernels cannot use them.
+
+        The addresses may change from one step to the next.
+        """
         addresses: list[int] = []
         device = self._table.get_device()
         for stack in self.stacks:
@@ -206,7 +225,10 @@ class Fused:
 
     @contextmanager
     def _trying(self) -> Iterator[None]:
-        """Launch on our device; the first failure is the last. A kernel that fails has not begun."""
+        """Return a context that launches on this device and disables the kernels after the first failure.
+
+        Kernels fail at compilation or launch, so that a failed kernel has changed nothing.
+        """
         global _broken
         try:
             with torch.cuda.device_of(self._table):  # type: ignore[no-untyped-call]
@@ -216,14 +238,14 @@ class Fused:
         except Exception as error:
             _broken = True
             warnings.warn(
-                f"CTROptimizer's Triton kernels do not run here ({type(error).__name__}: {error}); torch operations "
-                "take the same steps, a few milliseconds later. foreach=True asks for these from the start.",
+                f"CTROptimizer's Triton kernels failed ({type(error).__name__}: {error}). Torch operations now compute "
+                "the same steps, a few milliseconds slower. Pass foreach=True to use torch operations from the start.",
                 stacklevel=users_line(),
             )
 
 
 def _live(stack: Stack, finite: Tensor) -> Tensor:
-    """``(L,)`` as ``Stack.live``: 1 where a layer moves, which has a gradient here."""
+    """Return ``(L,)`` of 1 if ``finite``, else 0: ``Stack.live`` for a stack whose parameters all have gradients."""
     live = finite.to(stack.tensors["step"])
     return live.repeat(len(stack.params))
 

@@ -1,4 +1,4 @@
-"""Whether a step's gradients are usable."""
+"""Check whether a step's gradients are finite, dense and real."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from ctr_optim.runtime.messages import warn_skipped
 
 
 def all_finite(groups: Iterable[dict[str, Any]], known: Container[int] = (), found: Tensor | None = None) -> Tensor:
-    """``()`` whether every gradient is finite, without waiting for any device; tells where it is not, on the CPU.
+    """Return ``()`` whether every gradient is finite, without waiting for a device.
 
-    Processes that hold parts of the gradients (FSDP2) agree; elsewhere all of them hold the same ones.
+    On the CPU this warns if a gradient is not finite. Processes with sharded gradients (FSDP2) share the result. In all
+    other cases every process holds the same gradients.
 
     Args:
         groups: parameter groups.
-        known: ids of parameters that were looked at already, and ``found``, what was found.
+        known: ids of parameters whose gradients were checked before.
+        found: ``()`` the result of that earlier check; None if there was none.
 
     Raises:
         TypeError: for a sparse or complex gradient.
@@ -31,7 +33,10 @@ def all_finite(groups: Iterable[dict[str, Any]], known: Container[int] = (), fou
     for g in grads:
         if g.is_sparse or g.is_complex():
             kind = "sparse" if g.is_sparse else "complex"
-            raise TypeError(f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}; expected dense and real")
+            raise TypeError(
+                f"CTROptimizer got a {kind} gradient of shape {tuple(g.shape)}, expected a dense, real gradient. Build "
+                "embeddings with sparse=False, and give complex parameters to another optimizer."
+            )
         part = distributed.local(g)
         if part.numel() > 0:
             by_device.setdefault(g.device, []).append(part)

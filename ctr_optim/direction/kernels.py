@@ -1,9 +1,10 @@
-"""The plain step in three Triton kernels: is every gradient finite, Adam's step and its quadratic form, moving there.
+"""Three Triton kernels of a step: the check of the gradients, Adam's step with its quadratic form, and the update.
 
-Each does what ``gradients.all_finite``, ``Stack.direction`` with ``trust_region.quadratic``, and ``Stack.move_`` do in
-torch, in one pass over memory. Parameters and gradients are many small tensors: kernels find them through a table of
-addresses, one row ``(parameter, gradient)`` a layer. Tiles are ``(rank, wide)``, the rank padded to a power of two, for
-A and for the transpose of B alike. Sums are over fixed slices, never atomic: a step is the same in every run.
+In torch, ``gradients.all_finite``, ``Stack.direction`` with ``curvature.forms.quadratic``, and ``Stack.move_`` do the
+same. Each kernel takes one pass over memory. Parameters and gradients are many small tensors. The kernels find them
+through a table of addresses with one row ``(parameter, gradient)`` per layer. Tiles are ``(rank, wide)`` for A and for
+the transpose of B, with the rank padded to a power of two. Sums run over fixed slices without atomics, so that a step
+is the same in every run.
 """
 
 import triton
@@ -20,7 +21,7 @@ def _pointer(addresses, layer, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNE
 
 @triton.jit
 def find_infinite(addresses, found, numel, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    """``found (L, slices)``: 1 where a slice of a gradient holds a number that is not finite."""
+    """Write ``found (L, slices)``: 1 if a slice of a gradient contains a number that is not finite, else 0."""
     layer, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     grad = _pointer(addresses, layer, 1, DTYPE, ALIGNED)
     bad = tl.zeros((TILE,), tl.int32)
@@ -66,12 +67,14 @@ def find_direction(
     RANK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Moments and step of one slice of one layer's A or B, and the slice's terms of the quadratic form.
+    """Write moments and step of one slice of one layer's A or B, and the slice's terms of the quadratic form.
 
-    ``delta`` and the moments are as the parameters ``(L, *shape)``, ``basis`` and ``metric`` (D of A, H of B)
-    ``(L, r, r)``, ``diagonal`` (C, S) ``(L, wide)``. ``square (L, slices)`` gets ``<delta, metric delta diagonal>``.
-    B's ``gram (L, slices, r, r)`` gets ``dB^T S B``; A's ``gram (L, r, r)`` is the sum of these, and
-    ``cross (L, slices)`` what it gives with ``A C dA^T``. ``slope (L, slices)`` gets the gradient's product with delta.
+    Inputs are the moments ``(L, *shape)``, ``basis`` and ``metric (L, r, r)`` (D for A, H for B), and
+    ``diagonal (L, wide)`` (C for A, S for B). For A, ``gram (L, r, r)`` is the sum of B's outputs ``gram``.
+
+    Outputs are the moments, ``delta (L, *shape)``, ``square (L, slices)`` with ``<delta, metric delta diagonal>``, and
+    ``slope (L, slices)`` with the product of gradient and delta. For B, ``gram (L, slices, r, r)`` gets ``dB^T S B``.
+    For A, ``cross (L, slices)`` gets the product of ``gram`` and ``A C dA^T``.
     """
     layer, piece, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     rows = tl.arange(0, RANK)
@@ -88,7 +91,7 @@ def find_direction(
     if LR_IS_TENSOR:
         lr = tl.load(lr).to(tl.float32)
     on = tl.load(live + layer).to(tl.int32) != 0
-    # 1 - beta^n cancels: in double
+    # 1 - beta^n loses digits for beta near 1, so it is computed in float64.
     count = tl.maximum(tl.load(step + layer).to(tl.float64) + tl.where(on, 1.0, 0.0), 1.0)
     correction1 = 1.0 - tl.exp2(count * log2_beta1)
     correction2 = tl.sqrt(1.0 - tl.exp2(count * log2_beta2))
@@ -139,7 +142,7 @@ def find_direction(
 
 @triton.jit
 def move(addresses, delta, scale, numel, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    """``p <- p + scale delta``, summed in float32."""
+    """Apply ``p <- p + scale delta``, computed in float32."""
     layer = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * TILE + tl.arange(0, TILE)
     parameter = _pointer(addresses, layer, 0, DTYPE, ALIGNED) + at

@@ -1,4 +1,4 @@
-"""Per-shape layout: all parameters that train, stacked with their state so that one batched call serves many."""
+"""Per-shape layout: all trained parameters, stacked with their state so that one batched call serves many."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Groups = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class PairStacks:
-    """LoRA pairs of one shape, dtype, device and group.
+    """LoRA pairs of one shape, dtype, device and parameter group.
 
     Attributes:
-        pairs: the pairs; indices: their places among the optimizer's pairs.
-        a, b: stacks of their A and B; ``a`` is None where A is not trained, or is another layer's.
-        borrowed: where A is another layer's, each pair's stack and row in it: one parameter takes one step.
+        pairs: the pairs.
+        indices: their indices in the optimizer's list of pairs.
+        a, b: stacks of their A and B; ``a`` is None if A is not trained, or belongs to another layer.
+        borrowed: for pairs whose A belongs to another layer, the stack and the row that hold this A. A shared A is
+            stacked once, because one parameter takes one step.
     """
 
     pairs: list[LoRAPair]
@@ -35,40 +37,41 @@ class PairStacks:
 
 @dataclass(frozen=True)
 class Layout:
-    """Stacks of LoRA pairs, and stacks of all other parameters."""
+    """Stacks of LoRA pairs, and stacks of all other trained parameters."""
 
     pairs: list[PairStacks]
     others: list[Stack]
 
     @property
     def stacks(self) -> list[Stack]:
-        """All stacks, those of LoRA pairs first."""
+        """All stacks; those of LoRA pairs come first."""
         return [s for pair in self.pairs for s in ((pair.b,) if pair.a is None else (pair.a, pair.b))] + self.others
 
 
 def lay_out(
     pairs: Sequence[LoRAPair], groups: Groups, state: Any, prepare: Callable[[Any, list[nn.Parameter]], None]
 ) -> Layout:
-    """Stack all parameters that train: pairs of one shape together, the rest by shape.
+    """Stack all trained parameters by shape, and return the layout.
 
-    Parameters of one stack share shape, dtype, device and group; ``foreach=False`` in a group stacks nothing.
+    Parameters of one stack share shape, dtype, device, sharding and parameter group. With ``foreach=False``, each pair
+    and each other parameter has its own stack.
 
     Args:
-        pairs: LoRA pairs whose moments are kept in a basis of their rank.
+        pairs: LoRA pairs whose moments use a basis along the rank dimension.
         groups: parameter groups.
-        state: the optimizer's state, to which missing moments are added.
-        prepare: adds what else belongs into the state of some parameters, before they are stacked.
+        state: the optimizer's state, to which this function adds missing moments.
+        prepare: called with the state and all parameters before they are stacked; adds further tensors to the state.
     """
     group_of = {id(p): group for group in groups for p in group["params"]}
     rank_dims = {id(p): dim for pair in pairs for p, dim in ((pair.A, -2), (pair.B, -1))}
     kept = [p for group in groups for p in group["params"] if p.requires_grad or id(p) in rank_dims]
     for p in kept:
-        if id(p) in rank_dims and "basis" not in state[p]:  # a half that was trained alone has all else
+        if id(p) in rank_dims and "basis" not in state[p]:  # trained alone before: the state lacks only the basis
             state[p].update({**initial_state(p, rank_dims[id(p)]), **state[p]})
         elif not state[p]:
             state[p].update(initial_state(p, None))
     prepare(state, kept)
-    owner: dict[int, int] = {}  # of each trained A, the first pair that has it
+    owner: dict[int, int] = {}  # the first pair of each trained A
     alike: dict[Any, list[int]] = {}
     for index, pair in enumerate(pairs):
         group = group_of[id(pair.B)]
@@ -97,12 +100,12 @@ def lay_out(
 
 
 def _columns(state: Any) -> int:
-    """Eigenpairs of the coordinates that a parameter learns in; 0 where it learns in its own."""
+    """Return the number of eigenpairs of a parameter's retained-text coordinates; 0 without such coordinates."""
     return len(state[VECTORS]) if VECTORS in state else 0
 
 
 def parameters_of(groups: Groups) -> list[nn.Parameter]:
-    """All parameters of some groups, in order."""
+    """Return all parameters of the groups, in order."""
     return [p for group in groups for p in group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""Parameters of one shape, with their state in one tensor each."""
+"""Stacks: parameters of one shape, with each entry of their optimizer state in one tensor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from ctr_optim.runtime.devices import together
 
 
 class Stack:
-    """Parameters of one shape, dtype, device and group, with their state in one tensor each.
+    """Parameters of one shape, dtype, device and group, with each entry of their state stacked in one tensor.
 
-    ``optimizer.state[p]`` stays the truth that checkpoints see: its tensors are views into these. Anything that
-    replaces the views (loading, resizing) drops the stacks, and the next step stacks anew.
+    The tensors in ``optimizer.state[p]``, which checkpoints save, are views into the stacked tensors. Code that
+    replaces these views (loading, resizing) must drop the stacks; the next step builds new ones.
+
+    Args:
+        params: L parameters.
+        group: their parameter group.
+        state: the optimizer's state.
+        rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for a parameter outside LoRA layers.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], group: dict[str, Any], state: Any, rank_dim: int | None) -> None:
@@ -37,20 +43,20 @@ class Stack:
                 state[p][key] = distributed.as_parts(part, state[p][key])
 
     def to_(self, device: torch.device, state: Any) -> None:
-        """Move the state to ``device``, if it is on another one."""
+        """Move the state to ``device`` if it is on another device."""
         if device != self.device:
             self.tensors = {key: stacked.to(device) for key, stacked in self.tensors.items()}
             self._share(state)
 
     def hold(self, key: str, stacked: Tensor, state: Any) -> None:
-        """Add a tensor ``(L, ...)``, whole on every process, to the state."""
+        """Add a tensor ``(L, ...)`` to the state under the name ``key``. Every process holds it whole."""
         self.tensors[key] = stacked
         for p, tensor in zip(self.params, stacked.unbind(0), strict=True):
             state[p][key] = tensor
 
     @property
     def device(self) -> torch.device:
-        """Device of the state."""
+        """The device of the state."""
         return self.tensors["step"].device
 
     @property
@@ -60,15 +66,19 @@ class Stack:
 
     @property
     def retained(self) -> bool:
-        """Whether the moments are in coordinates of retained text (:mod:`ctr_optim.model.coordinates`)."""
+        """Whether the moments use the coordinates of retained text (:mod:`ctr_optim.model.coordinates`)."""
         return coordinates.VECTORS in self.tensors
 
     def values(self) -> Tensor:
-        """The parameters, stacked in the state's dtype."""
+        """Return the parameters ``(L, *shape)`` in the dtype of the state."""
         return self._stacked([p.detach() for p in self.params]).to(self.dtype)
 
     def gradients(self, finite: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return gradients ``(L, *shape)``, zero unless ``finite``, and which exist ``(L,)``; None without any."""
+        """Return the gradients ``(L, *shape)`` and :meth:`live` ``(L,)``; None if no parameter has a gradient.
+
+        The gradients have the dtype of the state and the sign of a minimization. Missing gradients are zero, and all
+        gradients are zero unless ``finite``.
+        """
         grads = [p.grad for p in self.params]
         missing = [g is None for g in grads]
         if all(missing):
@@ -79,17 +89,17 @@ class Stack:
         return stacked, self.live(finite)
 
     def live(self, finite: Tensor) -> Tensor:
-        """``(L,)`` 1 for the parameters that this step moves; 0 without gradient, all 0 unless ``finite``."""
+        """Return ``(L,)``: 1 for each parameter that this step moves; 0 without a gradient, or if not ``finite``."""
         live = finite.to(self.tensors["step"]).expand(len(self.params))
         present = [p.grad is not None for p in self.params]
         return live if all(present) else live * torch.tensor(present, dtype=live.dtype, device="cpu").to(live.device)
 
     def direction(self, finite: Tensor, penalty: Tensor | None = None) -> Tensor | None:
-        """Adam's step ``-lr * direction`` with decoupled weight decay, ``(L, *shape)``; None without gradients.
+        """Update the moments, and return Adam's step with decoupled weight decay ``(L, *shape)``; None if no gradients.
 
         Args:
-            finite: ``()`` whether the step is to be taken.
-            penalty: ``(L, *shape)`` gradient to add to that of the loss.
+            finite: ``()`` whether all gradients are finite; if not, the moments stay and the step is zero.
+            penalty: ``(L, *shape)`` gradient that is added to the loss's gradient.
         """
         found = self.gradients(finite)
         if found is None:
@@ -112,22 +122,25 @@ class Stack:
         return delta
 
     def _turned(self, grad: Tensor) -> Tensor:
-        """A gradient ``(L, *shape)`` in the coordinates of the moments."""
+        """Return a gradient ``(L, *shape)`` in the coordinates of the moments."""
         grad = coordinates.product(grad, self.tensors) if self.retained else grad
         return grad if self.rank_dim is None else rotate(grad, self.tensors["basis"], self.rank_dim)
 
     def newest(self) -> Tensor | None:
-        """This step's gradients ``(L, *shape)`` in the coordinates of the moments; None where there are none."""
+        """Return this step's gradients ``(L, *shape)`` in the coordinates of the moments; None without gradients."""
         found = self.gradients(torch.ones((), dtype=torch.bool, device=self.device))
         return None if found is None else self._turned(found[0])
 
     def coordinates(self, delta: Tensor) -> Tensor:
-        """A step ``(L, *shape)`` in the coordinates of the moments."""
+        """Return a step ``(L, *shape)`` in the coordinates of the moments."""
         delta = coordinates.solve(delta, self.tensors) if self.retained else delta
         return delta if self.rank_dim is None else rotate(delta, self.tensors["basis"], self.rank_dim)
 
     def slope(self, delta: Tensor) -> Tensor:
-        """``()`` this process's term of the derivative, along a step ``(L, *shape)``, of what is minimized."""
+        """Return ``()`` this process's term of the objective's derivative along a step ``(L, *shape)``.
+
+        The objective is what the optimizer minimizes: the loss, or the negative loss with ``maximize``.
+        """
         grads, steps = [], []
         for p, step in zip(self.params, self.parts(delta)[1], strict=True):
             if p.grad is not None:
@@ -137,35 +150,35 @@ class Stack:
         return -slope if self.group["maximize"] else slope
 
     def set_basis(self, basis: Tensor) -> None:
-        """Move to a new eigenbasis, moments and all."""
+        """Change to a new eigenbasis ``(L, r, r)``, and transform the moments into it."""
         t = self.tensors
         assert self.rank_dim is not None
         change_basis_(t["exp_avg"], t["exp_avg_sq"], t["basis"], basis, self.rank_dim)
         t["basis"].copy_(basis)
 
     def move_(self, delta: Tensor, scale: Tensor | None) -> None:
-        """``p <- p + scale delta`` (None: 1), summed in the wider dtype."""
+        """Apply ``p <- p + scale delta``, computed in the wider of the two dtypes; ``scale=None`` means 1."""
         params, parts = self.parts(delta if scale is None else delta * scale.to(delta))
         torch._foreach_add_([p.data for p in params], parts)
 
     def parts(self, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return this process's parts of the parameters and of a step ``(L, *shape)``."""
+        """Return this process's shards of the parameters and of a step ``(L, *shape)``."""
         cut = list(delta.unbind(0)) if self.rank_dim is None else distributed.parts(delta, self.params[0])
         return [distributed.local(p) for p in self.params], cut
 
     def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """LoRA's weights whole on every process; others, which may be large, as far as this one holds them."""
+        """Stack LoRA weights whole on every process, and shards of all other parameters, which may be large."""
         if self.rank_dim is None:
             return torch.stack([distributed.local(t) for t in tensors])
         return distributed.stack_whole(tensors)
 
 
 def slope(deltas: Mapping[Stack, Tensor], finite: Tensor) -> Tensor:
-    """``()`` the derivative along a step of what is minimized: gradient times step, over all parameters.
+    """Return ``()`` the objective's derivative along a step: the product of gradient and step over all parameters.
 
     Args:
         deltas: the step, ``(L, *shape)`` for each stack.
-        finite: ``()`` whether the gradients are; 0 is returned where not.
+        finite: ``()`` whether all gradients are finite; if not, the result is 0.
     """
     whole = [stack.slope(delta) for stack, delta in deltas.items() if not distributed.is_sharded(stack.params[0])]
     parts = {stack: stack.slope(delta) for stack, delta in deltas.items() if distributed.is_sharded(stack.params[0])}
@@ -176,9 +189,14 @@ def slope(deltas: Mapping[Stack, Tensor], finite: Tensor) -> Tensor:
 
 
 def initial_state(p: nn.Parameter, rank_dim: int | None) -> dict[str, Tensor]:
-    """State of a parameter that has not moved yet; float32 also for half-precision parameters."""
+    """Return the initial state of a parameter, in float32 or wider even for half-precision parameters.
+
+    Args:
+        p: the parameter.
+        rank_dim: dimension of the LoRA rank: -2 for A, -1 for B; None for a parameter outside LoRA layers.
+    """
     dtype = torch.promote_types(p.dtype, torch.float32)
-    like = p if rank_dim is None else torch.empty(p.shape, device=p.device)  # of LoRA's each process has it whole
+    like = p if rank_dim is None else torch.empty(p.shape, device=p.device)  # every process holds LoRA state whole
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
         "exp_avg": torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format),

@@ -1,4 +1,4 @@
-"""One step before it is taken: a delta for each stack, its length in the curvature's metric, and its slope."""
+"""A proposed step: a delta for each stack, its quadratic form in the curvature's metric, and its slope."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from ctr_optim.direction.stack import Stack
 
 @dataclass
 class Step:
-    """A step of all parameters.
+    """A proposed step of all parameters, before the trust region scales it.
 
     Attributes:
         deltas: ``(L, *shape)`` for each stack.
-        fused: the part that Triton kernels take.
-        q: ``()`` quadratic form in the curvature's metric; slope: ``()`` derivative of the loss along the step.
+        fused: moves the stacks that the Triton kernels support.
+        q: ``()`` quadratic form in the curvature's metric.
+        slope: ``()`` derivative of the minimized objective along the step.
         bounded: whether the curvature gives the step a length.
-        tokens: ``()`` loss tokens of the step; None where they are not known.
+        tokens: ``()`` loss tokens of the last observed step; None if they are unknown.
     """
 
     deltas: dict[Stack, Tensor]
@@ -32,11 +33,11 @@ class Step:
     tokens: Tensor | None = None
 
     def changes(self) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-        """The parameters that this process holds, and its delta for each."""
+        """Return, for each stack, this process's parameter shards and their deltas."""
         return [stack.parts(delta) for stack, delta in self.deltas.items()]
 
     def take_(self, scale: Tensor | None) -> None:
-        """``p <- p + scale delta`` (None: 1) for all parameters."""
+        """Apply ``p <- p + scale delta`` to all parameters; ``scale=None`` means 1."""
         moved = self.fused.move_(self.deltas, scale) if scale is not None and self.fused.stacks else []
         for stack, delta in self.deltas.items():
             if stack not in moved:
@@ -46,13 +47,17 @@ class Step:
 def directions(
     stacks: Sequence[Stack], fused: Fused, finite: Tensor, penalties: Mapping[Any, Tensor]
 ) -> tuple[dict[Stack, Tensor], list[Tensor]]:
-    """Return every stack's step before the trust region, and the form and slope of the kernels' part.
+    """Return every stack's step before the trust region, and the quadratic form and slope of the kernels' part.
 
     Args:
-        stacks: all parameters that train.
-        fused: takes the stacks that its kernels support.
-        finite: ``()`` whether the step is to be taken.
-        penalties: gradients to add to those of the loss, by stack.
+        stacks: stacks of all trained parameters.
+        fused: runs the stacks that the Triton kernels support.
+        finite: ``()`` whether all gradients are finite; if not, all moments stay and the step is zero.
+        penalties: gradients ``(L, *shape)`` that are added to the loss's gradients, by stack.
+
+    Returns:
+        The step ``(L, *shape)`` for each stack with gradients. The list holds form ``()`` and slope ``()`` of the
+        kernels' stacks; it is empty if no kernel ran, or if one failed.
     """
     deltas, known = fused.directions(finite) if fused.stacks else ({}, None)
     rest = {stack: stack.direction(finite, penalties.get(stack)) for stack in stacks if stack not in deltas}

@@ -1,1 +1,1 @@
-"""Linear algebra on stacks of matrices, which every part may use."""
+"""Batched linear algebra on stacks of matrices."""

@@ -1,9 +1,9 @@
-"""Eigenbases of the small factors, of many layers at once.
+"""Eigenbases of small symmetric matrices, batched over layers.
 
-Libraries decompose many matrices in one launch up to a width of 32 and one after the other above: at rank 64, two
-matrices for each of 224 layers would take as long as a whole training step. What is wider is taken apart into pairs of
-blocks that fit (block Jacobi: Golub & Van Loan, Matrix Computations, 8.5), beginning with the last basis, which is
-nearly right: two sweeps of a few launches each.
+GPU libraries decompose many matrices in one launch only up to a width of 32, and wider matrices one after the other.
+At rank 64, the two matrices of each of 224 layers would take as long as a training step. Therefore wider matrices use a
+block Jacobi method with blocks that fit (Golub & Van Loan, Matrix Computations, 8.5). It starts from the previous
+basis, which is nearly right, and then needs about two sweeps of a few launches each.
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from ctr_optim.linalg.shapes import sized
 
-_AT_ONCE = 32  # the widest matrices of which a GPU's library decomposes many in one launch
+_AT_ONCE = 32  # largest width at which GPU libraries decompose many matrices in one launch
 _MOST_SWEEPS = 10
 
 
 def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
-    """Orthonormal eigenvectors of symmetric ``(..., r, r)`` matrices, in columns.
+    """Return the orthonormal eigenvectors of symmetric matrices, in columns.
 
-    A direction of which the matrix knows nothing (a row of exact zeros) is an eigenvector, exactly. These come
-    last, in the order of the rows: directions that a masked layer does not use never mix with those that it does.
-    A layer whose matrix is not finite keeps its previous basis. Where the decomposition fails, ``previous`` itself is
-    returned, the same object: every layer keeps what it has.
+    A unit vector whose row in the matrix is exactly zero is returned exactly. These unit vectors come last, in the
+    order of their rows. Therefore directions that a masked layer does not use never mix with the used directions.
+
+    Args:
+        matrix: ``(..., r, r)``.
+        previous: the previous bases ``(..., r, r)``, a start for the iteration. A layer whose matrix or eigenvectors
+            are not finite keeps its previous basis.
+
+    Returns:
+        ``(..., r, r)``. If the decomposition fails, the object ``previous`` itself.
     """
     finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     size = matrix.shape[-1]
     columns = torch.arange(size, device=matrix.device)
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite, matrix, eye)
-    silent = (matrix == 0).all(-1)  # (..., r)
-    # eigenvalues above all others, rising with the row, put the silent directions last
+    silent = (matrix == 0).all(-1)  # (..., r): rows of exact zeros
+    # Eigenvalues that exceed all others and rise with the row put the directions of zero rows last.
     above = matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) * (2 + columns.to(matrix.dtype) / size)
     try:
         vectors = _eigenvectors(matrix + torch.diag_embed(above * silent), previous)
     except LinAlgError:
         return previous
     heard = size - silent.sum(-1, keepdim=True)
-    place = heard + silent.cumsum(-1) - 1  # the column of each silent row
+    place = heard + silent.cumsum(-1) - 1  # the column for each zero row
     alone = (place[..., None] == columns) & silent[..., None]
     among = ~silent[..., None] & (columns < heard)[..., None, :]
     vectors = torch.where(alone, 1.0, torch.where(among, vectors, 0.0))
@@ -49,14 +55,14 @@ def eigenbasis(matrix: Tensor, previous: Tensor) -> Tensor:
 
 
 def padded_basis(basis: Tensor, room: int) -> Tensor:
-    """Return bases ``(..., r, r)`` enlarged to ``room``; the added directions are their own basis."""
+    """Return bases ``(..., r, r)`` enlarged to ``(..., room, room)`` by unit vectors."""
     new = sized(basis, (-2, -1), room).clone()
     new.diagonal(dim1=-2, dim2=-1)[..., basis.shape[-1] :] = 1
     return new
 
 
 def _eigenvectors(matrix: Tensor, near: Tensor) -> Tensor:
-    """Eigenvectors in columns, their eigenvalues rising; ``near``: a basis that may be nearly right."""
+    """Return eigenvectors in columns, by ascending eigenvalue; ``near`` is an approximate basis to start from."""
     if _one_by_one(matrix) and matrix.dim() == 3 and matrix.shape[-1] % _AT_ONCE == 0:
         found = block_jacobi(matrix, near)
         if found is not None:
@@ -66,29 +72,31 @@ def _eigenvectors(matrix: Tensor, near: Tensor) -> Tensor:
 
 
 def _one_by_one(matrix: Tensor) -> bool:
-    """Whether the library would decompose one matrix after the other, each with launches of its own."""
+    """Whether the GPU library would decompose the matrices one after the other, with separate launches."""
     return matrix.is_cuda and matrix.shape[-1] > _AT_ONCE
 
 
 def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS) -> Tensor | None:
-    """Eigenvectors of symmetric ``(L, r, r)`` matrices in columns, their eigenvalues rising; r a multiple of 32.
+    """Return the eigenvectors of symmetric matrices in columns, by ascending eigenvalue; as exact as ``eigh``.
 
-    A sweep brings every two blocks of 16 coordinates together once and turns them into the eigenvectors of what they
-    make, the smaller eigenvalues first. It ends where what is left off the diagonal is rounding; every sweep waits for
-    the device once. As exact as ``torch.linalg.eigh``.
+    A sweep pairs every two blocks of 16 coordinates once, and rotates each pair into the eigenvectors of its 32 x 32
+    submatrix. The iteration ends when the off-diagonal part is as small as rounding. Each sweep waits for the device
+    once.
 
     Args:
-        start: orthonormal bases ``(L, r, r)``; the nearer to the eigenvectors, the fewer sweeps.
+        matrix: ``(L, r, r)`` with r a multiple of 32.
+        start: orthonormal bases ``(L, r, r)``; the closer to the eigenvectors, the fewer sweeps.
+        most_sweeps: largest number of sweeps.
 
     Returns:
-        None where ``most_sweeps`` did not do.
+        ``(L, r, r)``; None if the iteration does not converge within ``most_sweeps``.
     """
     size, width = matrix.shape[-1], _AT_ONCE
     *orders, back = (order.to(matrix.device) for order in _tournament(2 * size // width, width // 2))
     enough = 100 * torch.finfo(matrix.dtype).eps
 
     def turned(x: Tensor, turns: Tensor) -> Tensor:
-        """Rows ``(L, r, *)``, each pair of blocks turned by its own ``(L, r / 32, 32, 32)``."""
+        """Return the rows ``(L, r, *)``, each pair of blocks rotated by its own matrix of ``(L, r / 32, 32, 32)``."""
         return (turns @ x.reshape(*turns.shape[:-1], -1)).view(x.shape)
 
     rows = start.mT
@@ -106,7 +114,7 @@ def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS)
         rows = rows[:, back]
     else:
         return None
-    # thousands of turns add up: one step of Newton and Schulz makes the rows orthonormal to rounding
+    # The rounding of thousands of rotations adds up. One Newton-Schulz step restores orthonormal rows.
     rows = 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
     rising = (rows @ matrix * rows).sum(-1).argsort(-1)
     return rows.gather(1, rising.unsqueeze(-1).expand_as(rows)).mT
@@ -114,9 +122,14 @@ def block_jacobi(matrix: Tensor, start: Tensor, most_sweeps: int = _MOST_SWEEPS)
 
 @lru_cache(maxsize=8)
 def _tournament(blocks: int, width: int) -> list[Tensor]:
-    """Orders of coordinates in which every two blocks lie side by side once, the lower first (a round-robin).
+    """Return orders of coordinates that place every two blocks side by side once, the lower block first.
 
-    Each is relative to the one before; the last leads back to the beginning.
+    They form a round-robin tournament. Each order is relative to the previous one, and the last restores the original
+    order.
+
+    Args:
+        blocks: number of blocks, even.
+        width: coordinates per block.
     """
     orders, players, place = [], list(range(blocks)), list(range(blocks))
     for _ in range(blocks - 1):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def padded_rank(rank: int) -> int:
-    """Return the rank that smaller ones are zero-padded to for batched calls: a power of two, at least 16."""
+    """Return the rank that ``rank`` is zero-padded to in batched calls: the next power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def sized(x: Tensor, dims: Sequence[int], size: int) -> Tensor:
-    """Return ``x`` truncated or zero-padded to ``size`` along ``dims``."""
+    """Return ``x`` truncated or zero-padded to ``size`` along each dimension in ``dims``."""
     for dim in dims:
         x = x.narrow(dim, 0, min(size, x.shape[dim]))
         shape = list(x.shape)

@@ -1,4 +1,4 @@
-"""Fixtures of the factors' tests."""
+"""Fixtures for the tests of Kronecker factors."""
 
 from __future__ import annotations
 

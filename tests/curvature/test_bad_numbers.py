@@ -1,4 +1,4 @@
-"""Numbers that are none, decompositions that fail, too little to go on: training goes on, and says so."""
+"""Training continues, with a warning, after non-finite numbers, failed decompositions and missing statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ctr_optim.curvature.factors import Dense, LowRank
 RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketch")
 
 
-# -- numbers that are none ---------------------------------------------------------------------------------------------
+# -- non-finite numbers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -60,7 +60,7 @@ def test_inputs_that_are_not_finite(bad: float, structure: str) -> None:
 @pytest.mark.parametrize("where", ["rank_input", "rank_output", "input", "output"])
 @pytest.mark.parametrize("structure", ["diagonal", "lowrank", "dense"])
 def test_a_damaged_factor_stops_the_step_and_begins_anew(structure: str, where: str, bad: float) -> None:
-    """A bit that flips in memory: no step whose KL cannot be predicted, and a whole factor again at its next update."""
+    """A flipped bit in memory: steps without a predicted KL are not taken, and the next update restores the factor."""
     model = net(dtype=torch.float32)
     opt = optimizer(model, max_kl=1e-3, factor_interval=4, basis_interval=4, factor_structure=structure)
     train(model, opt, 5)  # factors are updated at steps 0, 1, 2, 4, 8, ...
@@ -71,8 +71,8 @@ def test_a_damaged_factor_stops_the_step_and_begins_anew(structure: str, where: 
     before, moments = snapshot(model), state["exp_avg"].clone()
     train(model, opt, 1, start=5)
     assert same(snapshot(model), before) and opt.metrics()["trust/scale"] == 0.0
-    assert not torch.equal(state["exp_avg"], moments)  # what the gradient said is not lost
-    train(model, opt, 3, start=6)  # steps 6 and 7, and 8 with an update
+    assert not torch.equal(state["exp_avg"], moments)  # the moments still take the gradient
+    train(model, opt, 3, start=6)  # steps 6, 7 and 8; step 8 updates the factors
     assert not same(snapshot(model), before) and finite(model)
     assert all(t.isfinite().all() for s in opt.state.values() for t in s.values())
     state = opt.state[model.up.lora_B.weight]
@@ -97,7 +97,7 @@ def test_gradients_that_overflow_when_squared_leave_the_factors_alone() -> None:
 
 @contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[None]:
-    """These functions of torch.linalg do not converge for a while."""
+    """Return a context in which the named functions of torch.linalg do not converge."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise LinAlgError("linalg.eigh: the algorithm failed to converge")
@@ -160,12 +160,12 @@ def test_a_sketch_that_is_not_finite_leaves_the_diagonal() -> None:
     assert torch.equal(factor.to_dense(), factor.tensors[1].diag())
 
 
-# -- too little to go on -----------------------------------------------------------------------------------------------
+# -- missing statistics ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "lowrank", "dense"])
 def test_factors_that_are_all_zero(structure: str) -> None:
-    """A model whose loss does not depend on it: gradients are zero, and so is what the factors say."""
+    """If the loss does not depend on the model, all gradients and factors are zero."""
     model = net(dtype=torch.float32)
     opt = optimizer(model, rank_scheduler=RANKS, factor_structure=structure, max_kl=1e-3)
     before = snapshot(model)
@@ -185,7 +185,7 @@ def test_factors_that_are_all_zero(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", ["diagonal", "lowrank", "dense"])
 def test_factors_of_rank_one(structure: str) -> None:
-    """One token, over and over."""
+    """Every batch repeats the same single token."""
     model = net(dtype=torch.float32)
     opt = optimizer(model, rank_scheduler=RANKS, factor_structure=structure, max_kl=1e-3)
     data = torch.full((2, 3), 5), torch.full((2, 3), 7)
@@ -216,7 +216,7 @@ def test_a_layer_that_is_never_used() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_batches_without_a_loss_token(reduction: str) -> None:
-    """A mean over nothing is NaN, and the step is skipped; a sum is zero, and the factors know of no new token."""
+    """The mean over no tokens is NaN, so the step is skipped. The sum is zero, so the factors get no new token."""
     model, reference = net(), net()
     opt, other = (optimizer(m, max_kl=1e-3, loss_reduction=reduction) for m in (model, reference))
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Factors from the taps: equal to first principles."""
+"""Factors from the hooks equal their definitions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support import (
 )
 from torch import Tensor, nn
 
-# -- against first principles ------------------------------------------------------------------------------------------
+# -- against the definitions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -83,7 +83,7 @@ def test_factors_update_when_due() -> None:
         backward(model, batch(step))
         opt.step()
         changed.append(not torch.equal(before, factors_of(opt)["up"]["C"]))
-    assert changed == [True, True, True, True, False, False, True, False]  # 0, 1, 2 early; then every third
+    assert changed == [True, True, True, True, False, False, True, False]  # steps 0, 1, 2, then every third step
 
 
 def test_scaling_is_inside_the_output_factor() -> None:
@@ -109,13 +109,13 @@ def test_a_fresh_adapter_has_an_output_factor_but_no_rank_output() -> None:
 def test_a_limit_on_tokens_takes_one_in_every_k() -> None:
     ids, labels = batch(n=4, length=6, ignored=0)
     model = net()
-    opt = optimizer(model, max_tokens=8, **DENSE)  # 24 tokens: one in every three
+    opt = optimizer(model, max_tokens=8, **DENSE)  # 24 tokens, so one of every three
     backward(model, (ids, labels))
     opt.step()
     golden = (5**0.5 - 1) / 2
     places = torch.tensor([3 * i + int(i * golden % 1 * 3) for i in range(8)])
-    assert len(set((places % 6).tolist())) > 2  # a stride alone would see two positions of each row
-    kept = (ids.flatten()[places][None], labels.flatten()[places][None])  # no token of this net sees another
+    assert len(set((places % 6).tolist())) > 2  # a fixed place would sample two positions of each row
+    kept = (ids.flatten()[places][None], labels.flatten()[places][None])  # tokens of this net are independent
     assert_factors(factors_of(opt), oracle(net(), kept), 1e-10)
 
 
@@ -152,7 +152,7 @@ def test_an_overflowed_step_is_forgotten(where: str) -> None:
     if where == "backward":
         loss = loss * float("inf")
     loss.backward()
-    if where == "gradient":  # the half-precision weight gradient overflows, the layer's own does not
+    if where == "gradient":  # the weight's gradient overflows; the gradient at the layer's output does not
         model.up.lora_A.weight.grad[0, 0] = float("inf")
     scaler.step(opt)
     scaler.update()
@@ -175,7 +175,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# -- hooks live no longer than the optimizer ---------------------------------------------------------------------------
+# -- lifetime of the hooks ---------------------------------------------------------------------------------------------
 
 
 def test_close_removes_every_hook() -> None:

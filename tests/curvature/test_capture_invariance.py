@@ -1,4 +1,4 @@
-"""Factors from the taps: the same, whatever the training loop looks like."""
+"""Factors from the hooks do not depend on the form of the training loop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_micro_batches_and_reduction_change_nothing(
     parts: int, reduction: str, llama_expected: dict[str, dict[str, Tensor]]
 ) -> None:
     found = llama_factors(tiny_llama(), *split(llama_batch(), parts), reduction=reduction)
-    assert_factors(found, llama_expected, 1e-6)  # the model's norms compute in float32
+    assert_factors(found, llama_expected, 1e-6)  # the tolerance allows for the model's norms, which use float32
 
 
 def test_micro_batches_of_unequal_tokens_under_a_sum_loss() -> None:
@@ -60,7 +60,7 @@ def test_micro_batches_of_unequal_tokens_under_a_sum_loss() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str, llama_expected: dict[str, dict[str, Tensor]]) -> None:
-    # float32: in float64 the model's own attention mask overflows to NaN on rows of nothing but padding
+    # In float64, the model's attention mask would overflow to NaN on rows that contain padding only.
     assert_factors(llama_factors(tiny_llama(torch.float32), pad(llama_batch(), side)), llama_expected, 1e-4)
 
 
@@ -72,7 +72,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, llama_expected:
     calls = []
     model.get_base_model().model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     assert_factors(llama_factors(model, llama_batch()), llama_expected, 1e-10)
-    assert len(calls) == 2  # it did recompute
+    assert len(calls) == 2  # the layer was recomputed
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -18,7 +18,7 @@ WIDTH = 40
 
 
 def rows(n: int, rank: int = WIDTH, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    """``(n, WIDTH)`` vectors that span ``rank`` directions of very different sizes."""
+    """Return ``(n, WIDTH)`` vectors that span ``rank`` directions of very different scales."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.logspace(0, -2, rank, dtype=torch.float64)
     inner = torch.randn(n, rank, generator=generator, dtype=torch.float64) * spread
@@ -127,7 +127,7 @@ def test_eigenbasis_is_orthonormal_and_diagonalises(seed: int, rank: int) -> Non
 @given(seed=st.integers(0, 1000), size=st.sampled_from([32, 64, 96]), fall=st.floats(0, 1.5), known=st.integers(1, 96))
 @settings(max_examples=15)
 def test_block_jacobi_is_the_eigendecomposition(seed: int, size: int, fall: float, known: int) -> None:
-    """From the identity, from the last basis, from directions without any rank left over; equal eigenvalues, too."""
+    """The start is the identity or the previous basis; spectra include zero and equal eigenvalues."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.arange(1, size + 1, dtype=torch.float64) ** -fall
     scales[known:] *= 0 if seed % 3 == 0 else 1
@@ -144,7 +144,7 @@ def test_block_jacobi_is_the_eigendecomposition(seed: int, size: int, fall: floa
     )
     moved = matrix + 1e-3 * torch.randn(3, size, size, generator=generator, dtype=torch.float64)
     moved = 0.5 * (moved + moved.mT)
-    again = block_jacobi(moved, Q * (1 + 1e-6), most_sweeps=30)  # rounding that has added up does not stay
+    again = block_jacobi(moved, Q * (1 + 1e-6), most_sweeps=30)  # the result corrects accumulated rounding
     assert again is not None
     torch.testing.assert_close(again.mT @ again, eye, rtol=0, atol=1e-11)
     inner = again.mT @ moved @ again
@@ -152,7 +152,7 @@ def test_block_jacobi_is_the_eigendecomposition(seed: int, size: int, fall: floa
 
 
 def test_wide_bases_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 40 in room for 64; one direction is unused, and one layer's factor is not finite."""
+    """Rank 40 is padded to 64; one direction is unused, and one layer's factor is not finite."""
     x = torch.randn(3, 200, 64, dtype=torch.float64) * torch.linspace(1, 0.2, 64).double()
     x[..., 7] = x[..., 40:] = 0
     matrix, last = x.mT @ x, eigen.padded_basis(torch.linalg.qr(torch.randn(3, 40, 40, dtype=torch.float64))[0], 64)
@@ -162,7 +162,7 @@ def test_wide_bases_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     got = eigenbasis(matrix, last)
     overlap = got[:2].mT @ expected[:2]
     torch.testing.assert_close(overlap.abs(), torch.eye(64).double().expand_as(overlap), rtol=0, atol=1e-8)
-    assert torch.equal(got[:2, :, 39:], expected[:2, :, 39:])  # the silent ones, exactly
+    assert torch.equal(got[:2, :, 39:], expected[:2, :, 39:])  # unused directions are exact
     assert torch.equal(got[2], last[2])
 
 
@@ -193,7 +193,7 @@ def test_eigenbasis_keeps_the_previous_one_where_the_decomposition_fails(monkeyp
 
 
 def test_bases_of_many_ranks_are_each_layers_own() -> None:
-    """Found together, filled up to one size, and cut: unused directions and factors that are not finite among them."""
+    """One padded, batched call gives each layer its own basis, despite unused directions and a non-finite factor."""
     model = net(rank=5)
     model.down = LoRALinear(10, 7, 2, 1.0).double()
     opt = CTROptimizer(trainable(model), lr=0.05, max_kl=1e-3, model=model, factor_interval=1)

@@ -1,4 +1,4 @@
-"""The second curvature proxy: the Hessian's diagonal from differences of gradients."""
+"""The Hessian's diagonal from differences of gradients."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_a_model_that_does_not_return_its_loss_is_told_so():
 @pytest.mark.filterwarnings("ignore:CTROptimizer cannot measure")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_a_sample_that_fails_is_left_out(error, monkeypatch):
-    """Gradients alone are the metric until there is a sample, so that the first steps are bounded, too."""
+    """Before the first sample, the metric comes from gradients alone, so that the first steps are also bounded."""
     model, batch = tiny_llama(), llama_batch()
     optimizer = CTROptimizer(
         model.parameters(), curvature="hutchinson", max_kl=1e-2, calibration_interval=1, kl_schedule="constant"

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter of Triton, on the CPU: in a process that knows of it before it begins."""
+"""The Triton kernels in Triton's interpreter on the CPU, in a process that sets TRITON_INTERPRET before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adam in the K-FAC eigenbasis: torch's AdamW where the basis is trivial, a dense reference where it is not."""
+"""Adam in the K-FAC eigenbasis equals torch's AdamW for identity bases, and a dense reference for other bases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ctr_optim.direction.adam import change_basis_, rotate, unrotate
 
 
 class Mixed(nn.Module):
-    """Two LoRA layers of one shape, one of another, and parameters that belong to none."""
+    """Two LoRA layers of one shape, one of another shape, and parameters outside LoRA layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ options = st.fixed_dictionaries(
 def test_identity_bases_give_adamw(
     curvature: str, first: dict[str, Any], second: dict[str, Any], dtype: torch.dtype, foreach: bool | None, seed: int
 ) -> None:
-    """With ``kfac`` no backward has run, so that every factor is zero and every eigenbasis the identity."""
+    """No backward pass runs, so with ``kfac`` every factor is zero and every eigenbasis is the identity."""
     torch.manual_seed(seed)
     mine = Mixed().to(dtype)
     theirs = copy.deepcopy(mine)
@@ -130,10 +130,10 @@ def test_moments_move_between_bases(rank_dim: int, shape: tuple[int, ...]) -> No
     m, v = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
     moved_m, moved_v = m.clone(), v.clone()
     change_basis_(moved_m, moved_v, old, new, rank_dim)
-    # the first moment is the same vector in other coordinates
+    # The first moment is the same vector in other coordinates.
     torch.testing.assert_close(unrotate(moved_m, new, rank_dim), unrotate(m, old, rank_dim))
     torch.testing.assert_close(moved_m.norm(), m.norm())
-    # the second is v <- (R o R) v, R = new^T old: a mean of the old ones, sums kept
+    # The second moment is v <- (R o R) v with R = new^T old: averages of the old entries with the same sum.
     for i in range(3):
         R = new[i].mT @ old[i]
         expected = R.square() @ v[i] if rank_dim == -2 else v[i] @ R.square().mT
@@ -170,7 +170,7 @@ def test_first_moments_survive_every_change_of_basis_in_training() -> None:
 def reference_run(
     model: nn.Module, steps: int, lr: float, betas: tuple[float, float], decay: float, fresh: set[int]
 ) -> None:
-    """Method, section 1, one matrix at a time, in dense algebra; new bases at steps in ``fresh``."""
+    """Train with the same method in dense algebra, one matrix at a time; the steps in ``fresh`` recompute the bases."""
     layers = lora_layers(model)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -215,7 +215,7 @@ def test_steps_equal_a_dense_reference(interval: int, fresh: set[int]) -> None:
 
 
 def deep(seed: int = 0) -> nn.Module:
-    """Three pairs of one shape, so that there is something to batch."""
+    """Return a model with three pairs of one shape, so that batched calls serve several layers."""
     model = net(seed)
     torch.manual_seed(seed + 1)
     more = [copy.deepcopy(model.up) for _ in range(2)]

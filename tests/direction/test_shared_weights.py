@@ -1,4 +1,4 @@
-"""Layers that share one A: one parameter, one step, and a prediction that counts it in every layer."""
+"""Layers that share one A: the parameter takes one step, and the prediction counts it in every layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctr_optim import RankScheduler
 
 
 class Tied(nn.Module):
-    """A Net whose second layer uses the first one's A, between layers of one width."""
+    """A Net whose second LoRA layer uses the A of the first."""
 
     def __init__(self, d_out: int) -> None:
         super().__init__()

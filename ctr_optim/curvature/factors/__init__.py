@@ -1,16 +1,16 @@
-"""Structured estimates of a second moment E[v v^T] of width d.
+"""Structured estimates of a second moment ``E[v v^T]`` of width d.
 
-K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) writes a layer's Fisher matrix as ``C (x) S``, with C the second
-moment of its inputs and S that of the gradients at its outputs. Both are wide; three structures hold them:
+K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) approximates a layer's Fisher matrix by ``C (x) S``. C is the second
+moment of the layer's inputs, and S is that of the gradients at its outputs. Three structures store these wide matrices:
 
 =============  ==========================  =========================================
-``Diagonal``   d numbers                   the default: calibrated, the metric needs no more
-``LowRank``    d (k + 1) numbers           Nystrom sketch of k columns, plus the diagonal that it misses
-``Dense``      d^2 numbers                 small layers, and the oracle of the tests
+``Diagonal``   d numbers                   the default, sufficient with a measured coupling
+``LowRank``    d (k + 1) numbers           Nystrom sketch of k columns, plus the diagonal
+``Dense``      d^2 numbers                 small layers, and the reference of the tests
 =============  ==========================  =========================================
 
-Every structure is *linear* in v v^T: sums over tokens, layers and processes, and moving averages, act on its
-tensors directly. All tensors carry any number of leading batch dimensions (one layer each).
+Every structure is linear in ``v v^T``. Therefore sums over tokens and processes, and moving averages, act on its
+tensors directly. All tensors may have leading batch dimensions, one entry per layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A second moment held whole."""
+"""A second moment stored as a full matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctr_optim.curvature.factors.base import Factor, safe_rsqrt
 
 
 class Dense(Factor):
-    """The whole matrix: ``(..., d, d)``."""
+    """The full matrix ``(..., d, d)``."""
 
     fields = ("matrix",)
 
@@ -30,7 +30,7 @@ class Dense(Factor):
         (matrix,) = self.tensors
         try:
             eigenvalues, vectors = torch.linalg.eigh(matrix)
-        except LinAlgError:  # the diagonal alone whitens, if not as well
+        except LinAlgError:  # whiten by the diagonal, which is less accurate
             eigenvalues = matrix.diagonal(dim1=-2, dim2=-1)
             vectors = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         eigenvalues = eigenvalues.clamp_min(0)

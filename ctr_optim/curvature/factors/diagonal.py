@@ -1,4 +1,4 @@
-"""A second moment held as its diagonal."""
+"""A second moment stored as its diagonal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ctr_optim.curvature.factors.base import Factor, safe_rsqrt, squares
 
 
 class Diagonal(Factor):
-    """Only the diagonal: ``(..., d)``."""
+    """The diagonal ``(..., d)``."""
 
     fields = ("diagonal",)
     is_diagonal = True

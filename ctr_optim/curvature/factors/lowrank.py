@@ -1,4 +1,4 @@
-"""A second moment held as a Nystrom sketch plus the diagonal."""
+"""A second moment stored as a Nystrom sketch plus the diagonal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ctr_optim.curvature.factors.base import Factor, safe_rsqrt, squares
 
 
 class LowRank(Factor):
-    """Nystrom sketch ``Y = F Omega`` of k columns, and the exact diagonal.
+    """A Nystrom sketch ``Y = F Omega (..., d, k)`` and the exact diagonal ``(..., d)``.
 
-    ``F ~ U L U^T + E``: the Nystrom approximation ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017, arXiv 1706.05736)
-    plus the part of the diagonal that it leaves out.
+    ``F ~ U L U^T + E``. ``U L U^T`` is the Nystrom approximation ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017,
+    arXiv 1706.05736). The diagonal matrix E holds the rest of the diagonal.
     """
 
     fields = ("sketch", "diagonal")
@@ -28,16 +28,16 @@ class LowRank(Factor):
         return rows.mT @ (rows @ _test_matrix(rows.shape[-1], rows)), squares(rows, dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Orthonormal U ``(..., d, k)``, eigenvalues ``(..., k)``, residual diagonal ``(..., d)``."""
+        """Return orthonormal U ``(..., d, k)``, eigenvalues L ``(..., k)`` and the residual diagonal E ``(..., d)``."""
         sketch, diagonal = self.tensors
         omega = _test_matrix(sketch.shape[-2], sketch)
-        # the shift keeps the Cholesky factor finite; it is taken back from the eigenvalues
+        # The shift keeps the Cholesky factor finite. It is subtracted from the eigenvalues below.
         norm = torch.linalg.matrix_norm(sketch)[..., None, None]
         shift = 8 * torch.finfo(sketch.dtype).eps * norm
         shifted = sketch + shift * omega
         core = omega.mT @ shifted
         root, failed = torch.linalg.cholesky_ex(0.5 * (core + core.mT))
-        # nothing seen yet, or no factorisation: the diagonal alone
+        # Without statistics, or if the factorization fails, the diagonal alone represents F.
         usable = (failed[..., None, None] == 0) & (norm > torch.finfo(sketch.dtype).tiny)
         root = torch.where(usable, root, torch.eye(root.shape[-1], dtype=root.dtype, device=root.device))
         shifted = torch.where(usable, shifted, 0)
@@ -55,7 +55,7 @@ class LowRank(Factor):
         u, values, residual = self._parts()
         noise = residual + damping * self.tensors[1].mean(-1, keepdim=True)
         scale = safe_rsqrt(noise)
-        # (E + U L U^T)^-1/2 up to a rotation: E^-1/2 first, then the k directions that stand out of it
+        # W is (E + U L U^T)^-1/2 up to a rotation: scale by E^-1/2, then shrink k directions of the scaled matrix.
         w, singular, _ = torch.linalg.svd(scale.unsqueeze(-1) * u * values.sqrt().unsqueeze(-2), full_matrices=False)
         return scale, w, (1 + singular.square()).rsqrt() - 1
 
@@ -72,7 +72,7 @@ class LowRank(Factor):
 
 
 def _test_matrix(width: int, like: Tensor) -> Tensor:
-    """The same Gaussian ``(d, k)`` on every process and in every run; never stored."""
+    """Return a Gaussian ``(d, k)`` that is equal in every process and every run, so that it is never stored."""
     generator = torch.Generator().manual_seed(width)
     shape = width, min(LowRank.columns, width)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
