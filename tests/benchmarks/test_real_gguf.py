@@ -172,7 +172,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     for bad, message in (
         (b"PK" + content, "expected a GGUF file"),
         (content[:4] + struct.pack("<I", 9) + content[8:], "version 9, expected 2 or 3"),
-        (content[:-4000], "cut off"),
+        (content[:-4000], "truncated"),
     ):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=message):
