@@ -4,8 +4,8 @@
 
 Without GPUs the processes use gloo. The first line shows a single process that trains on the rows of all processes.
 Each further line shows one way of wrapping: whether all processes hold bit-equal parameters after training, first and
-last loss, the measured KL of every step over its bound (median and largest), and the distance of losses and weights from
-the first line. Exit code 1 means that a way failed or that parameters differ.
+last loss, the measured KL of every step over its bound (median and largest), and the distance of losses and weights
+from the first line. Exit code 1 means that a way failed or that parameters differ.
 """
 
 from __future__ import annotations
