@@ -116,7 +116,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def optimizer(model: nn.Module, **options: Any) -> CTROptimizer:
-    """Return an optimizer that updates factors and bases at every step and does not calibrate, unless options say so."""
+    """Return an optimizer that updates factors and bases at every step, without calibration, unless overridden."""
     defaults = dict(model=model, factor_interval=1, basis_interval=1, calibration_interval=None, kl_schedule="lr")
     return CTROptimizer(trainable(model), **{**defaults, **options})
 
