@@ -65,7 +65,7 @@ def _chunks(ids: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part}
 
 
-# -- ours ----------------------------------------------------------------------------------------------------------
+# -- CTROptimizer --------------------------------------------------------------------------------------------------
 
 
 def new_arguments(spec: dict, context: Context) -> dict[str, Any]:
