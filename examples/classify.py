@@ -1,11 +1,11 @@
-"""Not a language model: an encoder with a classification head, LoRA on its linear maps, and a loop of one's own.
+"""Classification with an encoder: LoRA on its linear layers, a trained head, and a plain loop.
 
-    python examples/classify.py                    # what kind of food does the text speak of? a tiny encoder, seconds
+    python examples/classify.py                    # predict the kind of food in a text with a tiny encoder, in seconds
     python examples/classify.py --model NAME       # a pretrained encoder, from a folder or the hub
 
-The bundled encoder has random weights, so that LoRA and the head have to find everything by themselves: it shows that
-the set-up works, nothing more. The head is no LoRA layer: it counts in the bound by Adam's second moments.
-In a classifier one example has one prediction: "per token" means per example here.
+The bundled encoder has random weights, so that the example only shows that the setup works. The head is not a LoRA
+layer; the bound includes it through Adam's second moments. A classifier makes one prediction per example, so that "per
+token" means per example here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Data = list[tuple[str, int]]
 
 
 def read(part: str, labels: list[str]) -> Data:
-    """Texts of the E2E slice, and the food that they were written for: part of the meaning, not of the text."""
+    """Return texts of the E2E slice with the index of their kind of food, which the row's prompt names."""
     found = []
     for row in read_rows(ASSETS / "e2e" / f"{part}.jsonl"):
         food = re.search(r"food : ([^|]+?) *(?:\||$)", row["prompt"].strip())
@@ -46,7 +46,7 @@ def read(part: str, labels: list[str]) -> Data:
 
 
 def tiny_encoder(tokenizer: PreTrainedTokenizerBase, classes: int) -> PreTrainedModel:
-    """Two layers of width 128, random."""
+    """Return an encoder with two layers of width 128 and random weights."""
     config = ModernBertConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, num_labels=classes, classifier_pooling="mean", pad_token_id=tokenizer.pad_token_id,
@@ -57,7 +57,7 @@ def tiny_encoder(tokenizer: PreTrainedTokenizerBase, classes: int) -> PreTrained
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, data: Data, batch: Callable[[Data], dict[str, torch.Tensor]]) -> float:
-    """Share of the texts that get their own label."""
+    """Return the share of correctly labelled texts."""
     model.eval()
     right = 0
     for start in range(0, len(data), 64):
@@ -67,9 +67,9 @@ def accuracy(model: torch.nn.Module, data: Data, batch: Callable[[Data], dict[st
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on one file of the slice, test on the other."""
+    """Train on the slice's training file and test on its test file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a pretrained encoder; default: a tiny random one")
+    parser.add_argument("--model", help="pretrained encoder; default: a tiny random one")
     parser.add_argument("--out", default="runs/classify")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         ids, mask = texts["input_ids"], texts["attention_mask"]
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in rows])}
 
-    parameters = [p for p in model.parameters() if p.requires_grad]  # LoRA's and the head's
+    parameters = [p for p in model.parameters() if p.requires_grad]  # LoRA layers and head
     ranks = RankScheduler(interval=max(1, args.steps // 6), total_steps=args.steps) if args.ranks else None
     opt = CTROptimizer(parameters, rank_scheduler=ranks)
     log = EventLog(opt, args.out)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"step {step:4}  loss {float(loss):.3f}  KL from base {metrics['kl_from_base']:.3f}")
 
     right, most = accuracy(model, test, batch), max(Counter(label for _, label in test).values()) / len(test)
-    print(f"accuracy {right:.3f} on {len(test)} texts of {len(labels)} classes; always the commonest class: {most:.3f}")
+    print(f"accuracy {right:.3f} on {len(test)} texts of {len(labels)} classes; share of the largest class: {most:.3f}")
     model.save_pretrained(args.out)
 
 

@@ -1,4 +1,4 @@
-"""What the example scripts share: rows to batches, the model with its LoRA layers, evaluation, generation."""
+"""Shared code of the example scripts: batches of rows, the model with its LoRA layers, evaluation, generation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MODULES = [
 
 Row = dict[str, str]  # {"prompt": ..., "target": ...}
 Batch = dict[str, Tensor]
-Example = tuple[list[int], list[int]]  # token ids, and labels with -100 where no loss is wanted
+Example = tuple[list[int], list[int]]  # token ids, and labels with -100 at tokens without a loss
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a jsonl file, each with at least "prompt" and "target"."""
+    """Return the rows of a jsonl file; raise ValueError for a row without "prompt" or "target"."""
     with open(path, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
@@ -37,7 +37,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with the end-of-text token (masked anyway)."""
+    """Return the model's tokenizer. Without a padding token it pads with the end-of-text token, which is masked."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -45,7 +45,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Prompt + target + end of text; the loss looks at the target and the end of text alone."""
+    """Encode prompt, target and end-of-text token; only the target and the end-of-text token have labels."""
     examples = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -53,12 +53,12 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int)
         if len(prompt) < max_length:
             examples.append(((prompt + target)[:max_length], ([-100] * len(prompt) + target)[:max_length]))
     if not examples:
-        raise ValueError(f"none of {len(rows)} rows leaves room for a target within {max_length} tokens")
+        raise ValueError(f"max_length: got {max_length} tokens, shorter than the prompt of each of {len(rows)} rows")
     return examples
 
 
 def collate(examples: list[Example], pad_id: int, device: torch.device) -> Batch:
-    """``(batch, longest)`` tensors, padded on the right."""
+    """Return right-padded tensors of shape ``(batch, longest)``."""
     longest = max(len(ids) for ids, _ in examples)
 
     def stack(sequences: list[list[int]], fill: int) -> Tensor:
@@ -72,7 +72,7 @@ def collate(examples: list[Example], pad_id: int, device: torch.device) -> Batch
 
 
 def batches(examples: list[Example], size: int, steps: int, seed: int) -> Iterator[list[Example]]:
-    """``steps`` batches from a shuffled pass over the data, then from the next one."""
+    """Yield ``steps`` batches from shuffled passes over the data."""
     generator, order = torch.Generator().manual_seed(seed), []
     for _ in range(steps):
         while len(order) < size:
@@ -82,24 +82,24 @@ def batches(examples: list[Example], size: int, steps: int, seed: int) -> Iterat
 
 
 def load_base(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A pretrained causal language model, from a folder or from the hub."""
+    """Return a pretrained causal language model, from a folder or from the hub."""
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
 
 
 def with_lora(base: PreTrainedModel, rank: int, seed: int, targets: str | list[str] = "all-linear") -> PeftModel:
-    """LoRA on all linear layers but the output layer; the same seed gives the same start."""
+    """Add LoRA to all linear layers except the output layer. The seed fixes the initial weights."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(base, config)
 
 
 def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
-    """The same model with modules of its own and the same weights in memory: an adapter each for several runs."""
+    """Return a copy with its own modules and shared weights, so that several adapters need the weights once."""
     return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
 
 def docstrings() -> str:
-    """Plain text that is on every machine: docstrings of Python's own modules, technical English."""
+    """Return plain text that every machine has: docstrings of Python's own modules, technical English."""
     parts = []
     for name in MODULES:
         module = import_module(name)
@@ -112,7 +112,7 @@ def docstrings() -> str:
 
 
 def pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[Example]:
-    """At most ``count`` pieces of ``length`` tokens; the loss looks at every token."""
+    """Return at most ``count`` pieces of ``length`` tokens with a label at every token."""
     ids = tokenizer(text)["input_ids"]
     found = [ids[start : start + length] for start in range(0, len(ids), length)][:count]
     return [(piece, piece) for piece in found if len(piece) > 1]
@@ -127,10 +127,10 @@ def evaluate(
     device: torch.device,
     tick: Callable[[int], object] = lambda rows: None,
 ) -> float:
-    """Loss per target token, in nats; ``tick`` gets the number of rows after each batch."""
+    """Return the loss per target token, in nats. ``tick`` receives the number of rows after each batch."""
     model.eval()
     total, tokens = 0.0, 0
-    examples = sorted(examples, key=lambda example: len(example[0]))  # less padding
+    examples = sorted(examples, key=lambda example: len(example[0]))  # Rows of similar length need less padding.
     for start in range(0, len(examples), size):
         batch = collate(examples[start : start + size], pad_id, device)
         count = int((batch["labels"][:, 1:] != -100).sum())
@@ -142,7 +142,7 @@ def evaluate(
 
 @torch.no_grad()
 def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> list[str]:
-    """Greedy continuations of the prompts."""
+    """Return greedy continuations of the prompts."""
     model.eval()
     device = next(model.parameters()).device
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device)

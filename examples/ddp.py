@@ -1,8 +1,8 @@
-"""DistributedDataParallel: every process a share of the batch, factors and calibration summed over all of them.
+"""DistributedDataParallel: each process trains a share of the batch; factors and calibration cover all shares.
 
     torchrun --nproc-per-node=2 examples/ddp.py
 
-Ranks do not move during a distributed run; ``ctr_optim.initialize`` can place them before the model is wrapped.
+This example keeps the ranks fixed. ``ctr_optim.initialize`` can choose them before the model is wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ctr_optim.report.log import EventLog
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the bundled model in all processes together."""
+    """Train the bundled model in all processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/ddp")
     parser.add_argument("--steps", type=int, default=20)

@@ -1,8 +1,8 @@
-"""Fine-tune a pretrained language model with LoRA: AdamW at three rates beside CTROptimizer at three rates.
+"""Fine-tune a pretrained language model with LoRA, with AdamW and with CTROptimizer at three rates each.
 
-All runs start from the same weights and take turns, a step each on the same batch under the same cosine schedule, so
-that their times compare. Forgetting is the rise of the loss on plain text: docstrings of Python's own modules, or
-``--text FILE``. Written to --out: ``loss.png``, ``result.json`` and the adapter that CTROptimizer trained at its
+All runs start from the same weights. They alternate step by step on the same batch with the same cosine schedule, so
+that their times are comparable. Forgetting is the rise of the loss on plain text: docstrings of Python's own modules,
+or ``--text FILE``. The script writes to --out: ``loss.png``, ``result.json`` and the adapter of CTROptimizer at its
 default rate (``adapter/``, a plain PEFT adapter).
 
     python examples/finetune.py                                      # the bundled 5.5M-parameter model and data
@@ -34,14 +34,14 @@ from ctr_optim import CTROptimizer
 MODEL, DATA = str(ASSETS / "base5m"), str(ASSETS / "e2e" / "train.jsonl")
 TUNED = (2e-3, 8e-3, 3.2e-2)  # factors of 4 around AdamW's best of 2e-3, 4e-3, 8e-3 and 1.6e-2 on the bundled task
 EVERYDAY = (2e-4, 8e-4, 3.2e-3)
-OURS = (2e-2, 8e-2, 3.2e-1)  # CTROptimizer's default rate, and factors of 4 around it
+OURS = (2e-2, 8e-2, 3.2e-1)  # CTROptimizer's default rate and factors of 4 around it
 DEFAULT = 8e-2
-LOG_INTERVAL = 5  # steps between two looks at opt.metrics()
+LOG_INTERVAL = 5  # steps between two calls of opt.metrics()
 
 
 @dataclass
 class Task:
-    """All that the runs share."""
+    """Settings, data and base model that the runs share."""
 
     args: argparse.Namespace
     device: torch.device
@@ -53,7 +53,7 @@ class Task:
     samples: list[Row]
 
     def loss(self, model: torch.nn.Module, examples: list[Example], progress: Progress, what: str) -> float:
-        """Loss per target token, in nats, with a bar while it is measured."""
+        """Return the loss per target token, in nats, and show a progress bar."""
         bar = progress.add_task(what, total=len(examples), note="")
         size, pad = 2 * self.args.batch_size, self.tokenizer.pad_token_id
         loss = common.evaluate(model, examples, size, pad, self.device, lambda n: progress.advance(bar, n))
@@ -61,7 +61,7 @@ class Task:
         return loss
 
     def write(self, model: torch.nn.Module) -> list[str]:
-        """Continuations of the test prompts."""
+        """Return continuations of the test prompts."""
         prompts = [row["prompt"] for row in self.samples]
         return common.generate(model, self.tokenizer, prompts, self.args.sample_length) if prompts else []
 
@@ -81,25 +81,25 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=MODEL, help="folder or hub name of a causal language model")
     add("--data", default=DATA, help='jsonl rows with "prompt" and "target"')
-    add("--test-data", help="the same for testing; default: the bundled test file, or 10%% of --data held out")
-    add("--test-rows", type=int, default=100, help="test rows at most")
+    add("--test-data", help="jsonl rows for testing; default: the bundled test file, or 10%% of --data held out")
+    add("--test-rows", type=int, default=100, help="largest number of test rows")
     add("--text", type=Path, help="plain text for forgetting; default: docstrings of Python's modules")
-    add("--title", help="of the picture and the table; default: made from the settings")
+    add("--title", help="title of the picture and the table; default: made from the settings")
     add("--steps", type=int, default=80)
     add("--batch-size", type=int, default=12)
-    add("--max-length", type=int, default=256, help="tokens; longer rows are cut")
+    add("--max-length", type=int, default=256, help="tokens per row; longer rows are cut")
     add("--rank", type=int, default=8)
     add("--targets", nargs="+", help="names of the layers that get LoRA; default: all linear layers")
     add("--lr", type=float, nargs="+", default=list(OURS), help="CTROptimizer's rates")
-    add("--max-kl", type=float, help="bound on one step's KL, nats per token; default: its own; 0: no bound")
-    add("--adamw-lr", type=float, nargs="+", help="AdamW's rates; default: three around its best, where it is known")
-    add("--evaluations", type=int, default=2, help="times that the test loss is measured during a run")
-    add("--samples", type=int, default=2, help="test prompts to show generations for")
-    add("--sample-length", type=int, default=56, help="tokens")
+    add("--max-kl", type=float, help="bound on one step's KL, nats per token; default: CTROptimizer's; 0: no bound")
+    add("--adamw-lr", type=float, nargs="+", help="AdamW's rates; default: three rates around its best, if known")
+    add("--evaluations", type=int, default=2, help="how often a run measures the test loss")
+    add("--samples", type=int, default=2, help="number of test prompts with shown generations")
+    add("--sample-length", type=int, default=56, help="tokens per generation")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("demo-output"))
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the frozen base model")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="dtype of the base model")
     args = parser.parse_args()
     args.known = args.model == MODEL and args.data == DATA
     args.adamw_note = "" if args.known or args.adamw_lr else "AdamW's rates were not tuned for this model: --adamw-lr"
@@ -109,7 +109,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Task:
-    """Device, model, data and tokenizer."""
+    """Load model, tokenizer and data onto the device."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     tokenizer = common.load_tokenizer(args.model)
@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace) -> Task:
 
 
 def split(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Training and test rows; without a test file a tenth of the rows is held out."""
+    """Return training and test rows; without a test file a tenth of the rows is held out."""
     test_data = args.test_data or (ASSETS / "e2e" / "test.jsonl" if args.data == DATA else None)
     rows = common.read_rows(args.data)
     if test_data:
@@ -133,7 +133,7 @@ def split(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
 
 
 def contenders(task: Task) -> list[Contender]:
-    """An adapter, an optimizer and a schedule for each rate, all on the same frozen weights."""
+    """Return an adapter, an optimizer and a schedule for each rate, all on the same frozen weights."""
     args, found = task.args, []
     bound = {} if args.max_kl is None else {"max_kl": args.max_kl or None}
     for name, rates in (("AdamW", args.adamw_lr), ("CTR", args.lr)):
@@ -153,20 +153,24 @@ def contenders(task: Task) -> list[Contender]:
 
 
 def adapted(task: Task) -> PeftModel:
-    """A copy of the model with its own LoRA layers; the frozen weights are in memory once."""
+    """Return a copy of the model with its own LoRA layers and shared frozen weights.
+
+    Raises:
+        SystemExit: PEFT finds no layers that it can adapt.
+    """
     args = task.args
     try:
         return common.with_lora(common.shared_copy(task.base), args.rank, args.seed, args.targets or "all-linear")
     except ValueError as error:
         layers = sorted({type(module).__name__ for module in task.base.modules() if not list(module.children())})
         raise SystemExit(
-            f"{args.model}: PEFT found no layers for LoRA in it ({error})\nIts layers are of the kinds "
-            f"{', '.join(layers)}; name some that PEFT can adapt with --targets."
+            f"{args.model}: PEFT found no layers for LoRA ({error})\nThe model has layers of the kinds "
+            f"{', '.join(layers)}. Pass names of layers that PEFT can adapt: --targets NAME ..."
         ) from None
 
 
 def step(contender: Contender, batch: common.Batch, number: int, last: bool) -> None:
-    """One step: the same code whatever the optimizer."""
+    """Run one step, with the same code for both optimizers."""
     run, optimizer = contender.run, contender.optimizer
     began = time.perf_counter()
     loss = contender.model(**batch).loss
@@ -182,7 +186,7 @@ def step(contender: Contender, batch: common.Batch, number: int, last: bool) -> 
 
 
 def train(task: Task, progress: Progress) -> list[Contender]:
-    """All runs, a step each in turn; every other round in the opposite order."""
+    """Train all runs, one step each in turn; every second round runs in the opposite order."""
     args, runs = task.args, contenders(task)
     bar = progress.add_task("training", total=args.steps * len(runs), note="")
     checks = {args.steps * (k + 1) // args.evaluations for k in range(args.evaluations)} | {args.steps}
@@ -203,19 +207,23 @@ def train(task: Task, progress: Progress) -> list[Contender]:
 
 @torch.no_grad()
 def check_reload(model: PeftModel, task: Task, folder: Path) -> float:
-    """Save the adapter, load it onto a fresh base model, and insist on the same logits."""
+    """Save the adapter, reload it on the base model, and return the largest difference of the logits.
+
+    Raises:
+        RuntimeError: the logits differ by more than 1e-5.
+    """
     model.eval().save_pretrained(folder)
     fresh = PeftModel.from_pretrained(common.shared_copy(task.base), str(folder)).eval()
     batch = common.collate(task.test[: task.args.batch_size], task.tokenizer.pad_token_id, task.device)
     difference = float((model(**batch).logits.float() - fresh(**batch).logits.float()).abs().max())
     if not difference <= 1e-5:
-        raise RuntimeError(f"the reloaded adapter is not the trained one: logits differ by up to {difference:.3g}")
+        raise RuntimeError(f"reloaded adapter: logits differ by up to {difference:.3g}, expected at most 1e-5")
     return difference
 
 
 def main() -> None:
     began, args = time.perf_counter(), arguments()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft uses deprecated functions of transformers.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     task = prepare(args)
@@ -247,7 +255,7 @@ def main() -> None:
     show.console.print(*show.summary(runs, default.run, args.adamw_note), sep="\n")
     show.console.print(f"Reloaded {args.out / 'adapter'} on the base: logits differ by at most {difference:g}.")
     seconds = time.perf_counter() - began
-    show.console.print(f"Wrote {args.out / 'loss.png'} and {args.out / 'result.json'}. {seconds:.0f} s in all.")
+    show.console.print(f"Wrote {args.out / 'loss.png'} and {args.out / 'result.json'}. Total time: {seconds:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""FSDP2: every process holds a part of the model; LoRA's gradients are gathered, the base is not.
+"""FSDP2: each process holds a shard of the model; the optimizer gathers LoRA's gradients, not the base model.
 
     torchrun --nproc-per-node=2 examples/fsdp2.py
     torchrun --nproc-per-node=2 examples/fsdp2.py --resume runs/fsdp2/checkpoint
 
-The optimizer is built after ``fully_shard``, as always with FSDP2. Checkpoints go through torch.distributed.checkpoint.
+Build the optimizer after ``fully_shard``, as for every optimizer with FSDP2. The script saves and loads checkpoints
+with torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from ctr_optim.report.log import EventLog
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the bundled model in parts."""
+    """Train the sharded bundled model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/fsdp2")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--resume", help="a checkpoint of this script")
+    parser.add_argument("--resume", help="folder of a checkpoint of this script")
     args = parser.parse_args(argv)
 
     gpu = torch.cuda.is_available()
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for step, rows in enumerate(batches(examples, 8 * world, args.steps, seed=0)):
         if step < opt.steps:
-            continue  # seen before the checkpoint
+            continue  # The checkpoint already includes this batch.
         loss = model(**collate(rows[rank::world], tokenizer.pad_token_id, device)).loss
         loss.backward()
         opt.step()
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     weights, state = get_state_dict(model, opt, options=trained)
     dcp.save({"model": weights, "optim": state}, checkpoint_id=Path(args.out) / "checkpoint")
     whole = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
-    adapter = get_model_state_dict(model, options=whole)  # a message to all processes; the first one gets the result
+    adapter = get_model_state_dict(model, options=whole)  # Every process must call this; rank 0 gets the result.
     if rank == 0:
         model.save_pretrained(args.out, state_dict=adapter)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Lightning: the optimizer in configure_optimizers, and a callback for logs, ranks and resuming.
+"""Lightning: the optimizer in configure_optimizers, and a callback for logs, ranks and checkpoints.
 
 python examples/lightning_loop.py --out runs/lightning        (needs: pip install lightning)
 """
@@ -27,13 +27,13 @@ class Module(pl.LightningModule):
         self.model = with_lora(load_base(str(ASSETS / "base5m"), torch.device("cpu"), torch.float32), rank=8, seed=0)
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         loss: torch.Tensor = self.model(**batch).loss
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
-        """One changed line, and a schedule."""
+        """Return the optimizer, the only changed line, and a schedule."""
         optimizer = CTROptimizer(self.parameters(), rank_scheduler=self.ranks)
         schedule = CosineAnnealingLR(optimizer, T_max=self.steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[CTRCallback(args.out)],
     )
     module = Module(args.steps, RankScheduler(interval=max(1, args.steps // 3)) if args.ranks else None)
-    trainer.fit(module, loader)  # ckpt_path="last" goes on from the last checkpoint
+    trainer.fit(module, loader)  # ckpt_path="last" resumes from the last checkpoint.
     module.model.save_pretrained(args.out)
 
 

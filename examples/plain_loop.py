@@ -1,4 +1,4 @@
-"""The smallest use: a pretrained model, LoRA layers from PEFT, a loop of your own, and one changed line."""
+"""The smallest example: a pretrained model, LoRA layers from PEFT, a plain loop, and one changed line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pictures and tables of ``finetune.py``."""
+"""Pictures and tables of ``finetune.py``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLORS = {"AdamW": "#8a8f98", "CTR": "#c2410c"}
 
 @dataclass
 class Run:
-    """One optimizer at one rate: losses in nats per token."""
+    """Results of one optimizer at one rate; losses in nats per token."""
 
     name: str
     lr: float
@@ -47,7 +47,7 @@ class Run:
 
 
 def tell(progress: Progress, bar: Any, runs: list[Run], step: int) -> None:
-    """Bring the progress bar up to date; where there is no terminal to draw on, print a line now and then."""
+    """Update the progress bar; without a terminal, print a line every 20 steps."""
     losses = {name: [run.train_loss[-1] for run in runs if run.name == name] for name in COLORS}
     note = "  ".join(f"{name} {' '.join(f'{loss:.2f}' for loss in some)}" for name, some in losses.items())
     progress.update(bar, note=f"loss: {note}")
@@ -56,7 +56,7 @@ def tell(progress: Progress, bar: Any, runs: list[Run], step: int) -> None:
 
 
 def progress_bar() -> Progress:
-    """Bars for training and evaluation; none where there is no terminal."""
+    """Return progress bars for training and evaluation, disabled without a terminal."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
         TextColumn("[dim]{task.fields[note]}"), TimeRemainingColumn(),
@@ -65,20 +65,20 @@ def progress_bar() -> Progress:
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean over the last ``window`` values, fewer at the start."""
+    """Return running means over the last ``window`` values, over fewer at the start."""
     return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
 def plot(runs: list[Run], before: Run, title: str, path: Path) -> None:
-    """Left: training loss over steps; right: test loss against forgetting, a point for each rate."""
+    """Draw training loss over steps (left) and test loss against forgetting, one point per rate (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     lowest = min(run.last for run in runs)
-    shown = [run for run in runs if run.last < 1.6 * lowest]  # a run that diverged would hide the others
+    shown = [run for run in runs if run.last < 1.6 * lowest]  # A diverged run would compress the scale of the others.
     for name, color in COLORS.items():
         for index, run in enumerate(run for run in runs if run.name == name):
             style = {"color": color, "linestyle": ["--", "-", ":"][index % 3]}
             left.plot(range(1, len(run.train_loss) + 1), smooth(run.train_loss, 10), label=run.label, **style)
-        points: dict[tuple[float, float], list[str]] = {}  # rates that end at one point share its label
+        points: dict[tuple[float, float], list[str]] = {}  # Rates that end at the same point share a label.
         for run in sorted((run for run in shown if run.name == name), key=lambda run: run.lr):
             place = (round(run.text_loss - before.text_loss, 2), round(run.last, 2))
             points.setdefault(place, []).append(f"{run.lr:g}")
@@ -106,7 +106,7 @@ def plot(runs: list[Run], before: Run, title: str, path: Path) -> None:
 
 
 def losses_table(runs: list[Run], before: Run, title: str) -> Table:
-    """A row for each run."""
+    """Return the table of losses, one row per run."""
     table = Table(title=f"{title}: loss per target token on the test rows (nats)", title_justify="left")
     steps = sorted(runs[0].test_loss)
     for column in (
@@ -126,7 +126,7 @@ def losses_table(runs: list[Run], before: Run, title: str) -> Table:
 
 
 def samples_table(prompts: list[Row], before: Run, runs: list[Run]) -> Table:
-    """Generations before and after."""
+    """Return the table of generations before and after training."""
     table = Table(title="Generations on test prompts (greedy)", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -141,16 +141,16 @@ def samples_table(prompts: list[Row], before: Run, runs: list[Run]) -> Table:
 
 
 def summary(runs: list[Run], default: Run, note: str) -> Iterator[str]:
-    """What the rates change, the cost of a step, and what the bound did."""
+    """Yield sentences about the effect of the rates, the cost of a step, and the bound."""
     for name in COLORS:
         ends = [run.last for run in runs if run.name == name]
         yield f"{name} over its rates: test loss {min(ends):.3f} to {max(ends):.3f} nats."
     cost = {name: statistics.median(s for r in runs if r.name == name for s in r.step_seconds) for name in COLORS}
-    yield f"A step of CTR takes {cost['CTR'] / cost['AdamW']:.2f} times as long as AdamW's, side by side."
+    yield f"A step of CTR takes {cost['CTR'] / cost['AdamW']:.2f} times as long as a step of AdamW (median)."
     last, limited = default.metrics[-1], [m for m in default.metrics if m["trust/scale"] < 1]
     yield (
-        f"Trust region at lr {default.lr:g}: the bound shortened {len(limited)} of {len(default.metrics)} steps looked "
-        f"at; coupling {last['trust/coupling']:.0f} ({last['trust/source']}); KL from base at the end "
+        f"Trust region at lr {default.lr:g}: the bound shortened {len(limited)} of {len(default.metrics)} logged "
+        f"steps; coupling {last['trust/coupling']:.0f} ({last['trust/source']}); KL from base at the end "
         f"{last['kl_from_base']:.3f} nats per token (estimated)."
     )
     if note:

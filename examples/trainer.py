@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: one new line, and nothing else changed.
+"""Hugging Face's Trainer with one new line: ``attach(trainer)``.
 
 python examples/trainer.py --out runs/trainer
 ctr-optim report runs/trainer --html run.html
@@ -20,11 +20,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/trainer")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --out")
     parser.add_argument("--ranks", action="store_true", help="let ranks move between layers")
     args = parser.parse_args(argv)
 
-    cpu = torch.device("cpu")  # the Trainer moves model and batches
+    cpu = torch.device("cpu")  # The Trainer moves model and batches to its device.
     tokenizer = load_tokenizer(str(ASSETS / "base5m"))
     model = with_lora(load_base(str(ASSETS / "base5m"), cpu, torch.float32), rank=8, seed=0)
     train, test = (encode(read_rows(ASSETS / "e2e" / f"{part}.jsonl"), tokenizer, 128) for part in ("train", "test"))
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             save_steps=max(1, args.steps // 2),
             eval_strategy="steps",
             eval_steps=max(1, args.steps // 3),
-            report_to="none",  # or "tensorboard", "wandb", "trackio": they get ctr/trust/scale, ctr/kl_from_base, ...
+            report_to="none",  # "tensorboard", "wandb" and "trackio" receive ctr/trust/scale, ctr/kl_from_base, ...
         ),
         train_dataset=train,
         eval_dataset=test[:16],

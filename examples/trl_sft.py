@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer is a Trainer: the same new line.
+"""TRL's SFTTrainer with one new line: ``attach(trainer)``.
 
 python examples/trl_sft.py --out runs/sft        (needs: pip install trl)
 """

@@ -1,4 +1,4 @@
-"""Run a script with every CTROptimizer as plain AdamW at its everyday rate: no curvature, no trust region.
+"""Run a script with every CTROptimizer set to plain AdamW at 2e-4: no curvature, no trust region.
 
 python tests/as_adamw.py SCRIPT [ARGUMENTS]
 """
@@ -16,7 +16,7 @@ AS_ADAMW: dict[str, Any] = {"max_kl": None, "curvature": "none", "lr": 2e-4, "be
 
 
 def main() -> None:
-    """Change the defaults, then run the script as its own main module."""
+    """Change the defaults of CTROptimizer, then run the script as the main module."""
     build = CTROptimizer.__init__
 
     def plain(self: CTROptimizer, *args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the whole suite."""
+"""Settings and fixtures of the whole test suite."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Seed torch, so that every test starts from the same random state."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def a_token_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny batches hold few loss tokens: slices of them are measured all the same, and never enlarged."""
+    """Let a slice with a single loss token be measured without enlarging it, because tiny batches hold few tokens."""
     monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The directory of a run of twelve steps with rank events, logged every third."""
+    """Return the directory of a run of twelve steps with rank events, logged every third step."""
     model = net()
     scheduler = RankScheduler(interval=4, hysteresis=0.0, absent="sketch", window=2, sketch_rank=3)
     opt = optimizer(model, lr=0.05, max_kl=1e-3, rank_scheduler=scheduler, calibration_interval=4)

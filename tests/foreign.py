@@ -1,4 +1,4 @@
-"""CTROptimizer in torch's own test harness: every kind of option, and a small regression to train."""
+"""CTROptimizer for torch's own optimizer test harness: its options, and a small regression problem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ harness = pytest.importorskip("torch.testing._internal.common_optimizers", reaso
 
 
 def inputs(device: Any, dtype: Any = None) -> list[Any]:
-    """Every kind of option, as the harness wants them."""
+    """Return one set of options of every kind, in the harness's form."""
     options: dict[str, dict[str, Any]] = {
         "default": {},
         "another lr": dict(lr=0.01),
@@ -33,7 +33,7 @@ def inputs(device: Any, dtype: Any = None) -> list[Any]:
 
 
 def error_inputs(device: Any, dtype: Any) -> list[Any]:
-    """What every optimizer must refuse, and what Adam's family must; in our words where torch has its own."""
+    """Return invalid options that every optimizer or every Adam variant must reject, with CTROptimizer's messages."""
     ours = {
         "betas": (dict(betas=(1.0, 0.0)), r"betas\[0\]: got 1.0, expected a finite number"),
         "weight decay": (dict(weight_decay=-1), "weight_decay: got -1, expected"),
@@ -73,7 +73,7 @@ every_configuration = pytest.mark.parametrize("kwargs", CONFIGURATIONS)
 
 
 def regression(noncontiguous: bool = False) -> tuple[list[Parameter], Any]:
-    """A weight, a bias, and a closure for their loss on one input."""
+    """Return a weight and a bias, and a closure that computes their loss on one input."""
     generator = torch.Generator().manual_seed(0)
     shape = (10, 5, 2) if noncontiguous else (10, 5)
     weight, bias = torch.randn(*shape, generator=generator), torch.randn(*shape[::2], generator=generator)

@@ -1,4 +1,4 @@
-"""What ``test_fused.py`` runs under ``TRITON_INTERPRET=1``: kernels against torch operations, step by step."""
+"""Tests of kernels against torch operations; ``test_fused.py`` runs them with ``TRITON_INTERPRET=1``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, so that there are several to a slice, and few slices: each is Python here."""
+    """Set small tiles, so that a slice has several, and few slices, because the interpreter is slow."""
     monkeypatch.setattr(fused, "SLICES", 2)
     monkeypatch.setattr(fused, "TILES", {room: (16, 4) for room in fused.TILES})
     monkeypatch.setattr(fused, "_broken", False)
 
 
 class Odd(nn.Module):
-    """Two layers of one shape and one of another, widths that no tile divides, and a weight of no layer."""
+    """Two layers of one shape, one of another, widths that no tile size divides, and a parameter outside of layers."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def start(rank: int = 4, dtype: torch.dtype = F32, **options: Any) -> tuple[nn.M
 
 
 def twin(model: nn.Module, opt: CTROptimizer, foreach: bool | None, **options: Any) -> tuple[nn.Module, CTROptimizer]:
-    """The same model and optimizer, by way of a checkpoint, with another ``foreach``."""
+    """Return a copy of model and optimizer, made through a checkpoint, with another ``foreach``."""
     other = copy.deepcopy(model)
     twin = optimizer(other, **options)
     saved = copy.deepcopy(opt.state_dict())
@@ -71,7 +71,7 @@ def twin(model: nn.Module, opt: CTROptimizer, foreach: bool | None, **options: A
 
 
 def both(**options: Any) -> tuple[tuple[nn.Module, CTROptimizer], tuple[nn.Module, CTROptimizer]]:
-    """After two steps of torch, which are soon done: one to go on fused, and one as before."""
+    """Train two steps with torch operations; return a copy that continues with kernels, and the original."""
     slow = start(foreach=True, **options)
     train(*slow, 2)
     kept = {name: options[name] for name in ("rank_scheduler", "max_kl") if name in options}
@@ -79,7 +79,7 @@ def both(**options: Any) -> tuple[tuple[nn.Module, CTROptimizer], tuple[nn.Modul
 
 
 def assert_same_state(one: CTROptimizer, other: CTROptimizer) -> None:
-    """Every tensor to a relative 1e-5 as a whole; its smallest entries may be differences of large ones."""
+    """Assert a relative error up to 1e-5 of every tensor's norm; small entries may be differences of large ones."""
     for p, q in zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
         for key, value in other.state[q].items():
             assert (one.state[p][key] - value).norm() <= 1e-5 * value.norm(), key
@@ -90,14 +90,14 @@ def assert_same_step(
     other: tuple[nn.Module, CTROptimizer],
     change: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
-    """One step of the same gradients takes both to the same place, moments and all; the first one is fused."""
+    """Assert that one step on equal gradients gives equal weights and state; only the first optimizer uses kernels."""
     before = [p.detach().clone() for p in trainable(one[0])]
     for model, opt in (one, other):
         backward(model, 100)
         change(model)
         opt.step()
     assert one[1]._fused.stacks and not other[1]._fused.stacks and not fused._broken
-    narrow = before[0].dtype != F32  # the interpreter cuts off where the device rounds
+    narrow = before[0].dtype != F32  # The interpreter truncates where the device rounds.
     for p, q, old in zip(trainable(one[0]), trainable(other[0]), before, strict=True):
         if narrow:
             torch.testing.assert_close(p, q, rtol=2 * torch.finfo(p.dtype).eps, atol=1e-6)
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 
 
 def misalign(model: nn.Module) -> None:
-    """Gradients one after the other in one buffer, as DDP's buckets hold them."""
+    """Place all gradients in one buffer, as DDP's buckets do."""
     grads = [p.grad for p in trainable(model)]
     flat = torch.cat([torch.zeros(1), *[g.flatten() for g in grads]])
     for p, part in zip(trainable(model), flat[1:].split([g.numel() for g in grads]), strict=True):
@@ -209,5 +209,5 @@ def test_a_kernel_that_fails_leaves_the_step_to_torch(name: str, after: int, mon
     for p, q in zip(trainable(one[0]), trainable(two[0]), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert_same_state(one[1], two[1])
-    train(*one, 2)  # and never asks again
+    train(*one, 2)  # Later steps do not try the kernels again.
     assert len(calls) == after + 1

@@ -1,4 +1,4 @@
-"""Factors from first principles, and from the taps after one step."""
+"""Factors from first principles, and the optimizer's factors after one step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def llama_oracle(model: nn.Module, data: dict[str, Tensor]) -> dict[str, dict[st
 def llama_factors(
     model: nn.Module, *batches: dict[str, Tensor], reduction: str = "mean"
 ) -> dict[str, dict[str, Tensor]]:
-    """Factors after one step on these micro-batches."""
+    """Return the optimizer's factors after one step on these micro-batches."""
     opt = optimizer(model, loss_reduction=reduction, **DENSE)
     for data in batches:
         (llama_loss(model, data, reduction) / (len(batches) if reduction == "mean" else 1)).backward()

@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo."""
+"""Run a function in two processes of one machine, over gloo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_fsdp2 = pytest.mark.skipif(
 
 
 def spawn(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """What ``work(rank, folder, *args)`` returns in each of two processes."""
+    """Return the results of ``work(rank, folder, *args)`` in two processes."""
     mp.start_processes(_enter, (work, folder, args), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -30,6 +30,6 @@ def _enter(rank: int, work: Callable[..., Any], folder: Path, args: tuple[Any, .
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
-        dist.barrier()  # whoever is done first must not leave while the other still connects
+        dist.barrier()  # The first process must not exit while the other still connects.
     finally:
         dist.destroy_process_group()

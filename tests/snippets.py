@@ -1,6 +1,7 @@
-"""The Python blocks of README and docs, and the names that each of them leaves to the reader's own script.
+"""The Python blocks of README and docs, and a setup for each: code that defines the names that the block expects.
 
-A setup is code, so that ``.ci/wheel.py`` can run it with a block in another environment. ``ASSETS`` is in its names.
+A setup is text, so that ``.ci/wheel.py`` can run it together with a block in another environment. It may use
+``ASSETS``, the path of the bundled model and data.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ SETUPS: dict[str, list[str | None]] = {
     "docs/holdout.md": [LOOP + CTR],
     "docs/not-forgetting.md": [LOOP + CTR],
 }
-"""For each page a setup for each block; None: the block goes on with the names of the block before it."""
+"""Setups by page, one per block. None: the block uses the names of the previous block."""
 
 ELSEWHERE = {
     "docs/extending.md": "tests/test_docs_extending.py",
@@ -115,5 +116,5 @@ ELSEWHERE = {
 
 
 def blocks(page: str) -> list[str]:
-    """The Python blocks of a page, in order."""
+    """Return the Python blocks of a page, in order."""
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -23,7 +23,7 @@ needs_newer_compiler = pytest.mark.skipif(
 
 
 class LoRALinear(nn.Module):
-    """y = W0 x + s B A x, written as most people write it by hand."""
+    """y = W0 x + s B A x, in the usual hand-written form."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, scaling: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
 
 
 class Net(nn.Module):
-    """Token ids to logits through two LoRA layers; no token sees another."""
+    """Token ids to logits through two LoRA layers; each token is independent of the others."""
 
     def __init__(self, rank: int = 3, scaling: float = 2.0, dropout: float = 0.0, norm: bool = False) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 class TorchtuneLinear(nn.Module):
-    """As torchtune's LoRALinear: s = alpha / rank, computed in every forward."""
+    """A copy of torchtune's LoRALinear: s = alpha / rank, computed in every forward."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class TorchtuneLinear(nn.Module):
 
 
 class TorchtitanLinear(nn.Linear):
-    """As torchtitan's LoRALinear: a linear layer with submodules, s in one attribute, and no rank."""
+    """A copy of torchtitan's LoRALinear: a linear layer with submodules, s in one attribute, and no rank."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
         super().__init__(d_in, d_out, bias=False)
@@ -83,7 +83,7 @@ class TorchtitanLinear(nn.Linear):
 
 
 def net(seed: int = 0, dtype: torch.dtype = torch.float64, b_std: float = 0.3, **options: Any) -> Net:
-    """A seeded Net; B starts away from zero, so that every factor says something (``b_std=0`` for a fresh adapter)."""
+    """Return a seeded Net. B is not zero, so that no factor is zero; ``b_std=0`` gives a fresh adapter."""
     torch.manual_seed(seed)
     model = Net(**options)
     for layer in lora_layers(model).values():
@@ -92,12 +92,12 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float64, b_std: float = 0.3, *
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The hand-written LoRA layers by name."""
+    """Return the hand-written LoRA layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def batch(seed: int = 0, n: int = 4, length: int = 6, ignored: int = 2, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
-    """Token ids ``(n, length)`` and labels, the first ``ignored`` of each sequence without a loss."""
+    """Return token ids and labels, ``(n, length)`` each; the first ``ignored`` labels of a sequence are -100."""
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(0, vocab, (n, length), generator=generator)
     labels = torch.randint(0, vocab, (n, length), generator=generator)
@@ -106,28 +106,28 @@ def batch(seed: int = 0, n: int = 4, length: int = 6, ignored: int = 2, vocab: i
 
 
 def loss_of(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy over the tokens that have a label."""
+    """Return the cross-entropy over the tokens that have a label."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction=reduction)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that want a gradient."""
+    """Return the parameters that require a gradient."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def optimizer(model: nn.Module, **options: Any) -> CTROptimizer:
-    """Every step counts, unless told otherwise."""
+    """Return an optimizer that updates factors and bases at every step, without calibration, unless overridden."""
     defaults = dict(model=model, factor_interval=1, basis_interval=1, calibration_interval=None, kl_schedule="lr")
     return CTROptimizer(trainable(model), **{**defaults, **options})
 
 
 def plain_bound(params: Any, *args: Any, **options: Any) -> CTROptimizer:
-    """An optimizer whose bound is ``max_kl`` times the schedule, however few loss tokens a tiny batch has."""
+    """Return an optimizer whose bound is ``max_kl`` times the schedule, independent of the number of loss tokens."""
     return CTROptimizer(params, *args, **{"kl_schedule": "lr", **options})
 
 
 def backward(model: nn.Module, data: tuple[Tensor, Tensor], reduction: str = "mean", weight: float = 1.0) -> Tensor:
-    """One forward and backward of the model."""
+    """Run one forward and backward of the model; return the loss."""
     ids, labels = data
     loss = loss_of(model(ids), labels, reduction) * weight
     loss.backward()
@@ -135,7 +135,7 @@ def backward(model: nn.Module, data: tuple[Tensor, Tensor], reduction: str = "me
 
 
 def train(model: nn.Module, opt: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    """Plain training on a new batch every step."""
+    """Train on a new batch at every step."""
     for step in range(start, start + steps):
         opt.zero_grad()
         backward(model, batch(step))
@@ -145,7 +145,7 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, steps: int, start: int =
 def tiny_llama(
     dtype: torch.dtype = torch.float64, seed: int = 0, dropout: float = 0.0, peft: bool = True, **lora: Any
 ) -> nn.Module:
-    """A random two-layer Llama of width 32 with LoRA on every linear map, B away from zero."""
+    """Return a random two-layer Llama of width 32 with LoRA on every linear layer and nonzero B."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -168,20 +168,20 @@ def tiny_llama(
 
 
 def llama_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """PEFT's LoRA layers by their name in the base model."""
+    """Return PEFT's LoRA layers by their name in the base model."""
     prefix = "base_model.model."
     return {name.removeprefix(prefix): module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def llama_batch(seed: int = 0, n: int = 4, length: int = 8, prompt: int = 3) -> dict[str, Tensor]:
-    """Sequences for a causal LM: labels shifted by one already, none on the prompt."""
+    """Return sequences for a causal language model: labels already shifted by one, and -100 on the prompt."""
     ids, labels = batch(seed, n, length, prompt, vocab=64)
     positions = torch.arange(length).expand(n, length)
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def llama_loss(model: nn.Module, data: dict[str, Tensor], reduction: str = "mean") -> Tensor:
-    """The loss in the model's own precision, from its logits."""
+    """Return the loss in the model's own precision, from its logits."""
     logits = model(**{k: v for k, v in data.items() if k != "labels"}).logits
     return loss_of(logits, data["labels"], reduction)
 
@@ -195,10 +195,10 @@ def dense_factors(
     weights: Callable[[nn.Module], Any],
     mean_loss: Callable[..., Tensor],
 ) -> dict[str, dict[str, Tensor]]:
-    """C, S, H and D of each layer from first principles, on an untouched copy of the model.
+    """Return C, S, H and D of each layer from first principles, on a copy of the model.
 
-    A zero is added to each layer's output, and the gradient of the mean loss with respect to it is ``delta``, token by
-    token; the rest is the definition. ``weights(layer)`` gives ``(A, B, s)``.
+    A hook adds zeros to each layer's output. The gradient of the mean loss with respect to these zeros is ``delta``,
+    one row per token. The factors then follow from their definitions. ``weights(layer)`` returns ``(A, B, s)``.
     """
     clone = copy.deepcopy(model)
     names = {id(m): name for name, m in model.named_modules()}
@@ -231,18 +231,18 @@ def dense_factors(
 
 
 def plain_weights(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """A, B and s of a hand-written layer."""
+    """Return A, B and s of a hand-written layer."""
     return layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling
 
 
 def peft_weights(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """A, B and s of a PEFT layer."""
+    """Return A, B and s of a PEFT layer."""
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), layer.scaling["default"]
 
 
 def factors_of(opt: CTROptimizer) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's factors, as dense matrices."""
-    opt.metrics()  # lays out the state where no step has been taken
+    """Return the optimizer's factors as dense matrices."""
+    opt.metrics()  # It creates the state before the first step.
     result = {}
     for pair in opt.pairs:
         state = opt.state[pair.B]
@@ -255,18 +255,18 @@ def factors_of(opt: CTROptimizer) -> dict[str, dict[str, Tensor]]:
 
 
 def numbers(opt: CTROptimizer) -> dict[str, Any]:
-    """The optimizer's own numbers, as a checkpoint holds them."""
+    """Return the optimizer's own numbers in the form of a checkpoint."""
     found: dict[str, Any] = opt.state_dict()["param_groups"][0]["ctr"]
     return found
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of the expected."""
+    """Return the Frobenius norm of the difference, divided by that of ``expected``."""
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 def assert_factors(got: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]], tol: float) -> None:
-    """The same layers, and each factor within a relative error of ``tol``."""
+    """Assert that the layers are the same and that each factor has a relative error below ``tol``."""
     assert got.keys() == expected.keys() and got
     errors = {(n, k): relative_error(got[n][k], expected[n][k]) for n in got for k in expected[n]}
     worst = max(errors, key=lambda key: errors[key])
@@ -274,9 +274,9 @@ def assert_factors(got: dict[str, dict[str, Tensor]], expected: dict[str, dict[s
 
 
 def kl_of_step(factors: dict[str, dict[str, Tensor]], before: dict[str, Any], after: dict[str, Any]) -> float:
-    """``q / 2`` of a movement of A and B, layer by layer, in plain dense algebra.
+    """Return ``q / 2`` of a change of A and B, summed over layers, in plain dense algebra.
 
-    As documented for ``quadratic``: the cross term stays within the Cauchy-Schwarz bound of the two squares.
+    As documented for ``quadratic``, the cross term is limited to the Cauchy-Schwarz bound of the two squares.
     """
     total = 0.0
     for name, f in factors.items():
@@ -291,22 +291,22 @@ def kl_of_step(factors: dict[str, dict[str, Tensor]], before: dict[str, Any], af
 
 
 def weights_of(opt: CTROptimizer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Copies of every A and B."""
+    """Return copies of every A and B."""
     return {pair.name: (pair.A.detach().clone(), pair.B.detach().clone()) for pair in opt.pairs}
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers."""
+    """Return copies of all parameters and buffers."""
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Return whether two snapshots are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def exact_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """``KL(p || q)`` for each token, in float64."""
+    """Return ``KL(p || q)`` of each token, in float64."""
     log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -316,6 +316,6 @@ def finite(model: torch.nn.Module) -> bool:
 
 
 def held(opt: CTROptimizer) -> bool:
-    """The last step's predicted KL is within its bound."""
+    """Return whether the last step's predicted KL is within its bound."""
     metrics = opt.metrics()
     return metrics["trust/max_kl"] is None or metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-4)

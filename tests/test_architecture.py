@@ -1,4 +1,4 @@
-"""Which part of the library may import which: the rules as data, held against the imports in the source."""
+"""Rules of which part of the library may import which, compared with the imports in the source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctr_optim"
 
-# A part may import itself and these: parts, or single modules of them. What only protocols connect is told so.
+# A part may import itself and the listed parts or modules. Parts that need only protocols list the protocol modules.
 _PROTOCOLS = ("curvature.base", "curvature.factors.base", "trust_region.protocols")
 _METHOD = ("runtime", "settings", "linalg", "model")
 _BELOW = (*_METHOD, "curvature", "retention", "direction", "trust_region", "ranks", "holdout", "checkpoint")
@@ -30,17 +30,17 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "metrics": _BELOW,
     "attached": (*_BELOW, "metrics"),
     "optimizer": (*_BELOW, "metrics", "attached"),
-    # These build an optimizer, so they sit above it.
+    # These modules build an optimizer, so that they may import it.
     "ranks.initialize": (*_BELOW, "optimizer"),
     "ranks.compress": (*_BELOW, "optimizer"),
     "ranks.measurement": (*_BELOW, "optimizer"),
     "ranks.refit": (*_BELOW, "optimizer"),
 }
-TOP = ("export", "report", "integrations", "cli", "events", "__init__")  # may import all; nothing below imports them
+TOP = ("export", "report", "integrations", "cli", "events", "__init__")  # They may import all parts; none imports them.
 
 
 def modules() -> dict[str, Path]:
-    """Every module's dotted name without the package's own, and its file."""
+    """Return the file of every module, by its dotted name without the package's name."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
@@ -50,7 +50,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(file: Path, known: Mapping[str, Path]) -> Iterator[str]:
-    """The library's modules that a file imports, wherever in it."""
+    """Yield the library's modules that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: a relative import"
@@ -65,7 +65,7 @@ def imports(file: Path, known: Mapping[str, Path]) -> Iterator[str]:
 
 
 def _module(parts: list[str], known: Mapping[str, Path]) -> str:
-    """The longest prefix that is a module: the rest are names in it."""
+    """Return the longest prefix that is a module; the remaining parts are names in it."""
     while parts and ".".join(parts) not in known:
         parts = parts[:-1]
     return ".".join(parts) or "__init__"
@@ -89,7 +89,7 @@ def allowed(importer: str, imported: str) -> bool:
 
 def test_every_part_has_a_rule() -> None:
     parts = {name.split(".")[0] for name in modules()}
-    assert parts <= RULES.keys() | set(TOP), "a new part: say in RULES what it may import"
+    assert parts <= RULES.keys() | set(TOP), "a new part: add the parts that it may import to RULES"
 
 
 def test_imports_keep_to_the_rules() -> None:
@@ -105,7 +105,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def test_parts_do_not_import_each_other_in_a_circle() -> None:
-    """But for protocols, which all may import, and for modules that sit above the optimizer."""
+    """Exceptions are the protocols, which all parts may import, and the modules that build an optimizer."""
     graph: dict[str, set[str]] = {}
     for importer, imported in edges():
         one, other = (name if name in RULES else name.split(".")[0] for name in (importer, imported))

@@ -1,4 +1,4 @@
-"""An adapter of the bundled model, trained for a moment: the cost of a cut holds on rows that were not measured."""
+"""compress on a briefly trained adapter of the bundled model: its cost also holds on rows that it did not measure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not BASE.exists(), reason="needs the bundled mod
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Descriptions of places, in sentences that depend on all of a row."""
+    """Return rows that describe places in sentences."""
     areas, kinds, names = ("riverside", "city centre", "north"), ("pub", "hotel", "cafe", "museum"), ("Aroma", "Vaults")
     made = []
     for i in range(count):
@@ -37,7 +37,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    """A model with an adapter trained for 12 steps, and rows."""
+    """Return a model with an adapter trained for 12 steps, and rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)

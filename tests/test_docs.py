@@ -1,4 +1,4 @@
-"""What the documentation says, held against the code."""
+"""Statements of the documentation, compared with the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from ctr_optim import CTROptimizer, RankScheduler
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
 
 
 def text(page: str) -> str:
@@ -31,7 +31,7 @@ def test_every_option_is_listed_with_its_default(of: Any) -> None:
 
 
 def messages(file: str, least: int = 12) -> list[str]:
-    """The longest piece of fixed text in everything that a file raises, warns of, or keeps to raise."""
+    """Return the longest fixed text of every error and warning of a file, including module-level message constants."""
     tree = ast.parse((ROOT / "ctr_optim" / file).read_text(encoding="utf-8"))
     calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     calls += [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "warnings.warn"]
@@ -47,7 +47,7 @@ def test_the_faq_knows_every_refusal_and_warning(file: str, least: int) -> None:
     found = messages(file, least)
     assert found
     unknown = [message for message in found if not any(quote in message for quote in quoted)]
-    assert not unknown, "say in docs/faq.md what these mean, each under a heading that quotes them"
+    assert not unknown, "explain these messages in docs/faq.md, each under a heading that quotes the message"
 
 
 def test_the_faq_quotes_what_is_said() -> None:

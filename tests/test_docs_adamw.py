@@ -1,4 +1,4 @@
-"""The page for those who come from AdamW, held against the code."""
+"""The page "Coming from AdamW", compared with the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example of the page on extending, run as it stands there."""
+"""Runs every example of the page "Extending" without changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def blocks(text: str) -> str:
 
 
 def run(heading: str) -> dict[str, Any]:
-    """The names that an example leaves, after the model that all of them train."""
+    """Run the page's shared setup and one example, and return the names that they define."""
     names: dict[str, Any] = {}
     exec(blocks(PAGE.split("\n## ")[0]) + blocks(PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]), names)
     return names
@@ -44,13 +44,13 @@ def run(heading: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def loss(model: torch.nn.Module) -> float:
-    """The loss on every token id."""
+    """Return the loss on every token id."""
     ids = torch.arange(50)
     return float(torch.nn.functional.cross_entropy(model(ids), (7 * ids + 3) % 50))
 
 
 def trained(model: torch.nn.Module, fresh: torch.nn.Module) -> None:
-    """The loss has fallen from that of an untrained model."""
+    """Assert that the loss is below that of an untrained model."""
     assert loss(model) < 0.97 * loss(fresh)
 
 

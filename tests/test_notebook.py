@@ -1,4 +1,4 @@
-"""The notebook was executed, is small, and its code runs."""
+"""The notebook was executed, is small, and its code runs in a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = Path(__file__).parents[1] / "examples" / "notebook.ipynb"
 CELLS = [{**cell, "source": "".join(cell["source"])} for cell in json.loads(FILE.read_text(encoding="utf-8"))["cells"]]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 
-PLACES = [*(f"/{folder}/" for folder in ("home", "work", "tmp", "root")), "C:\\\\"]  # of one machine alone
+PLACES = [*(f"/{folder}/" for folder in ("home", "work", "tmp", "root")), "C:\\\\"]  # paths of a single machine
 
 
 def test_it_was_executed_and_is_small() -> None:
@@ -28,7 +28,7 @@ def test_it_was_executed_and_is_small() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each cell in order, in an empty folder, with 2 steps in place of 40."""
+    """Run each cell in order, in an empty folder, with 2 steps in place of 40."""
     pytest.importorskip("peft", reason="the adapter is PEFT's")
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="the notebook draws")
     pyplot.switch_backend("Agg")

@@ -1,4 +1,4 @@
-"""Every Python block in README and docs runs, as pasted, in an empty folder."""
+"""Every Python block of README and docs runs without changes in an empty folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEEDS = {"trl": "TRL's trainers", "lightning": "Lightning's", "accelerate": "Acc
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand-ins of frameworks, and a process group, go when the test ends."""
+    """Remove stub modules of frameworks and the process group when a test ends."""
     import torch.distributed as dist
 
     before = dict(sys.modules)
@@ -38,7 +38,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("page", SETUPS)
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(blocks(page)) == len(SETUPS[page]), "tests/snippets.py has a setup for each block"
+    assert len(blocks(page)) == len(SETUPS[page]), "tests/snippets.py needs one setup per block"
     names: dict[str, Any] = {}
     for index, (block, setup) in enumerate(zip(blocks(page), SETUPS[page], strict=True)):
         for module, what in NEEDS.items():
@@ -59,4 +59,4 @@ def test_no_page_is_forgotten() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
     found = {page.relative_to(ROOT).as_posix() for page in pages if blocks(page.relative_to(ROOT).as_posix())}
     known = {*SETUPS, *ELSEWHERE, "examples/assets/base5m/README.md"}
-    assert found == known, "tests/snippets.py says how a page's blocks run"
+    assert found == known, "add a setup for each block of a new page to tests/snippets.py"

@@ -1,1 +1,1 @@
-"""What a step costs: time, memory, and where they go."""
+"""Benchmarks of time and memory of a step."""

@@ -1,4 +1,4 @@
-"""Clocks, memory and JSON lines: what the performance programs share."""
+"""Clocks, memory measurement and JSON lines of the performance programs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PACKAGES = ("torch", "transformers", "peft", "pytorch_optimizer", "ctr_optim")
 
 
 class Clock:
-    """Marks on the device's own time line; on the CPU, wall-clock time."""
+    """A clock with CUDA events on a GPU and wall-clock time on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """A point in time, without waiting for the device."""
+        """Return a point in time without waiting for the device."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -36,16 +36,16 @@ class Clock:
         return event
 
     def wait(self) -> None:
-        """Until the device has done all its work."""
+        """Wait until the device is idle."""
         if self.cuda:
             torch.cuda.synchronize()
 
     def ms(self, start: Any, end: Any) -> float:
-        """Between two marks; both must have passed."""
+        """Return the milliseconds between two marks; both must have passed."""
         return float(start.elapsed_time(end)) if self.cuda else 1e3 * (end - start)
 
     def alone(self, work: Callable[[], Any]) -> float:
-        """Milliseconds of ``work`` by itself, from an idle device to an idle device."""
+        """Return the milliseconds of ``work``, from an idle device to an idle device."""
         self.wait()
         start = time.perf_counter()
         work()
@@ -54,7 +54,7 @@ class Clock:
 
 
 class Report:
-    """JSON lines, each with versions, device and command line; progress on the terminal."""
+    """Writes JSON lines with versions, device and command line, and prints progress."""
 
     def __init__(self, out: str | None, device: torch.device, **fixed: Any) -> None:
         self.path = None if out is None else Path(out)
@@ -65,7 +65,7 @@ class Report:
         self.lines: list[dict[str, Any]] = []
 
     def add(self, what: str, **values: Any) -> None:
-        """One result."""
+        """Write one result of kind ``what``."""
         self.lines.append({"what": what, **values})
         if self.path is not None:
             with self.path.open("a") as file:
@@ -73,7 +73,7 @@ class Report:
         self.say(what + " " + " ".join(f"{k}={_short(v)}" for k, v in values.items()))
 
     def say(self, text: str) -> None:
-        """Progress."""
+        """Print a progress text."""
         print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
 
     @property
@@ -83,7 +83,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what was measured."""
+    """Return the versions of Python and of the measured packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -94,14 +94,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """Return the device's name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of all tensors among ``tensors``, into lists and dicts."""
+    """Return the bytes of all tensors in ``tensors``, including nested lists and dicts."""
     total = 0
     for t in tensors:
         if isinstance(t, Tensor):
@@ -114,12 +114,12 @@ def tensor_bytes(tensors: Iterable[Any]) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state."""
+    """Return the bytes of an optimizer's state."""
     return tensor_bytes(optimizer.state.values())
 
 
 def kind_of(optimizer: CTROptimizer) -> str:
-    """What the coming step does beyond a plain one."""
+    """Return the periodic work of the next step, for example ``factors+basis``, or ``plain``."""
     step, s = optimizer.steps, optimizer._settings
     kinds = {
         "factors": due(step, s.factor_interval),
@@ -130,7 +130,7 @@ def kind_of(optimizer: CTROptimizer) -> str:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, mean and range."""
+    """Return median, mean, range and count."""
     return {
         "median": statistics.median(values),
         "mean": statistics.fmean(values),
@@ -141,7 +141,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def table(rows: list[tuple[Any, ...]], head: tuple[str, ...]) -> None:
-    """Columns on the terminal."""
+    """Print a table in columns."""
     cells = [head, *[tuple(_short(v) for v in row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:

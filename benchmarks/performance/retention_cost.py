@@ -1,12 +1,12 @@
-"""What retained text and a budget cost: whole steps of fused AdamW, CTROptimizer, with ``retain`` and with
-``kl_budget``, turn by turn on one model; the time that measuring retained text takes; peak memory.
+"""Cost of retained text and of a budget: whole steps of fused AdamW and of CTROptimizer's variants on one model.
 
     python -m benchmarks.performance.retention_cost --shape llama2-7b --out retention_cost.jsonl
     python -m benchmarks.performance.retention_cost --shape tiny --device cpu --length 32 --rounds 1 --tokens 1024
 
-Lines: ``retention`` (seconds for the tokens that were measured), ``variant`` (one for each: seconds a step by round,
-the ratio to AdamW's round, the ratio of medians by kind of step, peak, state), see README.md beside this file. Options
-as of ``step_cost``; with ``--limit-s`` no round is begun that would not end in time.
+The variants are CTROptimizer, with ``retain``, and with ``retain`` and ``kl_budget``. Lines of kind ``retention`` hold
+the seconds for measuring retained text. Lines of kind ``variant`` hold seconds per step by round, the ratio to AdamW's
+round, the ratio of medians by kind of step, peak memory and state; see README.md beside this file. Options are those of
+``step_cost``. With ``--limit-s`` the program starts no round that would exceed the time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VARIANTS = ("ctr", "retain", "budget", "budget on the batch")
 
 @dataclass
 class Variant:
-    """An optimizer with its own weights and state, put on the model for a round at a time."""
+    """An optimizer with its own weights and state, which uses the model for one round at a time."""
 
     bench: Bench
     start: list[Tensor]
@@ -45,13 +45,13 @@ class Variant:
 
     @property
     def waiting(self) -> int:
-        """Bytes that it holds on the device between its rounds."""
+        """Bytes on the device between the variant's rounds."""
         if self.resumable is not None:
             return self.resumable.bytes
         return 0 if self.plain is None else state_bytes(self.plain)
 
     def round(self, steps: int) -> Round:
-        """Train from where it was."""
+        """Train for ``steps`` steps from the variant's own weights and state."""
         with torch.no_grad():
             torch._foreach_copy_(self.bench.params, self.start)
         if self.resumable is None:
@@ -71,13 +71,13 @@ class Variant:
 
 
 def figures(optimizer: CTROptimizer) -> dict[str, Any]:
-    """What its metrics say of bounds, budget and skipped steps."""
+    """Return the metrics of bound, budget and skipped steps."""
     names = ("trust/", "budget/", "retain/", "skipped")
     return {k: v for k, v in optimizer.metrics().items() if k.startswith(names)}
 
 
 def measured(bench: Bench, text: list[Tensor], repeats: int) -> Retention:
-    """Statistics of retained text, and the time that they take; the first time compiles and allocates."""
+    """Measure the statistics of retained text and report the time of each repeat; the first compiles and allocates."""
     seconds = []
     for _ in range(repeats):
         bench.clock.wait()
@@ -93,7 +93,7 @@ def measured(bench: Bench, text: list[Tensor], repeats: int) -> Retention:
 
 
 def variants(bench: Bench, chosen: list[str], tokens: int, budget: float, repeats: int) -> dict[str, Variant]:
-    """AdamW, and the ones chosen."""
+    """Return AdamW and the chosen variants by name."""
     start = [p.detach().to("cpu", copy=True) for p in bench.params]
     pieces = torch.randint(0, bench.vocabulary, (max(1, tokens // PIECE), PIECE), device=bench.device)
     text = list(pieces.split(PIECES))
@@ -115,14 +115,14 @@ def variants(bench: Bench, chosen: list[str], tokens: int, budget: float, repeat
 
 
 def interleaved(bench: Bench, every: dict[str, Variant], rounds: int, steps: int, deadline: float) -> None:
-    """Rounds turn by turn, every other one the other way round."""
+    """Run rounds of all variants in turn, every second time in reverse order."""
     report = bench.report
     longest = 0.0
-    for index in range(-1, rounds):  # the first period measures more often than later ones: not counted
+    for index in range(-1, rounds):  # Round -1 warms up: its steps measure more often than later ones.
         names = list(every) if index % 2 == 0 else list(reversed(every))
         began = time.perf_counter()
         if index > 0 and report.elapsed + longest > deadline:
-            report.say(f"round {index}: no time is left for it")
+            report.say(f"round {index}: skipped, the time limit would be exceeded")
             return
         for name in names:
             variant = every[name]
@@ -140,7 +140,7 @@ def interleaved(bench: Bench, every: dict[str, Variant], rounds: int, steps: int
 
 
 def add_lines(report: Report, every: dict[str, Variant]) -> None:
-    """A line for each variant, and the table."""
+    """Write a line for each variant and print the table."""
     adamw = every["adamw"]
     peak = max(r.peak for r in adamw.rounds)
     rows: list[tuple[Any, ...]] = []
@@ -168,16 +168,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES, "base5m"], default="tiny")
     parser.add_argument("--model", help="local model of --shape base5m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("autocast", "mixed", "bfloat16", "float32"), help="as of step_cost")
+    parser.add_argument("--precision", choices=("autocast", "mixed", "bfloat16", "float32"), help="as in step_cost")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--tokens", type=int, default=16384, help="of retained text")
-    parser.add_argument("--budget", type=float, default=1.0, help="kl_budget, nats a token")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of retained text")
+    parser.add_argument("--budget", type=float, default=1.0, help="kl_budget, nats per token")
     parser.add_argument("--variants", default=",".join(VARIANTS[:3]), help="any of " + ", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
+    parser.add_argument("--steps", type=int, default=PERIOD, help=f"steps per round, a multiple of {PERIOD}")
     parser.add_argument("--repeats", type=int, default=2, help="measurements of retained text")
     parser.add_argument("--limit-s", type=float, default=math.inf)
     parser.add_argument("--out")
@@ -187,7 +187,7 @@ def main() -> None:
     if unknown := set(chosen) - set(VARIANTS):
         parser.error(f"--variants: got {sorted(unknown)}, expected some of {VARIANTS}")
     if args.steps % PERIOD:
-        parser.error(f"--steps: {args.steps} is no multiple of {PERIOD}, so that periodic work would count unevenly")
+        parser.error(f"--steps: got {args.steps}, expected a multiple of {PERIOD}, so that rounds hold equal work")
     torch.manual_seed(0)
     device = torch.device(args.device)
     setting = {

@@ -1,4 +1,4 @@
-"""How the optimizer's own cost grows with rank, layers, tokens and width, on a stack of plain LoRA layers.
+"""Growth of the optimizer's cost with rank, layers, tokens and width, on a stack of plain LoRA layers.
 
 python -m benchmarks.performance.scaling --hidden 4096 --layers 64 --out scaling.jsonl --plot scaling.png
 """
@@ -19,7 +19,7 @@ LLAMA_70B = dict(hidden=8192, wide=28672, kv=1024, blocks=80)
 
 
 class Layer(nn.Module):
-    """``y = s B A x``: a LoRA layer without its frozen weight, whose cost is not ours."""
+    """``y = s B A x``: a LoRA layer without its frozen weight, whose cost does not depend on the optimizer."""
 
     scaling = 2.0
 
@@ -32,18 +32,18 @@ class Layer(nn.Module):
 
 
 def state_formula(d_in: int, d_out: int, rank: int) -> int:
-    """Bytes of state of one layer at the defaults: moments, bases, rank factors, diagonals, three counters."""
+    """Return the bytes of a layer's state at the defaults: moments, bases, rank factors, diagonals, three counters."""
     return 4 * (2 * rank * (d_in + d_out) + 4 * rank**2 + d_in + d_out + 3)
 
 
 def model_shapes(hidden: int, wide: int, kv: int) -> list[tuple[int, int]]:
-    """``(d_in, d_out)`` of a Llama block's linear layers."""
+    """Return ``(d_in, d_out)`` of the linear layers of a Llama block."""
     attention = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
     return [*attention, (hidden, wide), (hidden, wide), (wide, hidden)]
 
 
 def measure(device: torch.device, hidden: int, layers: int, rank: int, tokens: int, repeats: int) -> dict[str, float]:
-    """Medians in ms: forward and backward with taps off and on, and the step by kind."""
+    """Return medians in ms: forward and backward with hooks off and on, and the step by kind."""
     with device:
         stack = nn.ModuleList([Layer(hidden, hidden, rank) for _ in range(layers)])
         x = torch.randn(tokens, hidden)
@@ -65,7 +65,7 @@ def measure(device: torch.device, hidden: int, layers: int, rank: int, tokens: i
 
 
 def check_memory(report: Report, device: torch.device, rank: int) -> None:
-    """State of one block of a 70B shape, measured against the formula; and of the whole."""
+    """Compare the measured state of one block of a 70B shape with the formula, and report the whole model's state."""
     shapes = model_shapes(LLAMA_70B["hidden"], LLAMA_70B["wide"], LLAMA_70B["kv"])
     with device:
         block = nn.ModuleList([Layer(d_in, d_out, rank) for d_in, d_out in shapes])
@@ -86,11 +86,11 @@ def check_memory(report: Report, device: torch.device, rank: int) -> None:
         ratio=formula / adamw,
     )
     if measured != formula:
-        raise AssertionError(f"state of a block: {measured} bytes, the formula says {formula}")
+        raise AssertionError(f"state of a block: got {measured} bytes, expected {formula} by the formula")
 
 
 def plot(report: Report, path: str) -> None:
-    """One panel an axis."""
+    """Draw one panel per varied quantity."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What a training step costs with CTROptimizer: against fused AdamW, against peers, and part by part.
+"""Cost of a training step with CTROptimizer, compared with fused AdamW and with other optimizers, and part by part.
 
     python -m benchmarks.performance.step_cost --shape llama2-7b --out results.jsonl
 
@@ -36,7 +36,7 @@ PERIOD = 50  # CTROptimizer's longest interval, a multiple of the others
 PARTS = ("whole", "step", "ranks")
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------
+# -- the model ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -53,11 +53,11 @@ class Bench:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """What trains: A and B of each layer in turn."""
+        """The trained parameters: A and B of each layer in turn."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def forward_backward(self) -> None:
-        """One batch of random tokens."""
+        """Run forward and backward on one batch of random tokens."""
         tokens = torch.randint(0, self.vocabulary, self.batch, device=self.device)
         context: AbstractContextManager = nullcontext()
         if self.autocast:
@@ -67,14 +67,14 @@ class Bench:
         loss.backward()
 
     def free(self) -> None:
-        """Let go of memory that nothing holds."""
+        """Release unused memory to the device."""
         gc.collect()
         if self.clock.cuda:
             torch.cuda.empty_cache()
 
 
 def build_base(shape: str, path: str | None, device: torch.device, dtype: torch.dtype, length: int) -> nn.Module:
-    """The base model on the device: random weights of a shape, or a local model."""
+    """Return the base model on the device: a local model, or a shape with random weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if shape == "base5m":
@@ -90,7 +90,7 @@ def build_base(shape: str, path: str | None, device: torch.device, dtype: torch.
 
 
 def build(args: argparse.Namespace, report: Report, device: torch.device) -> Bench:
-    """The model with LoRA on every linear layer."""
+    """Return the benchmark with LoRA on every linear layer of the model."""
     dtype = torch.float32 if args.precision == "float32" else torch.bfloat16
     base = build_base(args.shape, args.model, device, dtype, args.length)
     base.config.use_cache = False
@@ -116,7 +116,7 @@ def build(args: argparse.Namespace, report: Report, device: torch.device) -> Ben
 
 @dataclass
 class Round:
-    """Some training steps in a row: wall-clock seconds a step, device times of the parts, peak memory."""
+    """Results of consecutive steps: wall-clock seconds per step, device times of the parts, peak memory."""
 
     seconds: float
     model_ms: list[float]
@@ -126,7 +126,7 @@ class Round:
 
 
 def run_round(bench: Bench, optimizer: Optimizer, steps: int, kind: Callable[[], str] = lambda: "") -> Round:
-    """``steps`` training steps: forward, backward, step, zero_grad."""
+    """Time ``steps`` training steps: forward, backward, step, zero_grad."""
     clock, marks, kinds = bench.clock, [], []
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -147,14 +147,14 @@ def run_round(bench: Bench, optimizer: Optimizer, steps: int, kind: Callable[[],
 
 
 class Resumable:
-    """CTROptimizer, taken off the model between rounds and put back with its state."""
+    """CTROptimizer that is detached from the model between rounds and attached again with its state."""
 
     def __init__(self, bench: Bench, **options: Any) -> None:
         self.bench, self.options = bench, options
         self.saved: dict[str, Any] | None = None
 
     def open(self, **options: Any) -> CTROptimizer:
-        """Hook the model and go on where we were."""
+        """Attach an optimizer to the model and load the saved state."""
         optimizer = CTROptimizer(self.bench.params, model=self.bench.model, **self.options, **options)
         if self.saved is not None:
             optimizer.load_state_dict(self.saved)
@@ -162,18 +162,18 @@ class Resumable:
         return optimizer
 
     def close(self, optimizer: CTROptimizer) -> None:
-        """Unhook the model; the state stays."""
+        """Save the state and detach the optimizer from the model."""
         self.saved = optimizer.state_dict()
         optimizer.close()
 
     @property
     def bytes(self) -> int:
-        """Of the state that waits."""
+        """Bytes of the saved state."""
         return 0 if self.saved is None else tensor_bytes(self.saved["state"].values())
 
 
 def ctr_round(bench: Bench, resumable: Resumable, steps: int) -> tuple[Round, dict[str, Any]]:
-    """A round of CTROptimizer, and what it holds."""
+    """Run a round of CTROptimizer; return it with the sizes of its state and its metrics."""
     optimizer = resumable.open()
     found = run_round(bench, optimizer, steps, lambda: kind_of(optimizer))
     holds = {
@@ -186,11 +186,11 @@ def ctr_round(bench: Bench, resumable: Resumable, steps: int) -> tuple[Round, di
 
 
 def whole_steps(bench: Bench, resumable: Resumable, rounds: int, steps: int) -> None:
-    """Whole training steps of fused AdamW and CTROptimizer, turn by turn on one model."""
+    """Measure whole training steps of fused AdamW and CTROptimizer, which alternate on one model."""
     report = bench.report
     adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
     run_round(bench, adamw, 3)
-    ctr_round(bench, resumable, PERIOD)  # the first period measures more often than later ones
+    ctr_round(bench, resumable, PERIOD)  # The first steps measure more often than later ones.
     bench.free()
     report.say("warm")
     of_adamw: list[Round] = []
@@ -200,7 +200,7 @@ def whole_steps(bench: Bench, resumable: Resumable, rounds: int, steps: int) -> 
         for who in ("adamw", "ctr") if index % 2 == 0 else ("ctr", "adamw"):
             if who == "adamw":
                 of_adamw.append(run_round(bench, adamw, steps))
-                of_adamw[-1].peak -= resumable.bytes  # the other's state waits on the device, too
+                of_adamw[-1].peak -= resumable.bytes  # CTROptimizer's saved state also lies on the device.
             else:
                 found, holds = ctr_round(bench, resumable, steps)
                 bench.free()
@@ -215,7 +215,7 @@ def whole_steps(bench: Bench, resumable: Resumable, rounds: int, steps: int) -> 
 
 
 def report_whole(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> None:
-    """Ratios of time and memory."""
+    """Report ratios of time and memory."""
     ratios = [c.seconds / a.seconds for a, c in zip(of_adamw, of_ctr, strict=True)]
     peaks = [max(0, *(r.peak for r in rounds)) for rounds in (of_adamw, of_ctr)]
     report.add(
@@ -232,7 +232,10 @@ def report_whole(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> 
 
 
 def ratio_by_kind(of_adamw: list[Round], of_ctr: list[Round]) -> float:
-    """Steps' median times, CTROptimizer's weighted by how often each kind of step comes: robust on a shared machine."""
+    """Return the ratio of median step times. CTROptimizer's medians are weighted by the frequency of each kind of step.
+
+    Medians make the ratio robust on a shared machine.
+    """
     adamw = [a + b for r in of_adamw for a, b in zip(r.model_ms, r.step_ms, strict=True)]
     kinds: dict[str, list[float]] = {}
     for r in of_ctr:
@@ -243,7 +246,7 @@ def ratio_by_kind(of_adamw: list[Round], of_ctr: list[Round]) -> float:
 
 
 def report_parts(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> None:
-    """Forward with backward, and the step, by what the step had to do."""
+    """Report the time of forward with backward, and of the step, by kind of step."""
     report.add(
         "part",
         kind="AdamW",
@@ -262,7 +265,7 @@ def report_parts(report: Report, of_adamw: list[Round], of_ctr: list[Round]) -> 
 
 
 def peers(bench: Bench) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
-    """Constructors of the peers, each as its library means it to be used; called in a try."""
+    """Return the constructors of the other optimizers, each with its library's intended options."""
 
     def from_library(name: str, **options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
         def make(params: list[nn.Parameter]) -> Optimizer:
@@ -291,9 +294,9 @@ def peers(bench: Bench) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
 def time_steps(
     bench: Bench, optimizer: Optimizer, grads: list[Tensor], params: list[nn.Parameter], warm: int, seconds: float
 ) -> list[float]:
-    """Milliseconds of single steps over one period, or fewer when they take longer than ``seconds``.
+    """Return the milliseconds of single steps over one period, or of fewer steps after ``seconds``.
 
-    Gradients are put back before each step: some peers change them.
+    Gradients are restored before each step, because some optimizers change them.
     """
     times: list[float] = []
     start = time.perf_counter()
@@ -308,12 +311,12 @@ def time_steps(
 
 
 def step_alone(bench: Bench, resumable: Resumable, seconds: float, wide_soap: bool) -> None:
-    """``optimizer.step()`` by itself, for everyone on the same parameters and gradients."""
+    """Measure ``optimizer.step()`` alone, for all optimizers on the same parameters and gradients."""
     params = bench.params
     grads = ctr_alone(bench, resumable, params, 10 * seconds)
     weights = [p.detach().clone() for p in params]
     todo = [(name, make, params, grads) for name, make in peers(bench).items()]
-    if wide_soap:  # at its defaults SOAP also decomposes the wide sides: on the first block's layers only
+    if wide_soap:  # At its defaults SOAP also decomposes the wide sides, so that one block must do.
         some = len(params) // bench.model.config.num_hidden_layers
         todo.append((f"SOAP (defaults, {some // 2} layers)", peers_soap, params[:some], grads[:some]))
     for name, make, subset, wanted in todo:
@@ -326,7 +329,7 @@ def step_alone(bench: Bench, resumable: Resumable, seconds: float, wide_soap: bo
 
 
 def ctr_alone(bench: Bench, resumable: Resumable, params: list[nn.Parameter], seconds: float) -> list[Tensor]:
-    """CTROptimizer's step by itself; the gradients that it had, for the peers."""
+    """Measure CTROptimizer's step alone; return its gradients for the other optimizers."""
     optimizer = resumable.open()
     bench.forward_backward()
     grads = [p.grad.detach().clone() for p in params if p.grad is not None]
@@ -344,7 +347,7 @@ def ctr_alone(bench: Bench, resumable: Resumable, params: list[nn.Parameter], se
 
 
 def peers_soap(params: list[nn.Parameter]) -> Optimizer:
-    """SOAP as it comes."""
+    """Return SOAP at its defaults."""
     import pytorch_optimizer
 
     return pytorch_optimizer.SOAP(params, lr=1e-5)
@@ -353,14 +356,14 @@ def peers_soap(params: list[nn.Parameter]) -> Optimizer:
 def one_peer(
     bench: Bench, name: str, make: Any, params: list[nn.Parameter], grads: list[Tensor], seconds: float
 ) -> None:
-    """One peer's step, or its error."""
+    """Measure the step of another optimizer, or report its error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = make(params)
             times = time_steps(bench, optimizer, grads, params, 2, seconds)
         bench.report.add("step", method=name, ms=spread(times), state_bytes=state_bytes(optimizer), tensors=len(params))
-    except Exception as error:  # a peer that cannot run here is a result, too
+    except Exception as error:  # An optimizer that cannot run here is a result, too.
         bench.report.add("step", method=name, error=f"{type(error).__name__}: {error}"[:300])
 
 
@@ -368,9 +371,9 @@ def one_peer(
 
 
 def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int, multiple: int | None) -> None:
-    """Whole steps with a rank schedule running: ``steps`` with their events, after a first event.
+    """Measure ``steps`` whole steps with a rank schedule, after a first rank event.
 
-    Steps that follow the first one compile kernels for its ranks, once a machine.
+    The steps after the first event compile kernels for its ranks, once per machine.
     """
     adamw = torch.optim.AdamW(bench.params, lr=1e-4, weight_decay=0.0, fused=True)
     run_round(bench, adamw, 2)
@@ -410,7 +413,7 @@ def rank_schedule(bench: Bench, resumable: Resumable, steps: int, interval: int,
 
 
 def rank_kind(optimizer: CTROptimizer, plan: dict[str, Any]) -> str:
-    """Whether the coming step ends in an event, is sketched, or neither."""
+    """Return the kind of the next step: ``event``, ``sketched`` or ``between``."""
     step = optimizer.steps
     left = -(step + 1) % plan["interval"]
     if left == 0:
@@ -422,7 +425,7 @@ def rank_kind(optimizer: CTROptimizer, plan: dict[str, Any]) -> str:
 
 
 def summary(report: Report) -> None:
-    """The table at the end."""
+    """Print the table of all results."""
     gib = 2**30
     rows: list[tuple[Any, ...]] = []
     for line in report.lines:
@@ -455,26 +458,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=("autocast", "mixed", "bfloat16", "float32"),
-        help="autocast: bf16 base, float32 adapters, bf16 autocast (what trainers do; default on cuda); mixed: the "
-        "same without autocast; bfloat16: adapters too; float32: all (default on cpu)",
+        help="autocast: bf16 base, float32 adapters, bf16 autocast (as in trainers; default on cuda); mixed: the same "
+        "without autocast; bfloat16: adapters in bf16, too; float32: all in float32 (default on cpu)",
     )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=PERIOD, help=f"of a round; a multiple of {PERIOD}")
+    parser.add_argument("--steps", type=int, default=PERIOD, help=f"steps per round, a multiple of {PERIOD}")
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ", ".join(PARTS))
     parser.add_argument("--rank-steps", type=int, default=200)
     parser.add_argument("--rank-interval", type=int, default=100)
-    parser.add_argument("--rank-multiple", type=int, help="what ranks are multiples of; as the scheduler chooses")
-    parser.add_argument("--peer-seconds", type=float, default=5.0, help="the most that a peer's steps may take")
-    parser.add_argument("--wide-soap", action="store_true", help="also SOAP at its defaults, on one block's layers")
+    parser.add_argument("--rank-multiple", type=int, help="divisor of all ranks; default: the scheduler's")
+    parser.add_argument("--peer-seconds", type=float, default=5.0, help="time limit for another optimizer's steps")
+    parser.add_argument("--wide-soap", action="store_true", help="also time SOAP at its defaults, on one block")
     parser.add_argument("--out")
     args = parser.parse_args()
     args.precision = args.precision or ("float32" if args.device == "cpu" else "autocast")
     if args.steps % PERIOD:
-        parser.error(f"--steps: {args.steps} is no multiple of {PERIOD}, so that periodic work would count unevenly")
+        parser.error(f"--steps: got {args.steps}, expected a multiple of {PERIOD}, so that rounds hold equal work")
     return args
 
 

@@ -1,11 +1,12 @@
-"""Predicted against measured KL: does a bound in nats mean nats?
+"""Predicted against measured KL: does a bound in nats hold in nats?
 
     python -m benchmarks.quality.calibration --data DIR --models DIR --out calibration.jsonl [--steps 150]
 
-Trains with CTROptimizer at its defaults. At every third step the model's outputs are compared before and after the
-step, on the whole training batch and on a fresh one, and set against the step's predicted KL, calibrated and not; and
-the fresh batch's KL from the base model is set against ``kl_from_base``. Also counts violations of the bound (predicted
-KL above it by more than a ten-thousandth) over every step, and what measuring costs, in forward passes a step.
+Trains with CTROptimizer at its defaults. Every third step the program compares the model's outputs before and after the
+step, on the training batch and on a fresh batch. It divides the step's predicted KL, calibrated and uncalibrated, by
+the measured KL. It also divides ``kl_from_base`` by the measured KL of the fresh batch from the base model. Over all
+steps, it counts violations of the bound (predicted KL above the bound by more than a factor of 1 + 1e-4) and the
+forward passes per step that measurements cost.
 """
 
 from __future__ import annotations
@@ -28,37 +29,37 @@ from ctr_optim import CTROptimizer
 
 @torch.no_grad()
 def target_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities at the loss tokens, ``(n, V)``."""
+    """Return the log-probabilities at the loss tokens, ``(n, V)``."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     return logits[batch["labels"][:, 1:] != -100].float().log_softmax(-1)
 
 
 def kl(before: Tensor, after: Tensor) -> float:
-    """Mean ``KL(before || after)`` over tokens."""
+    """Return the mean ``KL(before || after)`` over tokens, in nats."""
     return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Median and the range that holds the middle nine tenths."""
+    """Return the 5 % quantile, the median, the 95 % quantile and the count."""
     cuts = statistics.quantiles(values, n=20)
     return {"p5": cuts[0], "median": statistics.median(values), "p95": cuts[-1], "count": len(values)}
 
 
 class Counted:
-    """Counts the sequences that an optimizer runs again."""
+    """Counts the sequences of an optimizer's measurement passes."""
 
     def __init__(self, optimizer: CTROptimizer) -> None:
         self.sequences, self.probe = 0, optimizer._trust.coupling.prober
         self.logits, self.probe.logits = self.probe.logits, self
 
     def __call__(self) -> Tensor | None:
-        """The probe's own pass, counted."""
+        """Count the sequences of one measurement pass and run it."""
         self.sequences += self.probe._call.sequences
         return self.logits()
 
 
 def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One training run: the ratios' quantiles."""
+    """Run one training and return the quantiles of its ratios."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(args.models) / base
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -84,7 +85,7 @@ def run(base: str, task: str, steps: int, batch: int, args: argparse.Namespace) 
         metrics = optimizer.metrics()
         violations += metrics["trust/predicted_kl"] > metrics["trust/max_kl"] * (1 + 1e-4)
         losses.append(float(loss))
-        if measure and metrics["trust/max_kl"] > 1e-4:  # below, float32 logits measure their own rounding
+        if measure and metrics["trust/max_kl"] > 1e-4:  # Below, rounding of float32 logits dominates the KL.
             same, fresh = (
                 kl(b, target_logits(model, stream[i])) for b, i in zip(before, (step, step + 1), strict=True)
             )
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-kl", type=float, default=0.1)
-    parser.add_argument("--interval", type=int, default=50, help="most steps between measurements of the coupling")
+    parser.add_argument("--interval", type=int, default=50, help="most steps between two measurements")
     parser.add_argument("--tasks", default="e2e,gsm8k")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

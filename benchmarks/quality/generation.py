@@ -11,7 +11,7 @@ import torch
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, size: int = 128) -> list[str]:
-    """Greedy continuations up to the end-of-text token, in batches padded on the left."""
+    """Return greedy continuations up to the end-of-text token, computed in left-padded batches."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -35,7 +35,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, si
 
 
 def group_references(rows: list[dict], limit: int) -> dict[str, list[str]]:
-    """The targets of each of the first ``limit`` distinct prompts."""
+    """Return the targets of each of the first ``limit`` distinct prompts."""
     references: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         references[row["prompt"]].append(row["target"].strip())
@@ -43,7 +43,7 @@ def group_references(rows: list[dict], limit: int) -> dict[str, list[str]]:
 
 
 def overlap(texts: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Corpus BLEU and chrF of sacrebleu, both from 0 to 100; each text has its own number of references."""
+    """Return corpus BLEU and chrF of sacrebleu, from 0 to 100. Texts may have different numbers of references."""
     import sacrebleu
 
     most = max(map(len, references))
@@ -55,7 +55,7 @@ def overlap(texts: list[str], references: list[list[str]]) -> dict[str, float]:
 
 
 def final_number(text: str) -> float | None:
-    """The number behind ``####``, or else the last one, as GSM8K's answers are read."""
+    """Return the number after ``####``, or else the last number, as in GSM8K's evaluation."""
     _, mark, answer = text.rpartition("####")
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer if mark else text)
     if not numbers:
@@ -64,7 +64,7 @@ def final_number(text: str) -> float | None:
 
 
 def exact_match(texts: list[str], targets: list[str]) -> float:
-    """Share of texts whose final number is the target's."""
+    """Return the share of texts whose final number equals the target's."""
     right = [
         final_number(t) is not None and final_number(t) == final_number(g) for t, g in zip(texts, targets, strict=True)
     ]

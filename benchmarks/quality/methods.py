@@ -1,7 +1,7 @@
-"""The registry of methods: how each adapts a base model, and which optimizer trains it.
+"""Registry of methods: how each adapts a base model, and which optimizer trains it.
 
-Peers are the real packages: PEFT for adapters and their optimizers, torch.optim, pytorch_optimizer and torch-optimizer
-for optimizers. Sensitivity-LoRA, of which there is no package, is in :mod:`benchmarks.quality.sensitivity`.
+Other methods come from their packages: PEFT for adapters and their optimizers, torch.optim, pytorch_optimizer and
+torch-optimizer for optimizers. Sensitivity-LoRA has no package; :mod:`benchmarks.quality.sensitivity` implements it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
 
 Batches = Iterator[dict[str, torch.Tensor]]
-SETUP_BATCHES = 6  # that methods may look at before the first step
+SETUP_BATCHES = 6  # batches that a method may use before the first step
 
 
 @dataclass
 class Run:
-    """A model ready to train; ``after_step(step)`` is called behind every step, ``finish()`` gives what to evaluate."""
+    """A model ready to train. ``after_step(step)`` is called after every step; ``finish()`` returns the final model."""
 
     model: Any
     optimizer: Any
@@ -34,7 +34,7 @@ class Run:
 
 
 def _config(spec: dict, **config: Any) -> LoraConfig:
-    """LoRA on every linear layer; alpha is twice the rank where the spec names none."""
+    """Return LoRA on every linear layer; alpha defaults to twice the rank."""
     rank = spec["rank"]
     alpha = spec.get("alpha") or 2 * rank
     return LoraConfig(**{"r": rank, "lora_alpha": alpha, "target_modules": "all-linear", **config})
@@ -49,7 +49,7 @@ def _adamw(model: Any, spec: dict) -> torch.optim.Optimizer:
 
 
 def _adapter(base: Any, spec: dict, batches: Batches, **config: Any) -> Run:
-    """AdamW on a LoRA of PEFT's, ``config`` set."""
+    """AdamW on PEFT's LoRA with ``config``."""
     model = get_peft_model(base, _config(spec, **config))
     return Run(model, _adamw(model, spec))
 
@@ -62,8 +62,11 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 
 
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
-    """Ours. ``options`` are the optimizer's; ``initialize`` and ``adapter`` among them go to those; ``lr_ratio`` is B's
-    learning rate over A's."""
+    """CTROptimizer with the spec's ``options``.
+
+    Three options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
+    (arguments of the LoRA config) and ``lr_ratio`` (B's learning rate over A's).
+    """
     options = deepcopy(spec["options"])
     start = options.pop("initialize", None)
     model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
@@ -85,7 +88,7 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
-    """Ours with a rank scheduler, the state forgotten at every rank event: what carrying it over is worth."""
+    """CTROptimizer with a rank scheduler that loses its state at every rank event, as a comparison."""
     run = _ctr(base, spec, batches)
     steps: list[int] = []
     run.optimizer.on_rank_event(lambda event: steps.append(event.step))
@@ -99,7 +102,7 @@ def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def forget_state(optimizer: CTROptimizer) -> None:
-    """Moments and factors to nothing, bases to the identity: as of an optimizer built anew."""
+    """Reset moments, factors and bases, as in a new optimizer."""
     optimizer.state.clear()
     optimizer._restack()
     optimizer._arm()
@@ -114,7 +117,7 @@ def _lora_plus(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _lora_fa(base: Any, spec: dict, batches: Batches) -> Run:
-    """LoRA-FA: A stays as drawn, so that half of the adapter is trained."""
+    """LoRA-FA: A stays frozen, so that half of the adapter trains."""
     from peft.optimizers import create_lorafa_optimizer
 
     model = get_peft_model(base, config := _config(spec))
@@ -129,7 +132,7 @@ def _riemannian(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _adalora(base: Any, spec: dict, batches: Batches) -> Run:
-    """AdaLoRA: starts at 1.5 times the rank; alpha matched to that, as LoRA's is to its rank."""
+    """AdaLoRA: starts at 1.5 times the rank; alpha is twice that starting rank."""
     from peft import AdaLoraConfig
 
     rank, steps = spec["rank"], spec["steps"]
@@ -143,7 +146,7 @@ def _adalora(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _eva(base: Any, spec: dict, batches: Batches) -> Run:
-    """EVA: directions and ranks from the inputs' principal components."""
+    """EVA: directions and ranks from the principal components of the inputs."""
     from peft import EvaConfig, initialize_lora_eva_weights
 
     config = _config(spec, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
@@ -153,7 +156,7 @@ def _eva(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _lora_ga(base: Any, spec: dict, batches: Batches) -> Run:
-    """LoRA-GA: A and B from the full gradient's singular vectors, the base weight shifted by what they add."""
+    """LoRA-GA: A and B from singular vectors of the full gradient; their product is subtracted from the base weight."""
     from peft import LoraGAConfig
     from peft.tuners.lora import preprocess_loraga
 
@@ -174,7 +177,7 @@ def _adaptable(name: str, module: torch.nn.Module) -> bool:
 
 
 def _sensitivity(base: Any, spec: dict, batches: Batches) -> Run:
-    """Sensitivity-LoRA: ranks from a diagonal, AdamW."""
+    """Sensitivity-LoRA: ranks from the Fisher diagonal, trained by AdamW."""
     score = sensitivity.scores(sensitivity.measure(base, [next(batches) for _ in range(SETUP_BATCHES)]))
     size = {n: sum(m.weight.shape) for n, m in base.named_modules() if n in score}
     ranks = sensitivity.allocate(score, size, spec["rank"])
@@ -183,7 +186,7 @@ def _sensitivity(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _truncated(base: Any, spec: dict, batches: Batches) -> Run:
-    """LoRA of twice the rank, cut to the rank after training by PEFT's ``convert_to_lora``: the trivial rank method."""
+    """LoRA of twice the rank, cut after training by PEFT's ``convert_to_lora``: the simplest rank method."""
     run = _adapter(base, {**spec, "rank": 2 * spec["rank"]}, batches)
 
     def finish() -> Any:
@@ -199,7 +202,7 @@ def _truncated(base: Any, spec: dict, batches: Batches) -> Run:
 
 
 def _qlora(base: Any, spec: dict, batches: Batches) -> Run:
-    """QLoRA: the linear layers of the base in bitsandbytes' NF4, LoRA and AdamW on top."""
+    """QLoRA: the base model's linear layers in bitsandbytes' NF4, with LoRA and AdamW."""
     import bitsandbytes
 
     for name, module in list(base.named_modules()):
@@ -209,7 +212,7 @@ def _qlora(base: Any, spec: dict, batches: Batches) -> Run:
                 compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True,
             )  # fmt: skip
             new.load_state_dict({"weight": module.weight.data.cpu()}, strict=False)
-            base.set_submodule(name, new.to(module.weight.device))  # moving it quantizes it
+            base.set_submodule(name, new.to(module.weight.device))  # Moving the layer to the GPU quantizes it.
     base.is_loaded_in_4bit = True
     return _adapter(base, spec, batches)
 

@@ -1,11 +1,11 @@
-"""Plans for the tables: which runs, with which settings.
+"""Plans: the runs behind each table.
 
     python -m benchmarks.quality.plans tune > tune.json
     python -m benchmarks.quality.plans extend --lines lines.jsonl > more.json   # beyond a grid's edge
     python -m benchmarks.quality.plans final --lines lines.jsonl > final.json
 
-Learning rates of peers are chosen by validation loss on a seed of its own; tables are made of other seeds, on the test
-split. CTR runs at its defaults. A run's cost is counted in runs of 150 steps of 32 on base30m.
+Other methods' learning rates are chosen by validation loss with a separate seed. Tables show other seeds on the test
+split. CTROptimizer runs at its defaults. The unit of cost is a run of 150 steps of 32 rows on base30m.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ DEFAULTS: Spec = {
     "options": {}, "split": "validation", "held": 600, "evaluate": 600, "max_length": 256, "curve": 0, "also": [],
     "score": [], "dtype": "float32",
 }  # fmt: skip
-"""``held``: training rows kept for validation. ``evaluate``: rows of ``split`` that are evaluated. ``also``: other
-tasks whose test loss is taken (or a folder with a ``test.txt``). ``score``: see :func:`benchmarks.quality.run.score`.
-``curve``: steps between evaluations. ``lr`` None: the method's default (CTR only)."""
+"""``held``: training rows held out for validation. ``evaluate``: number of evaluated rows of ``split``. ``also``: other
+tasks whose test loss is measured (or a folder with a ``test.txt``). ``score``: see
+:func:`benchmarks.quality.run.score`. ``curve``: steps between evaluations. ``lr`` None: the default (CTR only)."""
 
 TUNING_SEED = 100
 SEEDS = range(5)
 
-# The middle of each peer's grid of five, a factor 2 apart, and how much longer it takes than AdamW.
+# For each method: the middle of its grid of five rates, a factor of 2 apart, and its time relative to AdamW.
 PEERS: dict[str, tuple[float, float]] = {
     "adamw": (8e-3, 1.0), "rslora": (4e-3, 1.0), "dora": (8e-3, 2.2), "pissa": (2e-3, 1.1), "lora_plus": (2e-3, 1.0),
     "lora_fa": (8e-3, 2.0), "lora_ga": (2e-3, 1.2), "riemannian": (4e-3, 2.5), "adalora": (1.6e-2, 3.0),
     "eva": (8e-3, 1.2), "sensitivity": (8e-3, 1.2), "truncated": (8e-3, 1.2), "muon": (4e-2, 1.5), "soap": (4e-3, 5.0),
     "lora_rite": (8e-3, 5.0), "yogi": (8e-3, 1.5), "lamb": (3.2e-2, 1.5), "adabelief": (1.6e-2, 1.5),
 }  # fmt: skip
-# The rate that each package has by default; PEFT's methods are trained with torch's AdamW.
+# Default rate of each package; torch's AdamW trains PEFT's methods.
 PACKAGE_RATES = {"ctr": 8e-2, "soap": 3e-3, "yogi": 1e-2}
 PACKAGE_RATE = 1e-3
 
@@ -71,7 +71,7 @@ CTR_VARIANTS: list[dict[str, Any]] = [
 
 
 def complete(spec: Spec) -> Spec:
-    """A spec with every key, so that equal runs have equal keys; raises ValueError for a key that there is not."""
+    """Return a spec with every key, so that equal runs have equal specs; raise ValueError for an unknown key."""
     unknown = set(spec) - set(DEFAULTS)
     if unknown:
         raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
@@ -79,12 +79,12 @@ def complete(spec: Spec) -> Spec:
 
 
 def key_of(spec: Spec) -> str:
-    """Identity of a run."""
+    """Return the identity of a run: its complete spec as JSON."""
     return json.dumps(complete(spec), sort_keys=True)
 
 
 def cost(spec: Spec) -> float:
-    """Estimated cost, in runs of 150 steps of 32 on base30m with AdamW."""
+    """Return the estimated cost, in runs of 150 steps of 32 rows on base30m with AdamW."""
     spec = complete(spec)
     unit = {"base5m": 1.2, "base30m": 1.0}.get(spec["base"], 1.0) * spec["batch"] / 32 * spec["steps"] / 150
     slower = 1.4 if spec["method"] == "ctr" else PEERS.get(spec["method"], (0.0, 1.5))[1]
@@ -94,7 +94,7 @@ def cost(spec: Spec) -> float:
 
 
 def grid(method: str, steps: Iterable[int] = range(-2, 3)) -> list[float]:
-    """Learning rates around the middle of a peer's grid, or CTR's default: ``2 ** step`` times it."""
+    """Return learning rates ``2 ** step`` times the middle of a method's grid (CTR: times its default)."""
     middle = package_rate(method) if method == "ctr" else PEERS[method][0]
     return [middle * 2.0**step for step in steps]
 
@@ -105,7 +105,7 @@ def _tuned(setting: Spec, methods: Iterable[str]) -> list[Spec]:
 
 
 class Lines:
-    """What earlier runs tell: the best rates, and which peers are best."""
+    """Results of earlier runs: the best rate of each method and the ranking of methods."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.losses: dict[tuple, dict[float, float]] = defaultdict(dict)
@@ -113,7 +113,7 @@ class Lines:
             spec = complete(record["spec"])
             tuning = spec["seed"] == TUNING_SEED and spec["split"] == "validation" and spec["lr"] is not None
             if tuning and spec["method"] in PEERS and not spec["options"]:
-                loss = record.get("loss", float("inf"))  # a failed run is no candidate
+                loss = record.get("loss", float("inf"))  # A failed run is never the best.
                 self.losses[self._key(spec)][spec["lr"]] = loss if loss == loss else float("inf")
 
     @staticmethod
@@ -121,28 +121,28 @@ class Lines:
         return tuple(complete(spec)[k] for k in ("method", "base", "task", "rank", "steps", "batch"))
 
     def rate(self, spec: Spec) -> float:
-        """The best rate for a run like this, from the nearest tuning there is: other ranks, steps, then other tasks."""
+        """Return the best rate of the most similar tuning: first other ranks and steps, then other tasks."""
         key = self._key(spec)
         for same in range(len(key), 0, -1):
             near = {k: v for k, v in self.losses.items() if k[:same] == key[:same]}
             if near:
                 best = {k: min(v, key=v.__getitem__) for k, v in near.items()}
-                return best[min(best, key=lambda k: abs(k[3] - key[3]))]  # of the nearest rank
+                return best[min(best, key=lambda k: abs(k[3] - key[3]))]  # rate at the nearest rank
         return PEERS[key[0]][0]
 
     def ranking(self, spec: Spec) -> list[str]:
-        """Peers that were tuned on this setting, best first."""
+        """Return the methods that were tuned on this setting, best first."""
         key = self._key(spec)
         best = {k[0]: min(v.values()) for k, v in self.losses.items() if k[1:] == key[1:]}
         return sorted(best, key=best.__getitem__)
 
     def best_three(self) -> list[str]:
-        """AdamW and the three best other peers on E2E (all but the truncated one, which is no way of training)."""
+        """Return AdamW and the three best other methods on E2E, without ``truncated``, which cuts after training."""
         ranking = [m for m in self.ranking(E2E) if m not in ("adamw", "truncated")]
         return ["adamw", *(ranking or ["rslora", "lora_plus", "soap"])[:3]]
 
     def at_edge(self) -> list[Spec]:
-        """Two rates further out wherever the best of a grid is at its edge."""
+        """Return two further rates for every grid whose best rate lies at its edge."""
         specs = []
         for key, losses in self.losses.items():
             best = min(losses, key=losses.__getitem__)
@@ -159,7 +159,7 @@ class Lines:
 
 
 def variants(lines: Lines) -> list[Spec]:
-    """Options of CTR on validation data: two tasks, two seeds that no table uses; and at 300 steps."""
+    """Options of CTR on validation data: two tasks, two seeds that no table uses; the defaults also at 300 steps."""
     settings = [E2E, TASKS[0]]
     seeds = (TUNING_SEED, TUNING_SEED + 1)
     plan = [{**s, "seed": seed, "options": o} for seed in seeds for s in settings for o in CTR_VARIANTS]
@@ -167,13 +167,13 @@ def variants(lines: Lines) -> list[Spec]:
 
 
 def tune(lines: Lines) -> list[Spec]:
-    """Every peer over its grid on E2E; AdamW at 300 steps and at other ranks, too."""
+    """Every other method over its grid on E2E; AdamW also at 300 steps and at other ranks."""
     more = [{**E2E, "steps": 300}, {**E2E, "rank": 2}, {**E2E, "rank": 16}]
     return _tuned(E2E, PEERS) + [spec for setting in more for spec in _tuned(setting, ["adamw"])]
 
 
 def tune_tasks(lines: Lines) -> list[Spec]:
-    """AdamW on the other tasks; the three best peers around their best on E2E there, at 300 steps and at rank 2."""
+    """AdamW on the other tasks; the three best peers near their best rate on E2E there, at 300 steps and rank 2."""
     plan = [spec for setting in TASKS for spec in _tuned(setting, ["adamw"])]
     for setting in [*TASKS, {**E2E, "steps": 300}, {**E2E, "rank": 2}]:
         for spec in _tuned(setting, lines.best_three()[1:]):
@@ -184,7 +184,7 @@ def tune_tasks(lines: Lines) -> list[Spec]:
 
 
 def extend(lines: Lines) -> list[Spec]:
-    """Rates beyond a grid whose best is at its edge."""
+    """Rates beyond every grid whose best rate lies at its edge."""
     return lines.at_edge()
 
 
@@ -193,18 +193,18 @@ def _peer(setting: Spec, method: str, lines: Lines) -> Spec:
 
 
 def final(lines: Lines) -> list[Spec]:
-    """E2E at 300 steps, in full: generation, forgetting, the curve. CTR, AdamW and the three best peers; five seeds."""
+    """E2E at 300 steps with generation, forgetting and the curve: CTR, AdamW and the three best peers; five seeds."""
     setting = {
         **E2E, "steps": 300, "split": "test", "evaluate": 1000, "curve": 30, "score": ["overlap", "kl_from_base"],
         "also": ["wikitext2", "gsm8k", "mbpp"],
     }  # fmt: skip
     plan = [{**setting, "seed": seed} for seed in SEEDS]
     plan += [{**_peer(setting, m, lines), "seed": seed} for m in lines.best_three() for seed in SEEDS]
-    return [*plan, {**setting, "method": "adamw", "lr": 1e-3, "steps": 0, "curve": 0}]  # the base as it is
+    return [*plan, {**setting, "method": "adamw", "lr": 1e-3, "steps": 0, "curve": 0}]  # the untrained base model
 
 
 def task_table(lines: Lines) -> list[Spec]:
-    """Five more tasks: CTR, AdamW and the three best peers; five seeds. GSM8K's answers are generated once a method."""
+    """Five more tasks: CTR, AdamW, the three best peers; five seeds. GSM8K answers are generated once per method."""
     plan = []
     for task in TASKS:
         others = ["wikitext2", *(["arc_challenge", "winogrande"] if task["task"] == "arc_easy" else [])]
@@ -217,7 +217,7 @@ def task_table(lines: Lines) -> list[Spec]:
 
 
 def peers(lines: Lines) -> list[Spec]:
-    """Every peer at its best rate on E2E, 150 steps: three seeds, slow ones two; QLoRA at AdamW's rate."""
+    """Every other method at its best rate on E2E, 150 steps: three seeds, slow methods two; QLoRA at AdamW's rate."""
     setting = {**E2E, "split": "test", "evaluate": 1000}
     plan = [{**setting, "seed": seed} for seed in range(3)]
     for method, (_, slower) in PEERS.items():
@@ -238,24 +238,24 @@ def pareto(lines: Lines) -> list[Spec]:
 
 
 def package_rate(method: str) -> float:
-    """The learning rate of a method that nobody tuned."""
+    """Return the default learning rate of a method's package."""
     return PACKAGE_RATES.get(method, PACKAGE_RATE)
 
 
 def wide_grid(method: str) -> list[float]:
-    """Seven rates a factor 2 apart, 64-fold in all, around the middle of a method's range."""
+    """Return seven rates a factor of 2 apart around the middle of a method's grid, a 64-fold range."""
     return grid(method, range(-3, 4))
 
 
 def robustness(lines: Lines) -> list[Spec]:
-    """Every method over a factor of 64 in learning rate, and at the rate that its package has."""
+    """Every method over a 64-fold range of learning rates, and at its package's default rate."""
     setting = {**E2E, "seed": TUNING_SEED}
     rates = {method: [*wide_grid(method), package_rate(method)] for method in ("ctr", *PEERS)}
     return [{**setting, "method": method, "lr": lr} for method, some in rates.items() for lr in some]
 
 
 def ablation(lines: Lines) -> list[Spec]:
-    """Curvature, trust region, ranks and start directions off and on; max_kl, memory and the penalty's weight."""
+    """Curvature, trust region, ranks and start directions off and on; values of max_kl, betas and trust_penalty."""
     setting = {**E2E, "split": "test", "evaluate": 1000}
     free: dict[str, Any] = {"max_kl": None, "calibration_interval": None}
     rows: list[Spec] = [{}, *({"lr": lr, "options": free} for lr in (4e-3, 8e-3))]
@@ -269,7 +269,7 @@ def ablation(lines: Lines) -> list[Spec]:
 
 
 def timing(lines: Lines) -> list[Spec]:
-    """Time and memory, one run after the other (``--workers 1``): 60 steps of every method."""
+    """Time and memory of 60 steps of every method; run with ``--workers 1``."""
     setting = {**E2E, "steps": 60, "evaluate": 64, "seed": TUNING_SEED}
     return [{**setting}, *({**_peer(setting, m, lines)} for m in PEERS)]
 
@@ -295,19 +295,19 @@ PLANS: dict[str, Callable[[Lines], list[Spec]]] = {
 
 
 def make(name: str, lines: Lines) -> list[Spec]:
-    """A plan, each run once, long ones first so that no worker is left alone with one at the end."""
+    """Return a plan with each run once, the longest first, so that all workers finish at about the same time."""
     specs = {key_of(spec): spec for spec in PLANS[name](lines)}
     return sorted(specs.values(), key=cost, reverse=True)
 
 
 def again(records: Iterable[dict[str, Any]]) -> list[Spec]:
-    """The specs of results as a plan, to run them once more; older ones held out as many rows as they evaluated."""
+    """Return the specs of results as a plan that repeats them. In older specs ``held`` equals ``evaluate``."""
     specs = [record["spec"] for record in records]
     return [{**spec, "held": spec.get("held", spec.get("evaluate", DEFAULTS["held"]))} for spec in specs]
 
 
 def read(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """Records of results files; a line that was cut off is left out."""
+    """Return the records of results files, without truncated lines."""
     records = []
     for path in paths:
         for line in Path(path).read_text().splitlines():
@@ -320,7 +320,7 @@ def read(paths: Iterable[str]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", choices=[*PLANS, "again"], help="again: the runs of --lines once more")
+    parser.add_argument("plan", choices=[*PLANS, "again"], help="a plan's name; again: repeat the runs of --lines")
     parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs")
     args = parser.parse_args()
     records = read(args.lines)

@@ -1,8 +1,8 @@
-"""Plots from raw lines: robustness over learning rates, loss against parameters, loss against time.
+"""Plots of result lines: loss over learning rates, against parameters, and against time.
 
     python -m benchmarks.quality.plot benchmarks/results/quality-*.jsonl --out docs
 
-Writes ``robustness.png``, ``pareto.png`` and ``wallclock.png``, each if there are runs for it.
+Writes ``robustness.png``, ``pareto.png`` and ``wallclock.png``, each only if the lines hold its runs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Any, Any]:
 
 
 def _style(method: str, index: int) -> dict[str, Any]:
-    """Ours black and bold, the rest thin and in colours."""
+    """Return a line style: black and bold for CTROptimizer, thin and coloured for other methods."""
     strong = {"color": "black", "linewidth": 2.2, "zorder": 5}
     plain = {"color": plt.colormaps["tab10"](index % 10), "linewidth": 1.2, "zorder": 4}
     return {"label": NAMES.get(method, method), **(strong if method == "ctr" else plain)}
 
 
 def robustness(records: list[dict[str, Any]], out: Path) -> None:
-    """Every method's loss over a factor of 64 around the middle of its grid: AdamW and the best peers by name."""
+    """Draw every method's loss over a 64-fold range of rates; CTROptimizer, AdamW and the best peers have labels."""
     losses = report.robustness(records)
     if not losses:
         return
@@ -66,7 +66,7 @@ def robustness(records: list[dict[str, Any]], out: Path) -> None:
 
 
 def pareto(records: list[dict[str, Any]], out: Path) -> None:
-    """Test loss against trainable parameters, ranks 1 to 16."""
+    """Draw test loss against trainable parameters, ranks 1 to 16."""
     lines = plans.Lines(records)
     points: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in report.select(records, plans.pareto(lines)):
@@ -93,7 +93,7 @@ def pareto(records: list[dict[str, Any]], out: Path) -> None:
 
 
 def wallclock(records: list[dict[str, Any]], out: Path) -> None:
-    """Every peer's test loss after 150 steps against the time that they take, measured alone on the device."""
+    """Draw test loss after 150 steps against time per step, measured alone on the device."""
     lines = plans.Lines(records)
     step = {r["spec"]["method"]: r["seconds"] / r["spec"]["steps"] for r in report.select(records, plans.timing(lines))}
     losses: dict[str, list[float]] = defaultdict(list)

@@ -1,10 +1,10 @@
-"""Markdown tables from raw lines.
+"""Markdown tables of result lines.
 
     python -m benchmarks.quality.report benchmarks/results/quality-*.jsonl > benchmarks/results/quality.md
 
-A table shows the runs of the plan of its name; with ``--all``, every run that there is. Mean and standard deviation
-over seeds; differences from CTROptimizer at its defaults are paired by seed, with their 95 % interval (t). Peers are
-shown at the rates that they were run at.
+A table shows the runs of the plan with its name; with ``--all``, tables show every run. Values are means and standard
+deviations over seeds. Differences from CTROptimizer at its defaults are paired by seed, with 95 % intervals (Student's
+t). Other methods appear at the rates of their runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TITLES = {
 
 
 def label(spec: Spec) -> str:
-    """A method with what sets it apart."""
+    """Return a method's name with its rate and options."""
     options = ", ".join(f"{k}={json.dumps(v)}" for k, v in spec["options"].items())
     rate = "" if spec["lr"] is None else f" {spec['lr']:.3g}"
     name = "CTROptimizer" if spec["method"] == "ctr" else "base" if spec["steps"] == 0 else spec["method"]
@@ -42,25 +42,25 @@ def label(spec: Spec) -> str:
 
 
 def shape(spec: Spec) -> str:
-    """Identity of a run but for a peer's learning rate, which tuning chooses."""
+    """Return the identity of a run, without the learning rate of other methods, which tuning chooses."""
     spec = complete(spec)
     return plans.key_of({**spec, "lr": None} if spec["method"] != "ctr" else spec)
 
 
 def setting(spec: Spec) -> tuple:
-    """What runs of one table have in common."""
+    """Return the values that the runs of one table share."""
     return tuple(spec[k] for k in ("base", "task", "rank", "steps" if spec["steps"] else "seed", "batch", "split"))
 
 
 def select(records: Iterable[Record], plan: Iterable[Spec]) -> list[Record]:
-    """The records of a plan's runs, specs completed; failed ones left out."""
+    """Return the records of a plan's runs with complete specs, without failed runs."""
     wanted = {shape(spec) for spec in plan}
     kept = [{**r, "spec": complete(r["spec"])} for r in records if "loss" in r]
     return [r for r in kept if shape(r["spec"]) in wanted]
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean of paired differences and half of its 95 % interval (Student's t); needs two or more."""
+    """Return the mean of two or more paired differences and half of its 95 % interval (Student's t)."""
     from scipy import stats
 
     n = len(differences)
@@ -69,7 +69,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
 
 
 def steps_to(curve: list[list[float]], target: float) -> float | None:
-    """Steps until the loss first reaches ``target``, linear between the curve's points; None where it never does."""
+    """Return the steps until the loss first reaches ``target``, interpolated linearly, or None if it never does."""
     before: list[float] | None = None
     for step, loss in curve:
         if loss <= target:
@@ -86,7 +86,7 @@ def _mean(values: Iterable[float | None], digits: int = 3) -> str:
 
 
 def _columns(rows: Rows, reference: dict[int, Record]) -> dict[str, Callable[[dict[int, Record]], str]]:
-    """Columns beyond the loss that some row has something for."""
+    """Return the columns besides the loss that at least one row can fill."""
     adamw = next((r for name, r in rows.items() if name.startswith("adamw")), {})
 
     def reached(runs: dict[int, Record]) -> str:
@@ -113,7 +113,7 @@ def _columns(rows: Rows, reference: dict[int, Record]) -> dict[str, Callable[[di
 
 
 def table(rows: Rows) -> list[str]:
-    """One setting's runs as Markdown, best first."""
+    """Return the runs of one setting as Markdown, best first."""
     reference = rows.get("CTROptimizer", {})
     columns = _columns(rows, reference)
     head = ["method", "loss", "sd", "seeds", "from CTROptimizer", *columns]
@@ -138,7 +138,7 @@ def _sort(runs: dict[int, Record]) -> float:
 
 
 def group(records: Iterable[Record]) -> dict[tuple, Rows]:
-    """Records by setting, then label, then seed."""
+    """Return the records by setting, then label, then seed."""
     tables: dict[tuple, Rows] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         spec = record["spec"]
@@ -147,7 +147,7 @@ def group(records: Iterable[Record]) -> dict[tuple, Rows]:
 
 
 def robustness(records: list[Record]) -> dict[str, dict[float, float]]:
-    """Validation loss by method and learning rate, of the tuning seed on E2E; failed and infinite runs are infinite."""
+    """Return the validation loss on E2E with the tuning seed, by method and rate; failed runs count as infinite."""
     losses: dict[str, dict[float, float]] = defaultdict(dict)
     wanted = {plans.key_of(s) for s in plans.robustness(plans.Lines([]))}
     for record in records:
@@ -159,7 +159,7 @@ def robustness(records: list[Record]) -> dict[str, dict[float, float]]:
 
 
 def robustness_table(losses: dict[str, dict[float, float]]) -> list[str]:
-    """Best, at the package's own rate, and over the seven rates."""
+    """Return a table of each method's best loss, its loss at the package's rate, and its losses at seven rates."""
     lines = [
         "| method | best rate | best loss | at its package's rate | losses, 1/8 to 8 times the middle |",
         "|---|---|---|---|---|",
@@ -176,7 +176,7 @@ def robustness_table(losses: dict[str, dict[float, float]]) -> list[str]:
 
 
 def timing_table(records: list[Record]) -> list[str]:
-    """Seconds a step and peak memory of solo runs, against AdamW's."""
+    """Return a table of time per step and peak memory of runs alone on the device, relative to AdamW."""
     runs = {r["spec"]["method"]: r for r in records}
     lines = ["| method | ms a step | against AdamW | setup, s | peak memory, MiB |", "|---|---|---|---|---|"]
     for method, record in sorted(runs.items(), key=lambda row: row[1]["seconds"]):
@@ -188,7 +188,7 @@ def timing_table(records: list[Record]) -> list[str]:
 
 
 def _against(rows: Rows, name: str) -> str:
-    """How far a row's loss is from CTROptimizer's, in per cent of its own, with the paired interval."""
+    """Return CTROptimizer's loss minus a row's, in per cent of the row's loss, with the paired interval."""
     ours, theirs = rows["CTROptimizer"], rows[name]
     pairs = [ours[s]["loss"] - theirs[s]["loss"] for s in theirs if s in ours]
     base = statistics.mean(r["loss"] for r in theirs.values()) / 100
@@ -199,7 +199,7 @@ def _against(rows: Rows, name: str) -> str:
 
 
 def targets(records: list[Record], lines: plans.Lines) -> list[str]:
-    """CTROptimizer at its defaults against AdamW and against the best peer, task by task."""
+    """Return a table of CTROptimizer at its defaults against AdamW and the best peer, one line per task."""
     head = ["task", "best peer", "CTROptimizer's loss from it", "from AdamW's", "steps to AdamW's loss"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     chosen = select(records, [*plans.final(lines), *plans.task_table(lines)])
@@ -226,13 +226,13 @@ def targets(records: list[Record], lines: plans.Lines) -> list[str]:
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """What failed, once for each method and error."""
+    """Return the failed runs, one line per method and error."""
     seen = {(r["spec"]["method"], r["error"]) for r in records if "error" in r}
     return [f"- {method}: {error}" for method, error in sorted(seen)]
 
 
 def _tables(records: Iterable[Record]) -> list[str]:
-    """A heading and a table for each setting."""
+    """Return a heading and a table for each setting."""
     out = []
     for key, rows in sorted(group(records).items(), key=lambda item: str(item[0])):
         base, task, rank, steps, batch, split = key
@@ -241,13 +241,13 @@ def _tables(records: Iterable[Record]) -> list[str]:
 
 
 def report_all(records: Iterable[Record]) -> str:
-    """Every run, tuning left out."""
+    """Return tables of every run except tuning runs."""
     done = [{"curve": [], **r, "spec": complete(r["spec"])} for r in records if "loss" in r]
     return "\n".join([*_tables(r for r in done if r["spec"]["seed"] < TUNING_SEED), ""])
 
 
 def report(records: list[Record]) -> str:
-    """The tables of every plan that there are records for."""
+    """Return the tables of every plan that has records."""
     lines = plans.Lines(records)
     out: list[str] = ["# Quality: every table", "", "Written by `python -m benchmarks.quality.report`. Losses in nats."]
     summary = targets(records, lines)
@@ -272,7 +272,7 @@ def report(records: list[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="+", help="results files")
-    parser.add_argument("--all", action="store_true", help="every setting found, whether or not a plan has it")
+    parser.add_argument("--all", action="store_true", help="show every setting, also those of no plan")
     args = parser.parse_args()
     print((report_all if args.all else report)(plans.read(args.lines)), end="")
 

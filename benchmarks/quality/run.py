@@ -1,10 +1,10 @@
-"""Run many small fine-tunings and write one JSON line for each; finished ones are not repeated.
+"""Run many small fine-tunings; write one JSON line per run and skip finished runs.
 
     python -m benchmarks.quality.run PLAN.json --data DIR --models DIR --out results.jsonl [--workers N] [--limit-s S]
 
-PLAN.json is a list of specs; keys left out come from DEFAULTS below. With several workers, processes share the device.
-A line is written whole or not at all as its run ends, so that a stopped command loses only the runs under way: the same
-command goes on where it stopped. With ``--limit-s``, a run that would not end in time is not begun.
+PLAN.json is a list of specs; missing keys take their values from ``plans.DEFAULTS``. Several workers share the device.
+Each run writes its line in one write when it ends. A stopped command loses only the runs in progress; calling it again
+resumes the plan. With ``--limit-s``, the program starts no run that would exceed the time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from benchmarks.quality import generation, tasks
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plans import complete, cost, key_of
 
-PROMPTS = 200  # texts generated for a score
+PROMPTS = 200  # number of texts generated for a score
 
 
 @lru_cache(maxsize=2)
 def _base(models: str, name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """A base and its tokenizer: a folder of ``models``, a path, or a name on the hub. Runs train copies of it."""
+    """Return a base model and its tokenizer from a folder of ``models``, a path, or the hub. Runs train copies."""
     path = str(Path(models) / name) if (Path(models) / name).exists() else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
     return model.requires_grad_(True), AutoTokenizer.from_pretrained(path)
@@ -59,7 +59,7 @@ def _examples(
 
 
 def score(names: list[str], model: Any, base: Any, tokenizer: Any, held: list[tasks.Example]) -> dict[str, float]:
-    """What a spec's ``score`` asks for, on the held-out examples: accuracy, overlap, exact_match, kl_from_base."""
+    """Return the named scores on the evaluated examples: accuracy, overlap, exact_match or kl_from_base."""
     device = next(model.parameters()).device
     rows = [e.row for e in held]
     scores: dict[str, float] = {}
@@ -81,7 +81,7 @@ def score(names: list[str], model: Any, base: Any, tokenizer: Any, held: list[ta
 
 
 def train(spec: dict[str, Any], data: str, models: str, device: torch.device) -> dict[str, Any]:
-    """One run: the record that goes into the results file."""
+    """Run a spec and return its record for the results file."""
     base, tokenizer = _base(models, spec["base"], spec["dtype"], device)
     steps, size, seed, length = spec["steps"], spec["batch"], spec["seed"], spec["max_length"]
     examples = _examples(data, tokenizer, spec["task"], "train", 0, length, spec["held"])
@@ -137,7 +137,7 @@ def train(spec: dict[str, Any], data: str, models: str, device: torch.device) ->
 
 
 def finished(out: str) -> set[str]:
-    """Keys of the runs in a results file; a line that was cut off does not count, a failed run does."""
+    """Return the keys of the runs in a results file, including failed runs, without truncated lines."""
     done = set()
     for line in Path(out).read_text().splitlines() if os.path.exists(out) else []:
         try:
@@ -148,7 +148,7 @@ def finished(out: str) -> set[str]:
 
 
 def append(out: str, record: dict[str, Any]) -> None:
-    """One line, in one write: several processes may append to one file."""
+    """Append one line in one write, so that several processes can share the file."""
     handle = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(handle, (json.dumps(record) + "\n").encode())
     os.close(handle)
@@ -161,26 +161,26 @@ def _work(queue: Any, out: str, data: str, models: str, deadline: float) -> None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     versions = {"torch": torch.__version__, "python": platform.python_version(), "device": device.type}
-    pace = 0.0  # seconds of the slowest run yet, loading left out, over its estimated cost
+    pace = 0.0  # seconds per unit of estimated cost of the slowest run so far, without loading
     while (spec := queue.get()) is not None:
         if time.time() + pace * cost(spec) > deadline:
             continue
         try:
             result = train(spec, data, models, device)
-        except Exception as error:  # one failed run must not lose the others
+        except Exception as error:  # One failed run must not stop the others.
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # for the other processes
+            torch.cuda.empty_cache()  # The other processes on the GPU need the memory.
         pace = max(pace, result.get("total_seconds", 0.0) / cost(spec))
         append(out, {"spec": spec, **result, "versions": versions})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", nargs="+", help="JSON files of specs, worked off one after the other")
+    parser.add_argument("plan", nargs="+", help="JSON files of specs, run in this order")
     parser.add_argument("--data", required=True, help="folder of tasks")
-    parser.add_argument("--models", required=True, help="folder of bases")
-    parser.add_argument("--out", required=True, help="results, JSON lines, appended to")
+    parser.add_argument("--models", required=True, help="folder of base models")
+    parser.add_argument("--out", required=True, help="results file, JSON lines are appended")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
     args = parser.parse_args()
@@ -202,7 +202,7 @@ def main() -> None:
     for worker in workers:
         worker.join(None if deadline == math.inf else max(0.0, deadline - time.time()))
     for worker in workers:
-        worker.terminate()  # where the estimate was too low
+        worker.terminate()  # A run whose estimate was too low may still be in progress.
     queue.cancel_join_thread()
     print(f"{len(todo) - len(set(todo) - finished(args.out))} done, {len(set(todo) - finished(args.out))} left")
 

@@ -1,10 +1,10 @@
 """Sensitivity-LoRA (arXiv 2509.09119) as a baseline: ranks from the diagonal of the Hessian, before training.
 
-Reconstructed from the paper's abstract and a summary; its exact formulas were not at hand. What they give: a global
-metric, the trace of the Hessian's diagonal over a weight matrix; a local metric, from the largest entries (top-k) and
-from the effective rank of the diagonal; ranks in proportion to both, at a fixed budget. What is ours: the empirical
-Fisher (mean squared gradient of a batch) in place of the Hessian's diagonal, the effective rank as the exponential of
-the entropy (Roy and Vetterli, 2007), equal weights of the three shares, and the bounds 1 and four times the mean rank.
+Reconstructed from the paper's abstract and a summary, without its exact formulas. From the paper: a global metric, the
+trace of the Hessian's diagonal over a weight matrix; a local metric, from the largest entries (top-k) and from the
+effective rank of the diagonal; ranks in proportion to both, at a fixed budget. Own choices: the empirical Fisher (mean
+squared gradient of a batch) in place of the Hessian's diagonal, the effective rank as the exponential of the entropy
+(Roy and Vetterli, 2007), equal weights of the three shares, and ranks between 1 and four times the mean rank.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TOP = 0.01  # share of a matrix's entries that count as its most sensitive
+TOP = 0.01  # share of a matrix's entries that count as most sensitive
 
 
 def effective_rank(diagonal: Tensor) -> Tensor:
-    """Exponential of the entropy of the entries taken as a distribution: between 1 and their number."""
+    """Return the exponential of the entropy of the normalised entries, between 1 and their number."""
     share = diagonal.flatten() / diagonal.sum()
     return torch.special.entr(share).sum().exp()
 
 
 def scores(diagonals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean of each matrix's share of the traces, of the means of the top entries, and of the effective ranks."""
+    """Return the mean of each matrix's shares of the traces, of the top entries and of the effective ranks."""
 
     def shares(values: list[Tensor]) -> Tensor:
         every = torch.stack(values).double()
@@ -39,17 +39,17 @@ def scores(diagonals: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def allocate(score: Mapping[str, float], size: Mapping[str, int], rank: int) -> dict[str, int]:
-    """Ranks in proportion to the scores, from 1 to ``4 * rank``, costing what ``rank`` everywhere would cost.
+    """Return ranks in proportion to the scores, from 1 to ``4 * rank``, within the budget of a uniform ``rank``.
 
     Args:
-        score: of each layer, positive.
-        size: parameters of one rank of each layer, ``d_in + d_out``.
-        rank: mean rank, the budget.
+        score: positive score of each layer.
+        size: parameters of one direction of each layer, ``d_in + d_out``.
+        rank: mean rank, which sets the budget.
     """
     budget = rank * sum(size.values())
     ranks = dict.fromkeys(score, 1)
     spent = sum(size.values())
-    while True:  # one rank at a time to the layer that is furthest below its share
+    while True:  # Give one rank at a time to the layer that is furthest below its share.
         open_layers = [n for n in ranks if ranks[n] < 4 * rank and spent + size[n] <= budget]
         if not open_layers:
             return ranks
@@ -59,7 +59,7 @@ def allocate(score: Mapping[str, float], size: Mapping[str, int], rank: int) -> 
 
 
 def measure(model: nn.Module, batches: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """Mean squared gradient of every linear layer's weight but the head's, ``(d_out, d_in)`` each."""
+    """Return the summed squared gradients of every linear layer's weight except the head's, ``(d_out, d_in)`` each."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
     weights = [m.weight for m in layers.values()]
     frozen = [p for p in model.parameters() if p.requires_grad]

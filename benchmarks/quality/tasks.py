@@ -1,4 +1,4 @@
-"""Tasks as tensors: prompt/target rows, loss on the target's tokens only."""
+"""Tasks as tensors: rows of prompt and target, with the loss on the target's tokens only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and labels (-100 on the prompt) of one row; ``row`` keeps the source."""
+    """Token ids and labels (-100 on the prompt) of one row; ``row`` is the source row."""
 
     ids: list[int]
     labels: list[int]
@@ -21,13 +21,13 @@ class Example:
 
 
 def load_rows(data: Path, task: str, split: str) -> list[dict]:
-    """Rows of ``data/task/split.jsonl``."""
+    """Return the rows of ``data/task/split.jsonl``."""
     with open(data / task / f"{split}.jsonl") as lines:
         return [json.loads(line) for line in lines]
 
 
 def encode(rows: list[dict], tokenizer, max_length: int = 256) -> list[Example]:
-    """Prompt and target, the end-of-text token after it; the prompt is cut from the left where both are too long."""
+    """Encode prompt, target and end-of-text token; a prompt that is too long loses tokens on its left."""
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     targets = tokenizer([row["target"] for row in rows], add_special_tokens=False)["input_ids"]
     examples = []
@@ -39,14 +39,14 @@ def encode(rows: list[dict], tokenizer, max_length: int = 256) -> list[Example]:
 
 
 def encode_text(text: str, tokenizer, length: int = 256) -> list[Example]:
-    """Plain text in pieces of ``length`` tokens, all of them counted: for forgetting."""
+    """Encode plain text in pieces of ``length`` tokens, every token with a label, to measure forgetting."""
     ids = tokenizer(text)["input_ids"]
     pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     return [Example(piece, piece, {}) for piece in pieces]
 
 
 def validation_split(examples: list[Example], size: int) -> tuple[list[Example], list[Example]]:
-    """Hold out whole prompts, so that no prompt is on both sides: training part, validation part."""
+    """Return a training part and a validation part of at least ``size`` rows that share no prompt."""
     prompts = sorted({e.row["prompt"] for e in examples})
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     held: set[str] = set()
@@ -63,7 +63,7 @@ def validation_split(examples: list[Example], size: int) -> tuple[list[Example],
 
 
 def collate(examples: list[Example], device: torch.device, pad: int = 1) -> dict[str, Tensor]:
-    """Right-padded batch."""
+    """Return a right-padded batch on ``device``."""
     length = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), length), pad)
     labels = torch.full((len(examples), length), -100)
@@ -78,7 +78,7 @@ def collate(examples: list[Example], device: torch.device, pad: int = 1) -> dict
 def batches(
     examples: list[Example], size: int, steps: int, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """The same order for every method: shuffled epochs from one seed."""
+    """Yield batches of shuffled epochs. The seed fixes the order, so that all methods see the same batches."""
     generator = torch.Generator().manual_seed(1000 + seed)
     order: list[int] = []
     for _ in range(steps):
@@ -90,7 +90,7 @@ def batches(
 
 @torch.no_grad()
 def loss_per_token(model, examples: list[Example], device: torch.device, size: int = 64) -> float:
-    """Mean loss per target token, in nats."""
+    """Return the mean loss per target token, in nats."""
     training = model.training
     model.eval()
     ordered = sorted(examples, key=lambda e: len(e.ids))
@@ -106,7 +106,7 @@ def loss_per_token(model, examples: list[Example], device: torch.device, size: i
 
 @torch.no_grad()
 def kl_per_token(base, model, examples: list[Example], device: torch.device, size: int = 64) -> float:
-    """Mean ``KL(base || model)`` over the target tokens, in nats."""
+    """Return the mean ``KL(base || model)`` over the target tokens, in nats."""
     modes = base.training, model.training
     base.eval()
     model.eval()
@@ -124,7 +124,7 @@ def kl_per_token(base, model, examples: list[Example], device: torch.device, siz
 
 @torch.no_grad()
 def choice_accuracy(model, rows: list[dict], tokenizer, device: torch.device, size: int = 64) -> float:
-    """Share of rows whose true choice has the highest likelihood among the row's choices."""
+    """Return the share of rows whose true choice has the highest likelihood."""
     training = model.training
     model.eval()
     flat = [

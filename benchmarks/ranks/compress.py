@@ -1,25 +1,25 @@
-"""Size and loss of trained adapters cut by ``ctr_optim.compress`` and by other methods, on a real model.
+"""Size and test loss of trained adapters that ``ctr_optim.compress`` and other methods cut, on a real model.
 
     python -m benchmarks.ranks.compress --model DIR --data DIR --out compress.jsonl --slots 9 --limit-s 400
     python -m benchmarks.ranks.compress --model DIR --data DIR --out timing.jsonl --kinds scheduled,wide --tasks e2e \
-        --slots 1                                                       # time per step, undisturbed
+        --slots 1                                                       # time per step, alone on the device
     python -m benchmarks.ranks.compress --report compress.jsonl
 
-Kinds of jobs, in the order in which they run; each trains one adapter:
+Each job trains one adapter. Kinds of jobs, in the order in which they run:
 
-- ``cut``: AdamW or CTROptimizer at ``--ranks``; then the adapter is cut at every tolerance. ``compress`` measures on
-  rows held out of training; every figure written is measured on the test split. The other ways get the number of
-  parameters that ``compress`` left: ``svd`` (singular values of ``s B A``, the smallest squares per parameter go first,
-  over all layers), ``svd_uniform`` (one rank for all layers, the largest that has no more parameters),
-  ``magnitude`` (directions go by ``s |b_i| |a_i|`` as they are trained), and, at the tolerances ``--converting`` alone
-  because it takes full SVDs of every layer's update, PEFT's ``convert_to_lora`` (the same cut as ``svd_uniform``);
-- ``scheduled``: CTROptimizer from ``--wide`` with ``RankScheduler(tolerance=)``, events at every tenth of the training
-  up to its default end, and ``wide``: the same without it;
-- ``plain``: AdamW or CTROptimizer at the ranks ``--small``, nothing cut;
+- ``cut``: AdamW or CTROptimizer at ``--ranks``. Then the adapter is cut at every tolerance. ``compress`` measures on
+  rows held out of training; all results are measured on the test split. The other ways of cutting get the number of
+  parameters that ``compress`` left. ``svd`` removes the smallest squared singular values of ``s B A`` per parameter,
+  over all layers. ``svd_uniform`` uses the largest rank, equal in all layers, within that number of parameters.
+  ``magnitude`` removes trained directions by ``s |b_i| |a_i|``. PEFT's ``convert_to_lora`` makes the same cut as
+  ``svd_uniform``; it runs only at the tolerances ``--converting``, because it computes full SVDs of every layer;
+- ``scheduled``: CTROptimizer from ``--wide`` with ``RankScheduler(tolerance=)`` and events at every tenth of the
+  training up to its default end; ``wide``: the same training without the scheduler;
+- ``plain``: AdamW or CTROptimizer at the ranks ``--small``, without a cut;
 - ``adalora``: AdaLoRA with AdamW at the ranks ``--adalora``.
 
-Jobs run in processes, ``--slots`` on each GPU. One line a figure is written after each job. No job is begun that would
-not end within ``--limit-s``; the same command goes on where it stopped.
+Jobs run in ``--slots`` processes per GPU. After each job the program writes one line per result. With ``--limit-s`` it
+starts no job that would exceed the time; calling the command again resumes the work.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from benchmarks.real.specs import LAUNCH, LENGTHS, SLOWER
 Job = dict[str, Any]
 KINDS = ("cut", "scheduled", "wide", "plain", "adalora")
 RATES = {"e2e": 3.2e-3, "gsm8k": 3.2e-3, "hellaswag": 1.6e-3, "mbpp": 1e-4, "arc_easy": 2e-4, "boolq": 8e-4}
-"""AdamW's rates of lowest validation loss at rank 16 (``results/real-h200.jsonl``); AdaLoRA gets four times as much."""
+"""AdamW's rates of lowest validation loss at rank 16 (``results/real-h200.jsonl``). AdaLoRA: four times the rate."""
 USUAL, ADALORA = 1.6e-3, 4.0
 HELD = {"mbpp": 48}  # of 374 rows
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Every job, the important ones first."""
+    """Return every job, in the order of ``KINDS``."""
     plan = {
         "cut": [(method, rank) for rank in args.ranks for method in args.methods],
         "scheduled": [("ctr", args.wide)],
@@ -83,15 +83,15 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def key_of(job: Job) -> str:
-    """Identity of a job."""
+    """Return the identity of a job: its JSON."""
     return json.dumps(job, sort_keys=True)
 
 
 def price(job: Job) -> float:
-    """Estimated time, in steps of AdamW on 16 rows of 64 tokens."""
+    """Return the estimated time, in steps of AdamW on 16 rows of 64 tokens."""
     tokens, unit = job["batch"] * LENGTHS.get(job["task"], 100), LAUNCH + 16 * 64
     total = 20.0 + job["steps"] * SLOWER.get(job["method"], 1.0) * (LAUNCH + tokens) / unit
-    if job["kind"] == "cut":  # forward passes: ways on test rows, searches on held rows
+    if job["kind"] == "cut":  # Every way measures test rows; compress searches on held-out rows.
         passes = 2 + len(job["tolerances"]) * 5, 2 + len(job["tolerances"]) * 10
         rows = passes[0] * job["evaluate"] + passes[1] * job["held"] * (1 + job["refit"] / 8)
         total += rows * LENGTHS.get(job["task"], 100) / (3 * unit)
@@ -102,7 +102,7 @@ def price(job: Job) -> float:
 
 
 def serve(device: str, pipe: Connection, folder: str, data: str, slots: int) -> None:
-    """A process's life: load the model, then work off the jobs that come over the pipe."""
+    """Run as a worker process: load the model, then run the jobs that arrive over the pipe."""
     from transformers import logging
     from transformers.utils.logging import disable_progress_bar
 
@@ -134,7 +134,7 @@ def serve(device: str, pipe: Connection, folder: str, data: str, slots: int) -> 
 
 
 class Worker:
-    """Trains and cuts on one device."""
+    """Trains and cuts adapters on one device."""
 
     def __init__(self, folder: str, data: Path, device: torch.device) -> None:
         from benchmarks.real.data import load
@@ -143,7 +143,7 @@ class Worker:
         self.data, self.device = data, device
 
     def run(self, job: Job) -> list[Record]:
-        """Train one adapter, cut it where the job says so; one record for each figure."""
+        """Train one adapter and cut it if the job is a ``cut``; return one record per result."""
         from ctr_optim.model.registry import find_pairs
 
         began = time.time()
@@ -173,7 +173,7 @@ class Worker:
         return [{**record, **times} for record in records]
 
     def built(self, job: Job) -> Run:
-        """The adapter and its optimizer."""
+        """Return the model with its adapter, and the optimizer."""
         options: dict[str, Any] = {}
         if job["kind"] == "scheduled":
             options["rank_scheduler"] = {"tolerance": job["tolerances"][0], "interval": max(1, job["steps"] // 10)}
@@ -183,7 +183,7 @@ class Worker:
         return run
 
     def train(self, job: Job, run: Run, train: list[Any]) -> Record:
-        """Train; milliseconds a step over each quarter of the training."""
+        """Train; return milliseconds per step, overall and by quarter of the training."""
         steps, cuda = job["steps"], self.device.type == "cuda"
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, steps)
         if cuda:
@@ -205,7 +205,7 @@ class Worker:
 
 
 def adalora_parameters(model: Any) -> int:
-    """Parameters of the directions that AdaLoRA kept: their singular values are not zero."""
+    """Return the parameters of the directions that AdaLoRA kept, those with nonzero singular values."""
     total = 0
     for module in model.modules():
         if hasattr(module, "lora_E") and "default" in module.lora_E:
@@ -218,7 +218,7 @@ def adalora_parameters(model: Any) -> int:
 
 
 def read(path: str) -> list[Record]:
-    """Records of a results file; a line that was cut off is left out."""
+    """Return the records of a results file, without truncated lines."""
     records = []
     for line in Path(path).read_text().splitlines() if os.path.exists(path) else []:
         try:
@@ -229,7 +229,7 @@ def read(path: str) -> list[Record]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Run what is not in the results yet."""
+    """Run the jobs that the results file does not hold yet."""
     from benchmarks.real.run import devices_of
 
     began = time.time()
@@ -269,34 +269,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the base model")
     parser.add_argument("--data", help="folder with TASK/train.jsonl and TASK/test.jsonl")
-    parser.add_argument("--out", help="results, JSON lines; appended to")
-    parser.add_argument("--report", help="print tables of these results, and do nothing else")
+    parser.add_argument("--out", help="results file, JSON lines are appended")
+    parser.add_argument("--report", help="only print tables of these results")
     parser.add_argument("--kinds", type=numbers(str), default=KINDS, help=", ".join(KINDS))
     parser.add_argument("--tasks", type=numbers(str), default=["e2e", "gsm8k", "hellaswag", "mbpp", "arc_easy"])
     parser.add_argument("--methods", type=numbers(str), default=["adamw", "ctr"])
     parser.add_argument("--ranks", type=numbers(int), default=[16])
     parser.add_argument("--small", type=numbers(int), default=[2, 4, 1, 8], help="ranks of the small adapters")
     parser.add_argument("--adalora", type=numbers(int), default=[2, 4], help="ranks of AdaLoRA")
-    parser.add_argument("--wide", type=int, default=32, help="rank that a schedule by tolerance begins with")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of that schedule")
+    parser.add_argument("--wide", type=int, default=32, help="starting rank of `scheduled`, rank of `wide`")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="tolerance of `scheduled`")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tolerances", type=numbers(float), default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--converting", type=numbers(float), default=[1e-2], help="tolerances for convert_to_lora")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--held", type=int, default=128, help="training rows that compress measures on (at most)")
+    parser.add_argument("--held", type=int, default=128, help="largest number of held-out rows for compress")
     parser.add_argument("--evaluate", type=int, default=200, help="test rows")
-    parser.add_argument("--adamw-lr", type=float, help="of every task (default: the tuned one)")
-    parser.add_argument("--refit", type=int, default=0, help="steps of refit after a cut")
+    parser.add_argument("--adamw-lr", type=float, help="AdamW's rate on every task (default: tuned rates)")
+    parser.add_argument("--refit", type=int, default=0, help="refit steps after a cut")
     parser.add_argument("--slots", type=int, default=9, help="processes on each GPU")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
-    parser.add_argument("--again", action="store_true", help="repeat jobs that failed")
+    parser.add_argument("--again", action="store_true", help="repeat failed jobs")
     args = parser.parse_args()
     if args.report:
         print(report(read(args.report)))
         return
     if not (args.model and args.data and args.out):
-        parser.error("--model, --data and --out are needed")
+        parser.error("expected --model, --data and --out, or --report")
     work(args)
 
 

@@ -1,11 +1,10 @@
-"""Rank events and the loss: is there a jump, and what is carrying the optimizer's state worth?
+"""Rank events and the loss: does the loss jump, and what does keeping the optimizer's state gain?
 
     python -m benchmarks.ranks.continuity --out lines.jsonl [--schedules default,hasty] [--seeds 0] [--png jumps.png]
 
-Trains base5m on E2E (the bundled assets) and takes the loss of the same held-out rows after every step, and right
-before and right after each rank event. ``hasty`` moves ranks every ten steps, as far as it likes. Each schedule runs
-twice: with the optimizer's state carried over by the events, and with all of it forgotten at each event, as a rebuilt
-optimizer's is.
+Trains base5m on E2E (the bundled assets). Measures the loss of the same held-out rows after every step, and directly
+before and after each rank event. The schedule ``hasty`` moves ranks every ten steps without a limit. Each schedule runs
+twice: once the events keep the optimizer's state, once the state is reset at each event, as in a new optimizer.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 class Watched(CTROptimizer):
-    """Calls ``around(hold)`` where a rank event is due; ``hold()`` holds it."""
+    """An optimizer that calls ``around(hold)`` when a rank event is due; ``hold()`` runs the event."""
 
     around: Any = None
 
@@ -47,7 +46,7 @@ class Watched(CTROptimizer):
 
 
 def run(schedule: str, carry: bool, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run: the held-out loss by step, and around each event."""
+    """Run one training; return the held-out loss by step and around each event."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "base5m")
     torch.manual_seed(seed)
@@ -91,7 +90,7 @@ def run(schedule: str, carry: bool, seed: int, args: argparse.Namespace) -> dict
 
 
 def picture(records: list[dict[str, Any]], file: str) -> None:
-    """Held-out loss by step, a panel for each schedule, events marked; the first seed."""
+    """Draw the held-out loss by step of the first seed, one panel per schedule, with the events."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--held", type=int, default=32, help="rows held out, about")
+    parser.add_argument("--held", type=int, default=32, help="approximate number of held-out rows")
     args = parser.parse_args()
     for seed in map(int, args.seeds.split(",")):
         for schedule in args.schedules.split(","):

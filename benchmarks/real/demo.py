@@ -1,9 +1,9 @@
-"""Fine-tune the real model on a slice of the bundled task, on a CPU, within a quarter of an hour on two cores.
+"""Fine-tune the real model on a slice of the bundled task, in about 15 minutes on two CPU cores.
 
     make demo-real                                   # or: python -m benchmarks.real demo
 
-AdamW at two rates and CTROptimizer, at its defaults and with ``retain="self"``, see the same batches. Forgetting is the
-rise of the loss on text of another kind: docstrings of Python's own modules, which are on every machine.
+The runs are AdamW at two rates, CTROptimizer at its defaults, and CTROptimizer with ``retain="self"``. All runs use the
+same batches. Forgetting is the rise of the loss on docstrings of Python's own modules, which every machine has.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SAMPLES = 3
 
 
 def prose() -> str:
-    """Docstrings of Python's modules and of their public classes and functions: technical English."""
+    """Return docstrings of Python's modules and of their public classes and functions: technical English."""
     parts, seen = [], set()
     for name in MODULES:
         module = import_module(name)
@@ -47,12 +47,12 @@ def prose() -> str:
             text = inspect.getdoc(thing) or ""
             if len(text) > 200 and text not in seen and ">>>" not in text:
                 seen.add(text)
-                parts.append(text[:500])  # so that many modules are among the first pieces
+                parts.append(text[:500])  # Short parts let the first pieces cover many modules.
     return "\n\n".join(parts)
 
 
 def folder(root: Path, text: str) -> Path:
-    """A folder of tasks: the bundled one, and the text."""
+    """Create a folder of tasks with the bundled task and the text, and return it."""
     shutil.copytree(ASSETS / "e2e", root / "e2e")
     (root / "docstrings").mkdir()
     (root / "docstrings" / "test.txt").write_text(text, encoding="utf-8")
@@ -60,7 +60,7 @@ def folder(root: Path, text: str) -> Path:
 
 
 def plan(steps: int, batch: int, seed: int) -> dict[str, Spec]:
-    """The runs by the names that the table shows."""
+    """Return the specs of the runs by their names in the table."""
     shared: Spec = {
         "task": "e2e", "steps": steps, "batch": batch, "seed": seed, "held": 0, "evaluate": 60, "domains": [],
         "text": {"task": "docstrings", "split": "test", "pieces": 12, "length": 128},
@@ -75,9 +75,9 @@ def plan(steps: int, batch: int, seed: int) -> dict[str, Spec]:
 
 
 def table(rows: list[tuple[str, dict[str, Any]]], base: dict[str, float]) -> list[str]:
-    """The comparison, as text."""
+    """Return the lines of the comparison table."""
     lines = [f"{'':30}{'test loss':>10}{'forgetting':>12}{'seconds':>9}"]
-    lines.append(f"{'the model as it is':30}{base['loss']:10.3f}{0.0:+12.3f}")
+    lines.append(f"{'before training':30}{base['loss']:10.3f}{0.0:+12.3f}")
     for name, record in rows:
         lines.append(f"{name:30}{record['loss']:10.3f}{record['text'] - base['text']:+12.3f}{record['seconds']:9.0f}")
     return lines
@@ -87,11 +87,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=prepare.DEFAULT, help="folder of the model; made if not there")
+    parser.add_argument("--model", type=Path, default=prepare.DEFAULT, help="folder of the model; created if absent")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=15, help="no run is begun that would not end in this time")
+    parser.add_argument("--minutes", type=float, default=15, help="start no run that would exceed this time")
     args = parser.parse_args(arguments)
     from transformers import logging
     from transformers.utils.logging import disable_progress_bar
@@ -122,18 +122,18 @@ def main(arguments: list[str]) -> None:
         slowest = 0.0
         for name, spec in runs.items():
             if time.time() - began + 1.3 * slowest > 60 * args.minutes:
-                print(f"{name}: left out, there is no time for it in {args.minutes:g} minutes")
+                print(f"{name}: skipped, it would not finish within {args.minutes:g} minutes")
                 continue
             record = train(spec, base, store, device, look=write)
             slowest = max(slowest, record["total_seconds"])
             rows.append((name, record))
             print(f"{name}: done in {record['total_seconds']:.0f} s", flush=True)
         print("\n" + "\n".join(table(rows, before)) + "\n")
-        written = [("the model as it is", write(base)["samples"]), *((name, r["samples"]) for name, r in rows)]
+        written = [("before training", write(base)["samples"]), *((name, r["samples"]) for name, r in rows)]
         for index, prompt in enumerate(prompts):
             print(prompt.strip())
             for name, texts in written:
                 print(f"  {name:30}{' '.join(texts[index].split())}")
     if len(runs) < 4:
-        print('\nThis version has no `retain=` yet; with it, a run of retain="self" is shown, too.')
+        print('\nThis version of ctr_optim has no `retain=`. A version with it also runs retain="self".')
     print(f"\n{time.time() - began:.0f} s in all")

@@ -1,18 +1,22 @@
 """Read a llama model and its tokenizer from a GGUF file, without the package ``gguf``.
 
-Only the formats of SmolLM2-135M-Instruct's file are known: F32, F16, Q8_0 and Q4_1, architecture ``llama``, a
-byte-level BPE tokenizer. Layout (little-endian): magic ``GGUF``, version, number of tensors, number of metadata
-entries; the entries; one header for each tensor (name, shape with the fastest dimension first, type, offset); the
-data, aligned.
+The module supports the formats of SmolLM2-135M-Instruct's file: F32, F16, Q8_0 and Q4_1, architecture ``llama``, a
+byte-level BPE tokenizer. The file is little-endian and holds, in this order:
+
+1. the magic ``GGUF``, the version, the number of tensors, the number of metadata entries;
+2. the metadata entries;
+3. one header per tensor: name, shape (fastest dimension first), type, offset;
+4. the data, aligned.
 
 ====  ==========================================  ============================================================
 type  block of 32 weights                         weight
 ====  ==========================================  ============================================================
-Q4_1  fp16 d, fp16 m, 16 bytes                    ``d q + m``; low nibbles are weights 0 to 15, high ones 16 to 31
+Q4_1  fp16 d, fp16 m, 16 bytes                    ``d q + m``; low nibbles: weights 0 to 15, high nibbles: 16 to 31
 Q8_0  fp16 d, 32 int8                             ``d q``
 ====  ==========================================  ============================================================
 
-llama.cpp keeps the rows of q and k interleaved for its rotary embedding; :func:`llama_state` puts them back.
+llama.cpp interleaves the rows of q and k for its rotary embedding. :func:`llama_state` restores the order of
+transformers.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ def _string(file: BinaryIO) -> str:
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
-    """A metadata value of type ``kind``; arrays become lists."""
+    """Read a metadata value of type ``kind``; arrays become lists."""
     if kind == STRING:
         return _string(file)
     if kind == ARRAY:
@@ -66,7 +70,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 
 def dequantize(kind: str, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 weights of ``shape`` from the bytes (uint8, 1-D) of a tensor of type ``kind``."""
+    """Return float32 weights of ``shape`` from the bytes (uint8, 1-D) of a tensor of type ``kind``."""
     if kind == "F32":
         return data.view("<f4").astype(np.float32).reshape(shape)
     if kind == "F16":
@@ -82,14 +86,14 @@ def dequantize(kind: str, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata, and float32 tensors by their GGUF names, ``(d_out, d_in)`` each.
+    """Return the metadata and the float32 tensors by GGUF name, shape ``(d_out, d_in)`` each.
 
     Raises:
-        ValueError: no GGUF file of version 2 or 3, cut off, or of a tensor type that is not known here.
+        ValueError: the file is no GGUF file of version 2 or 3, is truncated, or holds an unsupported tensor type.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path}: got a file without the mark 'GGUF' at its start, expected a GGUF file")
+            raise ValueError(f"{path}: got a file that does not start with 'GGUF', expected a GGUF file")
         version, tensors, entries = (_scalar(file, kind) for kind in "IQQ")
         if version not in (2, 3):
             raise ValueError(f"{path}: got GGUF version {version}, expected 2 or 3")
@@ -113,13 +117,13 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         begin = start + offset
         end = begin + int(np.prod(shape)) // weights * size
         if end > len(content):
-            raise ValueError(f"{path}: got {len(content)} bytes, expected at least {end}: the file is cut off")
+            raise ValueError(f"{path}: got {len(content)} bytes, expected at least {end}: the file is truncated")
         arrays[name] = dequantize(label, np.asarray(content[begin:end]), shape)
     return metadata, arrays
 
 
 def llama_config(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Arguments of transformers' ``LlamaConfig``."""
+    """Return the arguments of transformers' ``LlamaConfig``."""
     if metadata.get("general.architecture") != "llama":
         raise ValueError(f"GGUF: got architecture {metadata.get('general.architecture')!r}, expected 'llama'")
     of = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
@@ -143,7 +147,7 @@ def llama_config(metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> dic
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k, ``(heads * head_dim, d_in)``: from pairs (2 i, 2 i + 1) to halves (i, i + head_dim / 2)."""
+    """Reorder q or k, ``(heads * head_dim, d_in)``: pairs (2 i, 2 i + 1) become halves (i, i + head_dim / 2)."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
@@ -151,7 +155,7 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 def llama_state(
     metadata: dict[str, Any], arrays: dict[str, np.ndarray], dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """The state dict of ``LlamaForCausalLM``."""
+    """Return the state dict of ``LlamaForCausalLM``."""
     config = llama_config(metadata, arrays)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     state = {}
@@ -167,7 +171,11 @@ def llama_state(
 
 
 def tokenizer(metadata: dict[str, Any]) -> Any:
-    """The byte-level BPE tokenizer as transformers' ``PreTrainedTokenizerFast``; digits are always single."""
+    """Return the byte-level BPE tokenizer as ``PreTrainedTokenizerFast``. The kind ``smollm`` splits all digits.
+
+    Raises:
+        ValueError: the metadata names another kind of tokenizer.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""Figures of a model: loss, KL from the base, accuracy. Batches hold a limited number of tokens, longest rows last.
+"""Loss, KL from the base model and accuracy of a model, on batches with a limited number of tokens.
 
-With a vocabulary of 49,152 the logits of 4,096 tokens are 0.8 GB, so that several processes fit on one device.
+With a vocabulary of 49,152 the logits of 4,096 tokens take 0.8 GB, so that several processes fit on one device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENS = 4096  # of a batch, padding included
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Evaluation mode, no gradients; modes are as before afterwards."""
+    """Set evaluation mode without gradients, and restore each model's mode on exit."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()
@@ -32,7 +32,7 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 def in_batches(examples: list[Example], tokens: int = TOKENS) -> Iterator[list[int]]:
-    """Indices, by length, in batches of at most ``tokens`` tokens with padding (one row at least)."""
+    """Yield indices, shortest rows first, in batches of at most ``tokens`` tokens with padding (at least one row)."""
     part: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].ids)):
         if part and (len(part) + 1) * len(examples[index].ids) > tokens:
@@ -44,7 +44,7 @@ def in_batches(examples: list[Example], tokens: int = TOKENS) -> Iterator[list[i
 
 
 def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Loss of every target token, in nats, ``(rows, length - 1)``; 0 elsewhere."""
+    """Return the loss of every target token in nats, shape ``(rows, length - 1)``; other positions are 0."""
     batch = dict(batch)
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1].float()
@@ -53,7 +53,7 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def loss_per_token(model: Any, examples: list[Example], device: torch.device) -> float:
-    """Mean loss of the target tokens, in nats."""
+    """Return the mean loss of the target tokens, in nats."""
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model):
         for part in in_batches(examples):
@@ -64,7 +64,7 @@ def loss_per_token(model: Any, examples: list[Example], device: torch.device) ->
 
 
 def kl_per_token(base: Any, model: Any, examples: list[Example], device: torch.device) -> float:
-    """Mean ``KL(base || model)`` over the target tokens, in nats."""
+    """Return the mean ``KL(base || model)`` over the target tokens, in nats."""
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(base, model):
         for part in in_batches(examples, TOKENS // 2):
@@ -77,7 +77,7 @@ def kl_per_token(base: Any, model: Any, examples: list[Example], device: torch.d
 
 
 def choices_of(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> tuple[list[Example], list[int]]:
-    """Every choice of every row as an example, and the row that it belongs to."""
+    """Return every choice of every row as an example, and the index of its row."""
     from benchmarks.quality.tasks import encode
 
     flat, owner = [], []
@@ -91,7 +91,10 @@ def choices_of(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> t
 def accuracy(
     model: Any, rows: list[dict[str, Any]], tokenizer: Any, device: torch.device, max_length: int = 512
 ) -> dict[str, float]:
-    """Share of rows whose true choice is the likeliest: by its log-likelihood, and by that over its tokens."""
+    """Return the share of rows whose true choice is the likeliest.
+
+    ``accuracy`` compares log-likelihoods, ``accuracy_norm`` log-likelihoods per token.
+    """
     examples, owner = choices_of(rows, tokenizer, max_length)
     likelihood = torch.zeros(len(examples))
     with evaluating(model):

@@ -1,17 +1,17 @@
-"""How each method adapts the model: those of :mod:`benchmarks.quality.methods`, and the peers of retention.
+"""Registry of methods: those of :mod:`benchmarks.quality.methods`, and other methods against forgetting.
 
-``spec["options"]`` of the peers here:
+Options (``spec["options"]``) of the methods defined here:
 
 adamw_kl            ``weight`` of ``KL(base || model)`` in the loss, on retained text or, without it, on the task
 adamw_replay        ``share`` of the loss that is language modelling on retained text
-corda               PEFT's CorDA, knowledge-preserving: the start leaves the principal directions of retained text alone
-lora_null           LoRA-Null (arXiv 2503.02659), our reading: B A is the best rank-r part of W0 on the directions that
-                    retained text hardly uses (``null``: their share of its energy, 0.01)
-lora_null_frozen    the same with A frozen
-sc_lora             SC-LoRA (arXiv 2505.23724), our reading: B = Q, A = Q^T W0 with Q the first eigenvectors of
-                    ``(1 - beta) Cov(task) - beta Cov(retained)`` of the layer's outputs (``beta``: 0.5)
+corda               PEFT's CorDA, knowledge-preserving: the start avoids the principal directions of retained text
+lora_null           LoRA-Null (arXiv 2503.02659), implemented from the paper: B A is the best rank-r part of W0 on the
+                    directions that retained text hardly uses (``null``: their share of the text's energy, 0.01)
+lora_null_frozen    ``lora_null`` with A frozen
+sc_lora             SC-LoRA (arXiv 2505.23724), implemented from the paper: B = Q, A = Q^T W0, where Q holds the leading
+                    eigenvectors of ``(1 - beta) Cov(task) - beta Cov(retained)`` of the layer's outputs (``beta``: 0.5)
 
-The last three subtract what B A adds from the frozen weight, so that the function is the base's at the start.
+The last three methods subtract B A from the frozen weight, so that training starts at the base model's function.
 """
 
 from __future__ import annotations
@@ -39,39 +39,40 @@ CALIBRATION = 8  # pieces in one pass, where activations are measured
 
 
 def plain_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss that the model returns."""
+    """Return the model's own loss."""
     return model(**batch).loss
 
 
 @dataclass
 class Context:
-    """What a method may look at besides the training batches."""
+    """The inputs of a method besides the training batches."""
 
     batches: Batches
     retained: Tensor | None = None  # (pieces, length) token ids
     holdout: list[dict[str, Tensor]] = field(default_factory=list)
-    loss: Loss = plain_loss  # a method may put another one here
+    loss: Loss = plain_loss  # A method may replace it.
 
     def pieces(self, method: str) -> Tensor:
-        """Retained text; an error where the spec names none."""
+        """Return the retained text; raise ValueError if the spec names none."""
         if self.retained is None:
             raise ValueError(f"retain: got no text for {method}, expected a dict of task, split, pieces and length")
         return self.retained
 
 
 def _chunks(ids: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of ``size`` pieces, again and again."""
+    """Yield batches of ``size`` pieces in an endless cycle."""
     for part in cycle(ids.split(size)):
         yield {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part}
 
 
-# -- ours ----------------------------------------------------------------------------------------------------------
+# -- CTROptimizer --------------------------------------------------------------------------------------------------
 
 
 def new_arguments(spec: dict, context: Context) -> dict[str, Any]:
-    """``retain``, ``kl_budget`` and ``holdout`` of CTROptimizer that the spec sets.
+    """Return the arguments ``retain``, ``kl_budget`` and ``holdout`` of CTROptimizer that the spec sets.
 
-    Raises ValueError where the installed CTROptimizer has no such argument.
+    Raises:
+        ValueError: the installed CTROptimizer lacks one of these arguments.
     """
     found: dict[str, Any] = {}
     retain = spec.get("retain")
@@ -85,7 +86,7 @@ def new_arguments(spec: dict, context: Context) -> dict[str, Any]:
         found["holdout"] = context.holdout
     absent = sorted(set(found) - set(inspect.signature(CTROptimizer).parameters))
     if absent:
-        raise ValueError(f"CTROptimizer: got {absent}, which this version does not have; expected one that does")
+        raise ValueError(f"CTROptimizer: got {absent}, which this version does not have; install a newer ctr_optim")
     return found
 
 
@@ -97,7 +98,7 @@ def _ctr(base: Any, spec: dict, context: Context) -> Run:
 
 
 def kl_to_base(model: Any, batch: dict[str, Tensor], outputs: Any = None) -> Tensor:
-    """Mean ``KL(base || model)`` over the target tokens of a batch, the base being the model without its adapter."""
+    """Return the mean ``KL(base || model)`` over the target tokens of a batch; base: the model without its adapter."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     here = batch["labels"][:, 1:] != -100
     with torch.no_grad(), model.disable_adapter():
@@ -133,13 +134,13 @@ def _adamw_replay(base: Any, spec: dict, context: Context) -> Run:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that LoRA goes to, by name."""
+    """Return the layers that LoRA adapts, by name."""
     return {n: m for n, m in model.named_modules() if quality._adaptable(n, m)}
 
 
 @contextmanager
 def _second_moments(model: nn.Module, outputs: bool) -> Iterator[dict[str, Tensor]]:
-    """Sums of x x^T of every layer's input (or output), float32, filled by forward passes within the context."""
+    """Yield sums of x x^T of every layer's input (or output), float32; forward passes within the context fill them."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, x: Tensor) -> None:
@@ -159,7 +160,7 @@ def _second_moments(model: nn.Module, outputs: bool) -> Iterator[dict[str, Tenso
 
 @torch.no_grad()
 def moments(model: Any, batches: list[dict[str, Tensor]], outputs: bool = False) -> dict[str, Tensor]:
-    """Mean of x x^T over tokens, ``(d, d)`` for each layer; padding left out by passing its rows one by one."""
+    """Return the mean of x x^T over tokens, ``(d, d)`` per layer. Rows pass one by one, so that padding is excluded."""
     count = 0
     with _second_moments(model, outputs) as sums:
         for batch in batches:
@@ -172,7 +173,7 @@ def moments(model: Any, batches: list[dict[str, Tensor]], outputs: bool = False)
 
 @torch.no_grad()
 def put_start(model: Any, start: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Set A and B of PEFT's layers so that the adapter adds ``B A``, and take that off the frozen weight."""
+    """Set A and B of PEFT's layers so that the adapter adds ``B A``, and subtract ``B A`` from the frozen weight."""
     for name, (a, b) in start.items():
         layer = model.base_model.model.get_submodule(name)
         layer.lora_A["default"].weight.copy_(a)
@@ -181,8 +182,11 @@ def put_start(model: Any, start: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 
 def null_start(weight: Tensor, second: Tensor, rank: int, share: float) -> tuple[Tensor, Tensor]:
-    """A, ``(rank, d_in)``, and B, ``(d_out, rank)``: the best rank-r part of ``W0 U U^T``, U the directions of least
-    energy in ``second``, ``(d_in, d_in)``, that hold at most ``share`` of it together (``rank`` of them at least)."""
+    """Return A, ``(rank, d_in)``, and B, ``(d_out, rank)``: the best rank-r part of ``W0 U U^T``.
+
+    U holds the directions of least energy in ``second``, ``(d_in, d_in)``. Together they hold at most ``share`` of the
+    energy; there are at least ``rank`` of them.
+    """
     values, vectors = torch.linalg.eigh(second.double())
     energy = values.clamp_min(0).cumsum(0)
     count = max(rank, int((energy <= share * energy[-1]).sum()))
@@ -262,7 +266,7 @@ METHODS: dict[str, Callable[[Any, dict, Context], Run]] = {
 
 
 def build(base: Any, spec: dict, context: Context) -> Run:
-    """A copy of ``base`` made ready to train; ``context.loss`` is the loss to train with."""
+    """Return a copy of ``base`` with its adapter and optimizer. Train with ``context.loss``."""
     if spec["method"] not in METHODS:
         raise ValueError(f"method: got {spec['method']!r}, expected one of {sorted(METHODS)}")
     return METHODS[spec["method"]](deepcopy(base), spec, context)

@@ -1,11 +1,11 @@
-"""Plans: which runs, with which settings. Prints a JSON list for ``python -m benchmarks.real run``.
+"""Plans of runs. Prints a JSON list for ``python -m benchmarks.real run``.
 
     python -m benchmarks.real plan baseline > baseline.json
     python -m benchmarks.real plan auto --only steps=50,200 --only task=e2e > part.json
     python -m benchmarks.real plan extend --lines lines.jsonl > wider.json    # rates beyond a grid's edge
     python -m benchmarks.real plan final --lines lines.jsonl --seeds 1,2,3,4  # the rate of lowest validation loss
 
-Every run measures validation rows (held out of training) and test rows; rates are chosen by the former.
+Every run measures validation rows (held out of training) and test rows. Rates are chosen on the validation rows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ GENERATIVE = ["e2e", "gsm8k", "mbpp"]
 CHOICE = ["boolq", "sst2", "hellaswag", "arc_easy"]
 RATES = [1e-4 * 2**i for i in range(6)]  # 1e-4 to 3.2e-3
 BOUNDS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
-EVERYDAY = 2e-4  # AdamW's rate that most users have
+EVERYDAY = 2e-4  # the rate that most users of AdamW choose
 SCHEDULES = ["cosine", "linear", "constant"]
-UNIT = 0.4 / 9  # seconds of one H200 for a unit of cost: nine processes take 0.4 each (results/real-h200.jsonl)
+UNIT = 0.4 / 9  # seconds of one H200 per unit of cost: each of nine processes takes 0.4 (results/real-h200.jsonl)
 
 
 def setting(task: str, **changes: Any) -> Spec:
-    """A task with the rows that it can spare for validation and the scores that mean something on it."""
+    """Return the spec of a task with its number of validation rows and the scores that suit the task."""
     choice = task not in GENERATIVE
     return {
         "task": task, "held": 48 if task == "mbpp" else 200,
@@ -41,18 +41,18 @@ def setting(task: str, **changes: Any) -> Spec:
 
 
 def untrained(spec: Spec) -> Spec:
-    """The base itself, measured as the run is."""
+    """Return the spec that measures the untrained base model in the same way as ``spec``."""
     kept = {k: v for k, v in spec.items() if k not in ("steps", "batch", "schedule", "rows", "curve")}
     return {**kept, "method": "adamw", "lr": EVERYDAY, "steps": 0}
 
 
 def peer(spec: Spec, method: str, rates: Iterable[float] = RATES, **changes: Any) -> list[Spec]:
-    """A peer over its rates."""
+    """Return the specs of a method at several learning rates."""
     return [{**spec, "method": method, "lr": rate, **changes} for rate in rates]
 
 
 def bounds(spec: Spec, values: Iterable[float] = BOUNDS) -> list[Spec]:
-    """CTROptimizer at fixed bounds, which follow the learning rate's schedule."""
+    """Return the specs of CTROptimizer at fixed bounds, which follow the learning rate's schedule."""
     return [{**spec, "options": {"max_kl": value, "kl_schedule": "lr"}} for value in values]
 
 
@@ -86,8 +86,10 @@ def baseline() -> list[Spec]:
 
 
 def edges() -> list[Spec]:
-    """AdamW above the rates of ``baseline``, on the tasks whose best rate lies at its edge: three seeds, with the rate
-    at the edge and CTROptimizer's default beside them."""
+    """AdamW at higher rates than ``baseline``, on tasks whose best rate lies at its edge; three seeds.
+
+    The plan also holds the rate at the edge and CTROptimizer's default.
+    """
     plan = []
     for task in ("e2e", "gsm8k"):
         for seed in range(3):
@@ -117,7 +119,7 @@ CELLS = 40
 
 
 def imbalance(cells: list[tuple]) -> float:
-    """How far the counts of every pair of levels are from equal, squared and summed."""
+    """Return the summed squared distance of the counts of every pair of levels from equal counts."""
     total = 0.0
     names = list(FACTORS)
     for one, two in combinations(range(len(names)), 2):
@@ -131,14 +133,14 @@ def imbalance(cells: list[tuple]) -> float:
 
 
 def cells() -> list[Spec]:
-    """A fixed fraction of the full design: 40 cells, five for each task, pairs of levels as even as they can be."""
+    """Return a fixed fraction of the full design: 40 cells, five per task, with balanced pairs of levels."""
     draw = random.Random(19)
     tasks = [task for task in FACTORS["task"] for _ in range(CELLS // len(FACTORS["task"]))]
     columns = [(FACTORS[name] * CELLS)[:CELLS] for name in list(FACTORS)[1:]]
     for column in columns:
         draw.shuffle(column)
     best = imbalance(list(zip(tasks, *columns, strict=True)))
-    for _ in range(3000):  # swaps within a column keep each level's count
+    for _ in range(3000):  # A swap within a column keeps each level's count.
         column = draw.choice(columns)
         i, j = draw.randrange(CELLS), draw.randrange(CELLS)
         column[i], column[j] = column[j], column[i]
@@ -154,8 +156,10 @@ def cells() -> list[Spec]:
 
 
 def auto() -> list[Spec]:
-    """40 cells over task, steps, batch, schedule and rows; each with the default, fixed bounds, AdamW's grid; and, on
-    few rows, with held-out rows that judge the bound (CTROptimizer) or stop the training (AdamW)."""
+    """40 cells over task, steps, batch, schedule and rows, each with the default, fixed bounds and AdamW's grid.
+
+    On few rows, further runs use held-out rows: they judge the bound (CTROptimizer) or stop the training (AdamW).
+    """
     plan = [untrained(setting(task)) for task in FACTORS["task"]]
     for cell in cells():
         plan += [{**cell, "method": "ctr"}, *bounds(cell), *peer(cell, "adamw")]
@@ -166,7 +170,7 @@ def auto() -> list[Spec]:
 
 
 def default_only() -> list[Spec]:
-    """The cells of ``auto`` with the default alone: after a change of the default."""
+    """The cells of ``auto`` with the default only, for use after a change of the default."""
     return [{**cell, "method": "ctr"} for cell in cells()]
 
 
@@ -180,8 +184,11 @@ BUDGETS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
 
 
 def retention() -> list[Spec]:
-    """Task loss against forgetting: CTROptimizer over bound, budget and penalty with and without retained text, AdamW
-    over its rates, with a KL term, with replay, and the starts that claim to preserve; one seed, then ``final``."""
+    """Task loss against forgetting; one seed, then ``final``.
+
+    CTROptimizer varies bound, budget and penalty, with and without retained text. AdamW varies its rate, plain, with a
+    KL term, with replay, and from initialisations that claim to preserve knowledge.
+    """
     plan = []
     for task in RETENTION_TASKS:
         spec = setting(task)
@@ -201,7 +208,7 @@ def retention() -> list[Spec]:
 
 
 def retention_short() -> list[Spec]:
-    """The same questions in a tenth of the runs: three tasks, few rates."""
+    """A short form of ``retention``: three tasks, few rates."""
     plan = []
     for task in ("e2e", "gsm8k", "boolq"):
         spec = setting(task)
@@ -215,7 +222,7 @@ def retention_short() -> list[Spec]:
 
 
 def budget() -> list[Spec]:
-    """``kl_budget`` from 0.05 to 2 nats on retained text and without it: is it kept, and at which task loss?"""
+    """``kl_budget`` from 0.05 to 2 nats with and without retained text: does it hold, and at which task loss?"""
     plan = []
     for task in ("e2e", "gsm8k"):
         spec = setting(task)
@@ -226,7 +233,7 @@ def budget() -> list[Spec]:
 
 
 def sequence() -> list[Spec]:
-    """Three tasks one after the other: what is left of the first; three seeds."""
+    """Three tasks in sequence, to measure what the model keeps of the first; three seeds."""
     spec = setting("e2e", sequence=["e2e", "gsm8k", "boolq"], domains=["mbpp"], score=[])
     kept = {**spec, "retain": WIKITEXT}
     plan = []
@@ -246,7 +253,7 @@ PAPER |= {"pissa": [r / 2 for r in MIDDLE], "sensitivity": MIDDLE, "qlora": MIDD
 def protocol() -> list[Spec]:
     """GSM8K by generated answers, ARC-C and HellaSwag by choice; MMLU, BoolQ and WinoGrande without training on them.
 
-    Rates are chosen without the slow scores; then ``final --set evaluate=1000 --set score=...`` takes them.
+    Rates are chosen without the slow scores. ``final --set evaluate=1000 --set score=...`` then measures those scores.
     """
     plan = []
     for task in ("gsm8k", "arc_challenge", "hellaswag"):
@@ -261,7 +268,7 @@ def protocol() -> list[Spec]:
 
 
 def templates() -> list[Spec]:
-    """Learning rate x alpha / r for AdamW beside CTROptimizer's one setting: any template, same result."""
+    """AdamW over learning rate and alpha / r, beside CTROptimizer at its default for each alpha."""
     plan = []
     for task in ("e2e", "gsm8k"):
         for alpha in (8, 16, 32, 64):
@@ -271,7 +278,7 @@ def templates() -> list[Spec]:
 
 
 def settings() -> list[Spec]:
-    """Steps, batch, rank, rows and schedule, one at a time around the middle."""
+    """Steps, batch, rank, rows and schedule, varied one at a time around the defaults."""
     changes: dict[str, list[Any]] = {
         "steps": [50, 100, 400, 1000], "batch": [4, 8, 64], "rank": [2, 4, 8, 32, 64], "rows": [100, 300, 1000],
         "schedule": ["linear", "constant"],
@@ -289,13 +296,15 @@ def settings() -> list[Spec]:
 
 
 def family(spec: Spec) -> str:
-    """Identity of a run but for its rate and seed, which tuning chooses and repeats."""
+    """Return the identity of a run without its rate and seed."""
     return key_of({**complete(spec), "lr": None, "seed": 0})
 
 
 def validation(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """Mean validation loss by family and rate; failed and infinite runs are infinite. Test loss where no rows are
-    held out is never used: such runs are left out."""
+    """Return the mean validation loss by family and rate. Failed runs count as infinite.
+
+    Runs without validation rows are left out: a rate is never chosen on the test loss.
+    """
     losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         spec = complete(record["spec"])
@@ -306,7 +315,7 @@ def validation(records: Iterable[dict[str, Any]]) -> dict[str, dict[float, float
 
 
 def extend(records: list[dict[str, Any]]) -> list[Spec]:
-    """Two rates further out wherever the best of a grid is at its edge."""
+    """Return two further rates for every grid whose best rate lies at its edge."""
     plan = []
     for key, by_rate in validation(records).items():
         best = min(by_rate, key=by_rate.__getitem__)
@@ -317,7 +326,7 @@ def extend(records: list[dict[str, Any]]) -> list[Spec]:
 
 
 def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
-    """Every family at its rate of lowest validation loss, for more seeds; runs without a rate as they are."""
+    """Return every family at its rate of lowest validation loss, for more seeds; runs without a rate are repeated."""
     best = {key: min(by_rate, key=by_rate.__getitem__) for key, by_rate in validation(records).items()}
     for record in records:
         spec = complete(record["spec"])
@@ -336,12 +345,12 @@ PLANS: dict[str, Callable[[], list[Spec]]] = {
 
 
 def ordered(specs: Iterable[Spec]) -> list[Spec]:
-    """Each run once, long ones first."""
+    """Return each run once, the longest runs first."""
     return sorted({key_of(spec): spec for spec in specs}.values(), key=cost, reverse=True)
 
 
 def select(specs: Iterable[Spec], only: Iterable[str]) -> list[Spec]:
-    """The specs whose keys have one of the values given as ``key=value,value``."""
+    """Return the specs whose keys have one of the values given as ``key=value,value``."""
     kept = list(specs)
     for item in only:
         key, _, values = item.partition("=")
@@ -359,10 +368,10 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.real plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", choices=[*PLANS, "extend", "final"])
-    parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs, for extend and final")
-    parser.add_argument("--seeds", default="1,2", help="for final")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another value in every run")
-    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="a part of the plan")
+    parser.add_argument("--lines", nargs="*", default=[], help="results of earlier runs, for `extend` and `final`")
+    parser.add_argument("--seeds", default="1,2", help="seeds of `final`, separated by commas")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="set KEY in every run")
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE[,VALUE]", help="keep matching runs")
     args = parser.parse_args(arguments)
     if args.plan == "extend":
         specs = extend(read(args.lines))

@@ -1,9 +1,9 @@
-"""Pictures from results of ``python -m benchmarks.real run``.
+"""Pictures of results of ``python -m benchmarks.real run``.
 
     python -m benchmarks.real plot lines.jsonl [more.jsonl] --out docs
 
-``real-pareto-TASK.png``: task loss against forgetting, every run, one line for each method. ``real-KEY-TASK.png`` for
-every key that was varied (lr, alpha, steps, batch, rank, rows, schedule): CTROptimizer's default against AdamW's rates.
+``real-pareto-TASK.png`` shows task loss against forgetting for every run, one line per method. ``real-KEY-TASK.png``
+shows CTROptimizer's default against AdamW's rates, for each varied key (lr, alpha, steps, batch, rank, rows, schedule).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
 
 
 def group_of(row: Row) -> str:
-    """Rows that make one line of a Pareto picture: a peer's rates and weights, our bounds, our budgets."""
+    """Return the name of a row's line in a Pareto picture: a method's rates and weights, or CTROptimizer's options."""
     if row.method != "ctr":
         return row.method
     spec = next(iter(row.runs.values()))["spec"]
@@ -49,7 +49,7 @@ def group_of(row: Row) -> str:
 
 
 def edge(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both values, by the first value."""
+    """Return the points that no other point beats in both values, sorted by the first value."""
     best, kept = math.inf, []
     for x, y in sorted(points):
         if y < best:
@@ -59,7 +59,7 @@ def edge(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def pareto(rows: list[Row], base: Record | None, file: Path) -> bool:
-    """Task loss against forgetting; False where nothing is known about forgetting."""
+    """Draw task loss against forgetting; return False if no run measured forgetting."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         x = row.mean(lambda r: report.rise(r, base))
@@ -85,7 +85,7 @@ def pareto(rows: list[Row], base: Record | None, file: Path) -> bool:
 
 
 def rates(rows: list[Row], file: Path) -> bool:
-    """Test loss over learning rates, one line for each method; our default as a level."""
+    """Draw test loss over learning rates, one line per method, and CTROptimizer's default as a horizontal line."""
     by_family: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_family[row.family].append(row)
@@ -111,7 +111,7 @@ def _setting(setting: tuple) -> dict[str, Any]:
 
 
 def grids(tables: dict[tuple, list[Row]], task: str, key: str, file: Path) -> bool:
-    """Loss over one setting, all others at their defaults: our default, AdamW tuned, and AdamW at each of its rates."""
+    """Draw the loss over one setting, the others at their defaults: CTROptimizer, AdamW tuned and at each rate."""
     lines: dict[str, dict[Any, float]] = defaultdict(dict)
     for setting, rows in tables.items():
         of = _setting(setting)

@@ -1,8 +1,8 @@
-"""Work off specs with several processes a device: longest first, nothing begun too late, failures contained.
+"""Run specs in several processes per device, the longest first, with a time limit and isolated failures.
 
-One process a slot loads the model once and runs what the parent gives it over a pipe. The parent alone writes results,
-line by line. A run that is out of memory is tried again with half of the device's slots busy, then alone on the device.
-A process that dies is replaced, and its run is tried once more.
+Each slot is one process. It loads the model once and runs the specs that the parent sends over a pipe. Only the parent
+writes results, line by line. A run that exhausts the memory is repeated with half of the device's slots busy, then
+alone on the device. A process that dies is replaced, and its run is repeated once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from benchmarks.real.specs import Spec, cost
 Result = dict[str, Any]
 MEMORY_TRIES, DEATHS = 3, 2
 FEW = 3  # runs
-MARGIN = 1.15  # a run is begun where the time left is this many times the estimate
-GUESS = {"cuda": 0.35, "cpu": 2.5}  # seconds for a unit of cost before anything is known, six processes a GPU
+MARGIN = 1.15  # A run starts if the time left is at least this many times its estimate.
+GUESS = {"cuda": 0.35, "cpu": 2.5}  # seconds per unit of cost before any run finished, six processes per GPU
 
 
 @dataclass
 class Job:
-    """A run to do."""
+    """A run that waits or is in progress."""
 
     spec: Spec
     cost: float
-    memory: int = 0  # times that it was out of memory
-    deaths: int = 0
+    memory: int = 0  # how often it ran out of memory
+    deaths: int = 0  # how often its process died
 
 
 @dataclass(eq=False)
@@ -47,7 +47,7 @@ class Slot:
 
 @dataclass
 class Pace:
-    """Seconds for a unit of cost: a guess, until ``FEW`` runs are known; then near the slowest of the last ones."""
+    """Seconds per unit of cost: a guess until ``FEW`` runs are done, then the 90 % quantile of the last 40 runs."""
 
     guess: float
     seen: list[float] = field(default_factory=list)
@@ -57,17 +57,26 @@ class Pace:
 
     @property
     def value(self) -> float:
-        if len(self.seen) < FEW:  # one short run says little about long ones
+        if len(self.seen) < FEW:  # One short run predicts long runs badly.
             return max([self.guess, *self.seen])
         ordered = sorted(self.seen[-40:])
         return ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
 
 
 class Pool:
-    """``entry(device, pipe, *arguments)`` runs in every process: sends ``"ready"``, then answers specs with results.
+    """Processes that run specs.
 
-    ``write(spec, result)`` gets every result in the parent. ``pace`` may hold what earlier runs took. ``price`` is the
-    estimated time of a spec, in any unit.
+    Args:
+        entry: ``entry(device, pipe, *arguments)`` runs in every process. It sends ``"ready"``, then answers each spec
+            with a result.
+        arguments: further arguments of ``entry``.
+        devices: names of the devices.
+        each: processes per device.
+        write: ``write(spec, result)`` receives every result in the parent.
+        deadline: end of the work, seconds since the epoch.
+        pace: the pace of earlier runs.
+        say: receives progress texts.
+        price: estimated time of a spec, in any unit.
     """
 
     def __init__(
@@ -98,7 +107,7 @@ class Pool:
         self.slots.append(Slot(device, process, here))
 
     def work(self, specs: list[Spec], in_order: bool = False) -> int:
-        """Run all that can be run in time, the longest first or as they are given; gives how many were not."""
+        """Run the specs that fit into the time, the longest first or in the given order; return how many are left."""
         self.waiting = [Job(spec, self.price(spec)) for spec in specs]
         if not in_order:
             self.waiting.sort(key=lambda job: job.cost, reverse=True)
@@ -110,7 +119,7 @@ class Pool:
                     self._give(slot)
                 alive = [s for s in self.slots if s.job is not None or not s.ready]
                 if not alive:
-                    break  # nothing that fits is left
+                    break  # No waiting run fits into the time left.
                 self._listen(alive)
         finally:
             left = len(self.waiting) + sum(s.job is not None for s in self.slots)
@@ -123,7 +132,7 @@ class Pool:
         return left
 
     def _give(self, slot: Slot) -> None:
-        """The first run in line that ends in time and that the device has memory for."""
+        """Send the slot the first waiting run that fits into the time and into the device's memory."""
         busy = sum(s.device == slot.device and s.job is not None for s in self.slots)
         alone = any(s.device == slot.device and s.job is not None and s.job.memory >= 2 for s in self.slots)
         for job in self.waiting:
@@ -132,14 +141,14 @@ class Pool:
             if in_time and not alone and busy < max(1, most):
                 try:
                     slot.pipe.send(job.spec)
-                except OSError:  # it ended while it waited
+                except OSError:  # The process ended while it waited.
                     return self._died(slot)
                 self.waiting.remove(job)
                 slot.job, slot.began = job, time.time()
                 return
 
     def _listen(self, slots: list[Slot]) -> None:
-        """Take in answers and deaths; waits for one of them, or for a moment."""
+        """Wait up to 5 seconds for answers and deaths of processes, and handle them."""
         by_handle: dict[Any, Slot] = {}
         for slot in slots:
             by_handle[slot.pipe] = by_handle[slot.process.sentinel] = slot
@@ -162,8 +171,8 @@ class Pool:
         assert job is not None
         if message.get("out_of_memory") and job.memory < MEMORY_TRIES - 1:
             job.memory += 1
-            self.waiting.append(job)  # at the end: later
-            self.say(f"out of memory on {slot.device}, again later: {job.spec['method']} on {job.spec['task']}")
+            self.waiting.append(job)  # The run goes to the end of the queue.
+            self.say(f"out of memory on {slot.device}, repeated later: {job.spec['method']} on {job.spec['task']}")
             return
         if "error" not in message:
             self.pace.add(time.time() - slot.began, job.cost)

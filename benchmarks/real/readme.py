@@ -1,12 +1,13 @@
-"""The README's picture and table, from results of ``python -m benchmarks.real run``.
+"""The picture and the table of the README, from results of ``python -m benchmarks.real run``.
 
     python -m benchmarks.real readme benchmarks/results/real-default-h200.jsonl benchmarks/results/real-h200.jsonl
 
-Writes ``real-forgetting.png``: test loss against forgetting, AdamW's grid of rates beside CTROptimizer's default, with
-and without retained text. Prints the table. AdamW's best rate is the one of lowest test loss, which favours it. Of
-runs with one specification the first counts. CTROptimizer's runs are at its default;
-``kl_schedule="lr"`` sets the same bound wherever a batch holds 256 loss tokens and no row is seen twice: its runs
-stand in for the default where that was not run, and the table marks them.
+Writes ``real-forgetting.png``: test loss against forgetting, for AdamW's grid of rates and for CTROptimizer's default
+with and without retained text. Prints the table. AdamW's best rate has the lowest test loss, which favours AdamW. Of
+several runs with one specification the first counts.
+
+``kl_schedule="lr"`` sets the same bound as the default where a batch holds 256 loss tokens and no row is seen twice.
+Where the default was not run, the table shows runs of ``kl_schedule="lr"`` and marks them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.real.specs import DEFAULTS, WIKITEXT, key_of
 
 TASKS = ("e2e", "gsm8k", "hellaswag", "boolq", "arc_easy", "mbpp")
 DRAWN = ("e2e", "gsm8k", "hellaswag")
-AGAIN = ("arc_easy", "mbpp")  # 200 steps see rows twice here: runs of another kl_schedule are not the default's
+AGAIN = ("arc_easy", "mbpp")  # 200 steps repeat rows, so that kl_schedule="lr" sets another bound than the default
 SAME = ("rank", "alpha", "steps", "batch", "schedule", "rows", "sequence", "holdout")
 SCHEDULES: tuple[dict[str, Any], ...] = ({}, {"kl_schedule": "auto"}, {"kl_schedule": "lr"})
 FILE = "real-forgetting.png"
@@ -37,7 +38,7 @@ MARK = "†"
 
 @dataclass
 class Task:
-    """A task's rows: AdamW's by rate, and CTROptimizer's default without and with retained text."""
+    """A task's rows: AdamW by rate, and CTROptimizer's default without and with retained text."""
 
     name: str
     base: Record | None
@@ -47,30 +48,30 @@ class Task:
 
     @property
     def best(self) -> Row | None:
-        """AdamW at the rate of lowest test loss, which favours it."""
+        """AdamW at the rate of lowest test loss, which favours AdamW."""
         return min(self.adamw, key=self.loss) if len(self.adamw) > 1 else None
 
     @property
     def everyday(self) -> Row | None:
-        """AdamW at its everyday rate."""
+        """AdamW at the common rate ``EVERYDAY``."""
         return next((row for row in self.adamw if row.rate == EVERYDAY), None)
 
     def loss(self, row: Row) -> float:
-        """Test loss, the mean over seeds."""
+        """Return the mean test loss over seeds."""
         return row.mean(lambda record: record["loss"])
 
     def forgetting(self, row: Row) -> float:
-        """Rise of the loss on WikiText-2, the mean over seeds."""
+        """Return the mean rise of the WikiText-2 loss over seeds."""
         return row.mean(lambda record: rise(record, self.base))
 
 
 def first_of_each(records: list[Record]) -> list[Record]:
-    """The first record of each specification."""
+    """Return the first record of each specification."""
     return list({key_of(record["spec"]): record for record in reversed(records)}.values())
 
 
 def tasks_of(records: list[Record]) -> dict[str, Task]:
-    """The tasks with runs in the default setting."""
+    """Return the tasks with runs in the default setting, by name."""
     base, found = bases(records), {}
     for setting, rows in rows_of(records).items():
         spec = next(iter(rows[0].runs.values()))["spec"]
@@ -83,7 +84,7 @@ def tasks_of(records: list[Record]) -> dict[str, Task]:
 
 
 def _ours(rows: list[Row], retain: tuple[Any, ...]) -> Row | None:
-    """CTROptimizer's default: of the specs that mean it the default's own first, then the one of most seeds."""
+    """Return CTROptimizer's default: the default itself if it was run, else the equal schedule with the most seeds."""
     same = []
     for row in rows:
         spec = next(iter(row.runs.values()))["spec"]
@@ -93,12 +94,12 @@ def _ours(rows: list[Row], retain: tuple[Any, ...]) -> Row | None:
 
 
 def _former(row: Row) -> bool:
-    """Whether the runs are those of ``kl_schedule="lr"``."""
+    """Return whether the runs use ``kl_schedule="lr"``."""
     return next(iter(row.runs.values()))["spec"]["options"].get("kl_schedule") == "lr"
 
 
 def table(tasks: dict[str, Task]) -> list[str]:
-    """Markdown: the lowest loss of each task in bold."""
+    """Return the table in Markdown; the lowest loss of each task is bold."""
     head = ["task", f"AdamW {_short(EVERYDAY)}, not tuned", "AdamW, tuned for the task", "CTROptimizer, not tuned"]
     head += ["with `retain=` WikiText-2, not tuned"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -122,13 +123,13 @@ def _cell(task: Task, row: Row | None, lowest: str, rate: bool) -> str:
 
 
 def _short(rate: float) -> str:
-    """A learning rate as people write it: 1.6e-3."""
+    """Format a learning rate in the short form 1.6e-3."""
     digits, exponent = f"{rate:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def picture(tasks: dict[str, Task], file: Path) -> None:
-    """Test loss against forgetting: lower and further left is better."""
+    """Draw test loss against forgetting; lower and further left is better."""
     figure, axes = plt.subplots(1, len(DRAWN), figsize=(11, 3.6), layout="constrained")
     for axis, name in zip(axes, DRAWN, strict=True):
         task = tasks[name]

@@ -1,11 +1,11 @@
-"""Markdown tables from results of ``python -m benchmarks.real run``.
+"""Markdown tables of results of ``python -m benchmarks.real run``.
 
     python -m benchmarks.real report lines.jsonl [more.jsonl] > tables.md
 
-One table for each setting (task, rank, steps, batch, schedule, rows). A peer's learning rate is the one of lowest mean
-validation loss among those that were run, never by test loss. The best tuned peer is the one of
-lowest validation loss. Forgetting is the rise of the loss on plain text over the untrained base's. Differences are
-paired by seed, with their 95 % interval (Student's t).
+Each setting (task, rank, steps, batch, schedule, rows) has one table. A method's learning rate is the rate of lowest
+mean validation loss among the runs, never of lowest test loss. The best tuned peer has the lowest validation loss.
+Forgetting is the rise of the loss on plain text over that of the untrained base model. Differences are paired by seed,
+with 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTING = ("task", "sequence", "rank", "alpha", "steps", "batch", "schedule", "r
 
 
 def family_of(spec: Spec) -> str:
-    """A method with what sets it apart, its rate left out."""
+    """Return a method's name with its options and without its rate."""
     options = [f"{k}={json.dumps(v)}" for k, v in spec["options"].items()]
     if spec["retain"] is not None:
         retain = spec["retain"]
@@ -43,12 +43,12 @@ def family_of(spec: Spec) -> str:
 
 
 def setting_of(spec: Spec) -> tuple:
-    """What the runs of one table share."""
+    """Return the values that the runs of one table share."""
     return tuple(json.dumps(spec[key]) for key in SETTING)
 
 
 def name_of(setting: tuple) -> str:
-    """A table's heading."""
+    """Return a table's heading."""
     of = {key: json.loads(value) for key, value in zip(SETTING, setting, strict=True)}
     parts = [" then ".join(of["sequence"]) if of["sequence"] else of["task"], f"{of['steps']} steps of {of['batch']}"]
     parts.append(of["schedule"])
@@ -75,7 +75,7 @@ class Row:
         return self.family + ("" if self.rate is None else f" {self.rate:.2g}")
 
     def mean(self, value: Callable[[Record], float | None]) -> float:
-        """Mean over seeds; infinite where some run diverged, NaN where nothing is known."""
+        """Return the mean over seeds: infinite if a run diverged, NaN if no run has the value."""
         known = [v for v in map(value, self.runs.values()) if v is not None]
         if not known:
             return math.nan
@@ -83,7 +83,7 @@ class Row:
 
 
 def rows_of(records: Iterable[Record]) -> dict[tuple, list[Row]]:
-    """Rows by setting, finished runs only; runs of no steps are left out."""
+    """Return the rows by setting, without failed runs and runs of zero steps."""
     tables: dict[tuple, dict[tuple, Row]] = defaultdict(dict)
     for record in records:
         spec = record["spec"]
@@ -96,24 +96,24 @@ def rows_of(records: Iterable[Record]) -> dict[tuple, list[Row]]:
 
 
 def bases(records: Iterable[Record]) -> dict[str, Record]:
-    """The untrained base's record by task."""
+    """Return the untrained base model's record by task."""
     return {r["spec"]["task"]: r for r in records if r["spec"]["steps"] == 0 and "loss" in r}
 
 
 def base_of(setting: tuple, base: dict[str, Record]) -> Record | None:
-    """The base's record for a table; another task's where there is none, since its text and domains are the same."""
+    """Return the base model's record for a table, or another task's record, which has the same text and domains."""
     return base.get(json.loads(setting[0])) or next(iter(base.values()), None)
 
 
 def chosen_by(row: Row) -> float:
-    """What a rate is chosen by: mean validation loss, the test loss only where no rows were held out."""
+    """Return the loss that rates are chosen by: mean validation loss, or test loss if no rows were held out."""
     loss = row.mean(lambda r: r.get("validation"))
     loss = row.mean(lambda r: r["loss"]) if math.isnan(loss) else loss
     return loss if math.isfinite(loss) else math.inf
 
 
 def tuned(rows: Iterable[Row]) -> list[Row]:
-    """Every family at its best rate; where rates were run with different numbers of seeds, among those with most."""
+    """Return every family at its best rate among the rates with the most seeds."""
     by_family: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_family[row.family].append(row)
@@ -125,12 +125,12 @@ def tuned(rows: Iterable[Row]) -> list[Row]:
 
 
 def best_peer(rows: Iterable[Row]) -> Row | None:
-    """The tuned peer (nothing of ours) of lowest validation loss."""
+    """Return the tuned method of lowest validation loss other than CTROptimizer."""
     return min((row for row in rows if row.method != "ctr"), key=chosen_by, default=None)
 
 
 def rise(record: Record, base: Record | None) -> float | None:
-    """Forgetting: loss on plain text over the base's, in nats."""
+    """Return the forgetting: loss on plain text minus that of the base model, in nats."""
     if base is None or record.get("text") is None or record["spec"]["text"] != base["spec"]["text"]:
         return None
     return record["text"] - base["text"]
@@ -143,7 +143,7 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
 
 
 def difference(row: Row, reference: Row | None) -> str:
-    """Mean paired difference of test losses, with its interval from two seeds on."""
+    """Return the mean paired difference of test losses, with its interval if there are two or more seeds."""
     if reference is None or reference is row:
         return ""
     pairs = [row.runs[s]["loss"] - reference.runs[s]["loss"] for s in row.runs if s in reference.runs]
@@ -156,7 +156,7 @@ def difference(row: Row, reference: Row | None) -> str:
 
 
 def table(rows: list[Row], base: Record | None, reference: Row | None) -> list[str]:
-    """Rows as Markdown, lowest test loss first."""
+    """Return the rows as Markdown, lowest test loss first."""
     every = [r for row in rows for r in row.runs.values()]
     domains = sorted({task for r in every for task in r.get("domains", {})})
     scores = sorted({name for r in every for name in r.get("score", {})})
@@ -202,7 +202,7 @@ def _score(row: Row, name: str) -> str:
 
 
 def rates_table(rows: list[Row], base: Record | None) -> list[str]:
-    """Test loss and forgetting over a family's rates, for families with several."""
+    """Return a table of test loss and forgetting by rate, for families with several rates."""
     by_family: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.rate is not None:
@@ -220,7 +220,7 @@ def rates_table(rows: list[Row], base: Record | None) -> list[str]:
 
 
 def summary(tables: dict[tuple, list[Row]], base: dict[str, Record]) -> list[str]:
-    """Every setting in one line: our default, our best fixed bound, AdamW tuned and at the everyday rate."""
+    """Return one line per setting: CTROptimizer's default and best fixed bound, AdamW tuned and at the common rate."""
     head = ["setting", "default", "best of ours", "AdamW tuned", f"AdamW {EVERYDAY:g}", "best peer",
             "default from AdamW tuned", "forgetting: default, AdamW tuned"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -267,7 +267,7 @@ def _relative(row: Row | None, reference: Row | None) -> float | None:
 
 
 def sequences(rows: list[Row]) -> list[str]:
-    """Loss of every task of a sequence after each of them."""
+    """Return a table of the loss of every task of a sequence after each task."""
     lines = []
     for row in tuned(rows):
         phases = [r["sequence"] for r in row.runs.values() if r.get("sequence")]
@@ -285,13 +285,13 @@ def sequences(rows: list[Row]) -> list[str]:
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """What failed, once for each method and error."""
+    """Return the failed runs, one line per method and error."""
     seen = sorted({(family_of(r["spec"]), r["error"]) for r in records if "error" in r})
     return [f"- {name}: {error}" for name, error in seen]
 
 
 def report(records: list[Record]) -> str:
-    """All tables."""
+    """Return all tables."""
     base, tables = bases(records), rows_of(records)
     out = [
         "# The real model: every table",

@@ -1,10 +1,10 @@
-"""Work a plan off on every GPU, or on the CPU: one JSON line for each run; finished runs are not repeated.
+"""Execute a plan on every GPU, or on the CPU; write one JSON line per run and skip finished runs.
 
     python -m benchmarks.real run PLAN.json --data DIR --model DIR --out FILE.jsonl [--gpus all] [--per-gpu 6]
         [--limit-s S]
 
-A stopped command loses only the runs under way: the same command goes on where it stopped. With --limit-s, no run is
-begun that would not end in time, and the command ends then. Keys of a run: see benchmarks/real/specs.py.
+A stopped command loses only the runs in progress; calling it again resumes the plan. With --limit-s, the command ends
+after that time and starts no run that would exceed it. benchmarks/real/specs.py documents the keys of a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKAGES = ("torch", "transformers", "peft", "ctr_optim")
 
 
 def versions(device: str, processes: int) -> dict[str, Any]:
-    """What a run's figures depend on besides its specification."""
+    """Return the versions and the device of a run."""
     from importlib.metadata import PackageNotFoundError, version
 
     import ctr_optim
@@ -53,20 +53,20 @@ def versions(device: str, processes: int) -> dict[str, Any]:
 
 
 def attempt(spec: Spec, base: Any, store: data.Store, device: torch.device) -> Result:
-    """A run's record, or what it failed with."""
+    """Return the record of a run, or its error."""
     from benchmarks.real.train import train
 
     return attempt_with(lambda: train(spec, base, store, device))
 
 
 def attempt_with(work: Callable[[], Result]) -> Result:
-    """What ``work`` returns, or what it failed with: one failed run must not lose the others."""
+    """Return the result of ``work``, or its error, so that one failed run does not stop the others."""
     try:
         return work()
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
     except Exception as error:
-        if any(mark in str(error) for mark in NO_MEMORY):  # of libraries that do not use torch's allocator
+        if any(mark in str(error) for mark in NO_MEMORY):  # from libraries that do not use torch's allocator
             return {"error": f"out of memory: {error}"[:300], "out_of_memory": True}
         where = traceback.format_exc().strip().splitlines()[-3:-1]
         return {"error": f"{type(error).__name__}: {error}"[:600], "where": " ".join(where)[-300:]}
@@ -75,7 +75,7 @@ def attempt_with(work: Callable[[], Result]) -> Result:
 def serve(
     device: str, pipe: Connection, folder: str, data_folder: str, cache: str, processes: int, threads: int
 ) -> None:
-    """A process's life: load the model, then run the specs that come over the pipe."""
+    """Run as a worker process: load the model, then run the specs that arrive over the pipe."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import logging
@@ -101,14 +101,14 @@ def serve(
             base, _ = data.load(folder, spec["dtype"], kind)
         result = attempt(spec, base, store, kind)
         if kind.type == "cuda" and "CUDA error" not in result.get("error", ""):
-            torch.cuda.empty_cache()  # for the other processes
+            torch.cuda.empty_cache()  # The other processes on the GPU need the memory.
         pipe.send({**result, "versions": known})
         if "CUDA error" in result.get("error", ""):
-            return  # nothing works in a process after such an error; the parent starts another one
+            return  # A process cannot use CUDA after such an error; the parent starts another process.
 
 
 def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Records of results files, specifications completed; a line that was cut off is left out."""
+    """Return the records of results files with complete specifications, without truncated lines."""
     records = []
     for path in paths:
         for line in Path(path).read_text().splitlines() if os.path.exists(path) else []:
@@ -122,7 +122,7 @@ def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def devices_of(gpus: str) -> list[str]:
-    """``all``, a number of GPUs, a list such as ``0,2``, or ``none``: devices, the CPU where there is no GPU."""
+    """Return the devices for ``all``, a number of GPUs, a list such as ``0,2``, or ``none``; without a GPU: the CPU."""
     count = torch.cuda.device_count() if gpus != "none" else 0
     if gpus == "all":
         chosen = list(range(count))
@@ -137,7 +137,7 @@ def work(
     specs: list[Spec], data_folder: str, folder: str, out: str, devices: list[str], each: int, limit: float = math.inf,
     again: bool = False,
 ) -> int:  # fmt: skip
-    """Run a plan; gives how many runs are left. ``again``: failed runs are repeated, too."""
+    """Run a plan and return how many runs are left. ``again`` repeats failed runs."""
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -170,7 +170,7 @@ def work(
             try:
                 store.warm(spec)
             except (OSError, ValueError, KeyError):
-                continue  # the run itself will say what is wrong
+                continue  # The run itself reports the error.
         print(f"{time.time() - began:6.0f} s  tokenised", flush=True)
         threads = int(os.environ["OMP_NUM_THREADS"])
         arguments = (folder, data_folder, cache, each * len(devices), threads)
@@ -186,15 +186,15 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("plan", nargs="+", help="JSON files of runs")
     parser.add_argument("--data", required=True, help="folder of tasks")
-    parser.add_argument("--model", default=str(DEFAULT), help="folder of the model (default: where prepare writes it)")
-    parser.add_argument("--out", required=True, help="results, JSON lines, appended to")
+    parser.add_argument("--model", default=str(DEFAULT), help="folder of the model (default: the folder of `prepare`)")
+    parser.add_argument("--out", required=True, help="results file, JSON lines are appended")
     parser.add_argument("--gpus", default="all", help="all, a number, a list such as 0,2, or none")
-    parser.add_argument("--per-gpu", type=int, help="processes on each (default: 6 on a GPU, 1 on the CPU)")
+    parser.add_argument("--per-gpu", type=int, help="processes per device (default: 6 on a GPU, 1 on the CPU)")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
-    parser.add_argument("--again", action="store_true", help="repeat runs that failed")
+    parser.add_argument("--again", action="store_true", help="repeat failed runs")
     args = parser.parse_args(arguments)
     if not Path(args.model, "config.json").exists():
-        raise SystemExit(f"--model: {args.model} holds no model; make it with `python -m benchmarks.real prepare`")
+        raise SystemExit(f"--model: {args.model} holds no model; create it with `python -m benchmarks.real prepare`")
     specs = [spec for plan in args.plan for spec in json.loads(Path(plan).read_text())]
     devices = devices_of(args.gpus)
     each = args.per_gpu or (1 if devices == ["cpu"] else 6)

@@ -1,4 +1,4 @@
-"""A run's specification: every key with its default, a run's identity, its estimated cost."""
+"""Specification of a run: its keys with defaults, its identity and its estimated cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 Spec = dict[str, Any]
 
 WIKITEXT: Spec = {"task": "wikitext2", "split": "valid", "pieces": 64, "length": 256}
-"""Retained text for the peers and for ``retain``: what WikiText-2's test loss is measured against."""
+"""Retained text for ``retain`` and for the other methods: WikiText-2's validation split."""
 
 DEFAULTS: Spec = {
     "method": "ctr", "task": "e2e", "sequence": None, "lr": None, "options": {}, "retain": None, "kl_budget": None,
@@ -17,30 +17,32 @@ DEFAULTS: Spec = {
     "text": {"task": "wikitext2", "split": "test", "pieces": 64, "length": 256}, "score": [], "dtype": "float32",
 }  # fmt: skip
 """
-method      one of :data:`benchmarks.real.methods.METHODS`; ``lr`` and ``options`` are its learning rate (None: its
-            default) and the keyword arguments of its optimizer, see there
-task        folder of ``train.jsonl`` and ``test.jsonl``; ``sequence``: several, trained on one after the other instead,
-            ``steps`` each, with one adapter and one optimizer; every task is tested after each
+method      one of :data:`benchmarks.real.methods.METHODS`
+lr          learning rate of the method; None: its default
+options     keyword arguments of the method's optimizer
+task        folder of ``train.jsonl`` and ``test.jsonl``
+sequence    several tasks instead of ``task``, trained in this order with one adapter and one optimizer, ``steps`` each;
+            every task is tested after each of them
 retain      text whose predictions should stay: None (the method's default), ``"none"``, ``"self"``, or
-            ``{"task", "split", "pieces", "length"}``; goes to ``CTROptimizer(retain=)`` and to the peers of retention
-kl_budget   goes to ``CTROptimizer(kl_budget=)``
-holdout     rows, out of those held out of training, that may judge the training: ``CTROptimizer(holdout=)``, or early
-            stopping (the best of 20 checks) for every other method
-alpha       LoRA's alpha; its scaling is ``alpha / rank``
-schedule    ``cosine``, ``linear`` (10 % warm-up, then down to 0), ``constant`` (no scheduler is attached)
+            ``{"task", "split", "pieces", "length"}``; passed to ``CTROptimizer(retain=)`` and to the other methods
+kl_budget   passed to ``CTROptimizer(kl_budget=)``
+holdout     number of validation rows that judge the training: ``CTROptimizer(holdout=)``, or early stopping (the best
+            of 20 checks) for every other method
+alpha       LoRA's alpha; the scaling is ``alpha / rank``
+schedule    ``cosine``, ``linear`` (10 % warm-up, then down to 0), ``constant`` (no scheduler)
 rows        training rows, drawn by the seed; None: all
-held        training rows, whole prompts, held out of training; rates are chosen by their loss (``validation``)
-evaluate    test rows at most, and those of every other task
+held        validation rows: training rows, by whole prompts, held out of training; rates are chosen on their loss
+evaluate    largest number of test rows, also of every other task
 curve       steps between two evaluations; 0: only at the end
-domains     other tasks whose test loss is taken; the run's own is left out
-text        plain text whose loss is taken: forgetting
+domains     other tasks whose test loss is measured; the run's own task is left out
+text        plain text whose loss measures forgetting
 score       ``accuracy`` (choices by likelihood), ``kl_from_base``, ``exact_match``, ``overlap``, or ``accuracy:TASK``
             for another task's choices
 """
 
 SCHEDULES = ("cosine", "linear", "constant")
 
-# Time of a step against AdamW's on plain LoRA; what is not here takes as long.
+# Time of a step relative to AdamW on plain LoRA; methods that are not listed count as 1.
 SLOWER = {
     "ctr": 1.3, "dora": 2.0, "adalora": 2.0, "soap": 2.5, "lora_rite": 2.5, "riemannian": 1.6, "muon": 1.4,
     "adamw_kl": 2.2, "adamw_replay": 1.7,
@@ -48,11 +50,15 @@ SLOWER = {
 # Tokens of a row, prompt and target, with the tokenizer of SmolLM2.
 LENGTHS = {"gsm8k": 190, "mbpp": 80, "e2e": 64, "hellaswag": 75, "boolq": 38, "sst2": 30, "arc_easy": 85}
 LENGTHS |= {"arc_challenge": 95, "mmlu": 120, "winogrande": 60}
-LAUNCH = 1000.0  # tokens that take as long as a step's launches
+LAUNCH = 1000.0  # number of tokens whose computation takes as long as the kernel launches of a step
 
 
 def complete(spec: Spec) -> Spec:
-    """A spec with every key, so that equal runs have equal keys; raises ValueError for what there is not."""
+    """Return a spec with every key, so that equal runs have equal specs.
+
+    Raises:
+        ValueError: an unknown key or schedule.
+    """
     unknown = set(spec) - set(DEFAULTS)
     if unknown:
         raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
@@ -63,20 +69,20 @@ def complete(spec: Spec) -> Spec:
 
 
 def key_of(spec: Spec) -> str:
-    """Identity of a run."""
+    """Return the identity of a run: its complete spec as JSON."""
     return json.dumps(complete(spec), sort_keys=True)
 
 
 def tasks_of(spec: Spec) -> list[str]:
-    """The tasks that a run trains on, in order."""
+    """Return the tasks that a run trains on, in order."""
     return list(spec["sequence"] or [spec["task"]])
 
 
 def cost(spec: Spec) -> float:
-    """Estimated time, in steps of AdamW on 16 rows of 64 tokens."""
+    """Return the estimated time, in steps of AdamW on 16 rows of 64 tokens."""
     spec = complete(spec)
     unit, slower = LAUNCH + 16 * 64, SLOWER.get(spec["method"], 1.0)
-    total = 20.0  # the copy of the model, the adapter, the first step
+    total = 20.0  # copying the model, adding the adapter, the first step
     for task in tasks_of(spec):
         tokens = spec["batch"] * min(LENGTHS.get(task, 100), spec["max_length"])
         total += spec["steps"] * slower * (LAUNCH + tokens) / unit

@@ -1,4 +1,4 @@
-"""One run: train an adapter as the specification says, measure it, give the record of the results file."""
+"""One run: train an adapter by its specification, measure it, and return the record for the results file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.quality import generation, tasks
 from benchmarks.real import data, measure, methods
 from benchmarks.real.specs import Spec, complete, tasks_of
 
-CHECKS = 20  # of a peer's early stopping
+CHECKS = 20  # evaluations of early stopping in one run
 WARMUP = 0.1
 
 
 def schedule(name: str, steps: int) -> Callable[[int], float] | None:
-    """Factor of the learning rate at step t; None where no scheduler is to be attached."""
+    """Return the function from step to learning-rate factor, or None for a constant rate without a scheduler."""
     warm = max(1, round(WARMUP * steps))
     if name == "cosine":
         return lambda t: 0.5 * (1 + math.cos(math.pi * min(t, steps) / max(1, steps)))
@@ -29,7 +29,7 @@ def schedule(name: str, steps: int) -> Callable[[int], float] | None:
 
 
 class EarlyStopping:
-    """Keeps the trainable weights of the lowest loss on held-out rows: what ``holdout`` is to a method without it."""
+    """Keeps the trainable weights of the lowest loss on held-out rows, for methods without ``holdout``."""
 
     def __init__(self, model: nn.Module, rows: list[tasks.Example], steps: int, device: torch.device) -> None:
         self.model, self.rows, self.device = model, rows, device
@@ -64,7 +64,7 @@ class Trial:
         return self.store.test(self.spec, task)
 
     def holdout(self) -> list[tasks.Example]:
-        """The first ``holdout`` held-out rows of the (first) task."""
+        """Return the first ``holdout`` validation rows of the (first) task."""
         held = self.splits[tasks_of(self.spec)[0]][1]
         if len(held) < self.spec["holdout"]:
             raise ValueError(f"holdout: got {self.spec['holdout']}, expected at most the {len(held)} rows held out")
@@ -78,11 +78,11 @@ class Trial:
             retained = data.pieces(self.store.text(spec["retain"]), self.device)
         rows = self.holdout()
         holdout = [tasks.collate(rows[i : i + size], self.device) for i in range(0, len(rows), size)]
-        # Setup never shows the batches that training begins with.
+        # Another seed than the training's, so that setup does not see the first training batches.
         return methods.Context(tasks.batches(train, size, 64, spec["seed"] + 7, self.device), retained, holdout)
 
     def figures(self, model: Any, task: str) -> dict[str, Any]:
-        """Loss on the task's test rows and on plain text."""
+        """Return the loss on the task's test rows and on plain text."""
         spec = self.spec
         found = {"loss": measure.loss_per_token(model, self.test(task), self.device)}
         if spec["text"]:
@@ -98,7 +98,7 @@ class Trial:
         }
 
     def score(self, model: Any, task: str) -> dict[str, float]:
-        """What ``score`` asks for."""
+        """Return the scores that the spec's ``score`` names."""
         spec, device, tokenizer = self.spec, self.device, self.store.tokenizer
         scores: dict[str, float] = {}
         for name in spec["score"]:
@@ -129,11 +129,11 @@ class Trial:
 
 
 def _phase(trial: Trial, run: methods.Run, loss_of: methods.Loss, task: str, number: int) -> dict[str, Any]:
-    """Train on one task: its losses, curve and seconds (evaluations left out)."""
+    """Train on one task; return its losses, curve and seconds (without evaluations)."""
     spec, device, model, optimizer = trial.spec, trial.device, run.model, run.optimizer
     steps = spec["steps"]
     factor = schedule(spec["schedule"], steps)
-    for group in optimizer.param_groups:  # a second task begins at the full rate
+    for group in optimizer.param_groups:  # A second task starts at the full rate.
         group["lr"] = group.get("initial_lr", group["lr"])
     scheduler = None if factor is None else torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     stream = tasks.batches(trial.splits[task][0], spec["batch"], steps, spec["seed"] + 97 * number, device)
@@ -167,7 +167,7 @@ def _phase(trial: Trial, run: methods.Run, loss_of: methods.Loss, task: str, num
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of ``metrics()`` goes into a line: numbers and short texts."""
+    """Return the entries of ``metrics()`` that go into a line: numbers and short texts."""
     return {k: v for k, v in metrics.items() if v is None or isinstance(v, bool | int | float | str)}
 
 
@@ -178,9 +178,9 @@ def train(
     device: torch.device,
     look: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The record of a run, without its specification. ``loss`` is the (last) task's test loss per target token.
+    """Run a spec and return its record without the spec. ``loss`` is the (last) task's test loss per target token.
 
-    ``look`` gets the trained model; what it returns is added to the record.
+    ``look`` receives the trained model; its result is added to the record.
     """
     began = time.time()
     trial = Trial(spec, base, store, device)

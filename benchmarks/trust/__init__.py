@@ -1,1 +1,1 @@
-"""What holds over a long run."""
+"""Benchmarks of the promises: the bound of each step, long runs, several GPUs."""

@@ -1,12 +1,16 @@
-"""Thousands of steps with rank events throughout, every promise checked on the way.
+"""Thousands of steps with rank events, with a check of every promise.
 
     python -m benchmarks.trust.long_run --steps 20000 --out benchmarks/results/trust-cpu.jsonl
 
-The model is tiny (two blocks of width 16, six LoRA layers), the arithmetic float32. Checked at every step: the
-predicted KL against its bound, the budget. At every rank event: that growth leaves the function alone, that a cut keeps
-the directions of most energy, that the transported bases are orthonormal. At every update of the factors: the same
-moving averages in float64 from hooks of our own (those of H and D begin anew at an event, which changes their space).
-Every so often: the predicted KL again, from the weights before and after; objects, tensors, hooks and resident memory.
+The model is tiny (two blocks of width 16, six LoRA layers) and runs in float32. Checks:
+
+- every step: the predicted KL stays within its bound, the parameters within the budget;
+- every rank event: growth keeps the function, a cut keeps the directions of most energy, transported bases are
+  orthonormal;
+- every update of the factors: they equal moving averages in float64 from independent hooks. The averages of H and D
+  start again at a rank event, which changes their space;
+- every 97 steps: the predicted KL equals the KL computed from the weights before and after the step;
+- every ``--every`` steps: number of objects, tensors and hooks, resident memory.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ class LoRALinear(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixes each token with the mean of those before it, then widens and narrows."""
+    """Mixes each token with the mean of the tokens up to it, then applies an MLP."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -79,7 +83,7 @@ class Model(nn.Module):
 
 
 def batch(step: int, rule: Tensor) -> Tensor:
-    """Sequences of a random grammar that changes every 2,000 steps, so that there is always something to learn."""
+    """Return sequences of a random grammar. It changes every 2,000 steps, so that the model can always learn."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (8, 17), generator=generator)
     for t in range(2, 17):
@@ -90,18 +94,18 @@ def batch(step: int, rule: Tensor) -> Tensor:
 
 @dataclass
 class Worst:
-    """The largest value seen of everything that must stay small."""
+    """The largest value so far of every quantity that must stay small."""
 
     seen: dict[str, float] = field(default_factory=dict)
 
     def note(self, name: str, value: float | Tensor) -> None:
-        """Remember a value; NaN is larger than anything."""
+        """Update the largest value of ``name``; NaN counts as infinite."""
         number = float(value)
         self.seen[name] = max(self.seen.get(name, 0.0), number if number == number else float("inf"))
 
 
 class Oracle:
-    """The factors' moving averages once more, in float64 and from hooks of our own."""
+    """The factors' moving averages in float64, from hooks that are independent of the optimizer."""
 
     def __init__(self, opt: CTROptimizer, decay: float) -> None:
         self.opt, self.decay, self.updates = opt, decay, 0
@@ -123,10 +127,10 @@ class Oracle:
         out.register_hook(lambda g: seen.__setitem__("g", g.double().flatten(0, -2)))  # type: ignore[no-untyped-call]
 
     def update(self) -> float:
-        """Fold the last backward in; returns the share of tokens that the layer that saw the fewest saw.
+        """Add the last backward to the averages; return the smallest share of active tokens of any layer.
 
-        A token without a gradient at a layer (a ReLU behind it is shut) counts for nothing there; the loss is a mean
-        over the tokens of the layer that saw the fewest.
+        A token is active at a layer if its gradient there is nonzero; a ReLU after the layer may zero it. The loss is
+        treated as a mean over the active tokens of the layer with the fewest.
         """
         self.updates += 1
         weight = (1 - self.decay) / (1 - self.decay**self.updates)
@@ -134,7 +138,7 @@ class Oracle:
         tokens = min(int(a.sum()) for a in active.values())
         for name, t in self.now.items():
             x, h = t["x"][active[name]], t["h"][active[name]]
-            g = t["g"] * tokens  # gradients of the summed loss
+            g = t["g"] * tokens  # gradients of the sum over tokens
             d = g @ t["B"]
             new = {
                 "input_diagonal": x.square().mean(0),
@@ -148,14 +152,14 @@ class Oracle:
         return tokens / len(next(iter(active.values())))
 
     def adopt(self) -> None:
-        """After a rank event H and D live in another space: begin from the optimizer's."""
+        """Copy H and D from the optimizer after a rank event, which changes their space."""
         for pair in self.opt.pairs:
             for key in ("rank_input", "rank_output"):
                 if pair.name in self.mean:
                     self.mean[pair.name][key] = self.opt.state[pair.B][key].double().clone()
 
     def compare(self, worst: Worst) -> None:
-        """Relative difference of every factor."""
+        """Record the relative difference of every factor."""
         for pair in self.opt.pairs:
             for key, mine in self.mean[pair.name].items():
                 error = (self.opt.state[pair.B][key].double() - mine).norm() / mine.norm().clamp_min(1e-300)
@@ -163,7 +167,7 @@ class Oracle:
 
 
 def predicted_again(opt: CTROptimizer, before: dict[str, tuple[Tensor, Tensor]]) -> float:
-    """``kappa q / 2`` of the movement of the weights, in dense float64 algebra."""
+    """Return ``kappa q / 2`` of the change of the weights, in dense float64 algebra."""
     total = 0.0
     for pair in opt.pairs:
         s = opt.state[pair.B]
@@ -178,7 +182,7 @@ def predicted_again(opt: CTROptimizer, before: dict[str, tuple[Tensor, Tensor]])
 
 
 def orthonormality(opt: CTROptimizer) -> float:
-    """The largest entry of ``Q^T Q - I`` over all bases."""
+    """Return the largest absolute entry of ``Q^T Q - I`` over all bases."""
     worst = 0.0
     for pair in opt.pairs:
         for p in (pair.A, pair.B):
@@ -188,9 +192,9 @@ def orthonormality(opt: CTROptimizer) -> float:
 
 
 def live(besides: int) -> dict[str, int]:
-    """Objects (besides those that we collect), tensors and their bytes, resident memory."""
+    """Return the number of objects (minus ``besides``), tensors and their bytes, and the resident memory."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # others may have no storage
+    tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]  # Subclasses may have no storage.
     storage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
     statm = Path("/proc/self/statm")
     page = resource.getpagesize()
@@ -204,16 +208,16 @@ def live(besides: int) -> dict[str, int]:
 
 
 def hooks(model: nn.Module) -> int:
-    """Hooks on all modules."""
+    """Return the number of hooks on all modules."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_load_state_dict_pre_hooks")
     return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
 
 
 def watching(resize: Callable[..., None], worst: Worst) -> Callable[..., None]:
-    """``allocation.resize``, and what it does to a layer's function.
+    """Return ``allocation.resize`` with checks of a layer's function.
 
-    Growth must change nothing. A cut must keep the best directions and nothing else: with the adapter's energy in the
-    Fisher metric ``tr(D H)``, what is left of it is the sum of the largest eigenvalues of ``D H``.
+    Growth must not change the function. A cut must keep exactly the best directions. The adapter's energy in the Fisher
+    metric is ``tr(D H)``; after the cut it must equal the sum of the largest eigenvalues of ``D H``.
     """
 
     def watched(some: Any, kept: int, added: int, state: Callable[[Tensor], Any], *rest: Any, **more: Any) -> None:
@@ -236,13 +240,13 @@ def watching(resize: Callable[..., None], worst: Worst) -> Callable[..., None]:
 
 
 def run(steps: int, every: int = 1000, interval: int = 50, seed: int = 0) -> dict[str, Any]:
-    """Train, checking; returns what was seen.
+    """Train with all checks and return their results.
 
     Args:
-        steps: of the optimizer.
-        every: steps between two looks at memory.
+        steps: steps of the optimizer.
+        every: steps between two measurements of memory.
         interval: steps between rank events.
-        seed: of the model and the data.
+        seed: seed of the model and the data.
     """
     torch.manual_seed(seed)
     rule = torch.randint(0, VOCAB, (8, VOCAB, VOCAB))
@@ -305,7 +309,7 @@ def run(steps: int, every: int = 1000, interval: int = 50, seed: int = 0) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=1000)

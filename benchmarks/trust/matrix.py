@@ -1,10 +1,10 @@
-"""Where the bound holds: the measured KL of every step over its bound, for wrappers, adapters and loss forms.
+"""Test of the bound: the measured KL of every step over its bound, for wrappers, adapters and loss forms.
 
     python -m benchmarks.trust.matrix --out benchmarks/results/trust-matrix.jsonl --table docs/promises.md
 
-Each cell trains a tiny model for 30 steps with every default. Before and after each ``step()`` the program runs the
-model itself on the batch that made the step, and takes the KL over the predictions that the loss looks at. DDP and
-FSDP2 run in two processes over gloo.
+Each cell trains a tiny model for 30 steps at the defaults. Before and after each ``step()`` the program runs the model
+on the batch that made the step. It measures the KL over the predictions that enter the loss. DDP and FSDP2 run in two
+processes over gloo.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Cell = tuple[str, str, str]
 
 
 def cells() -> list[Cell]:
-    """All adapters by all loss forms without a wrapper; all wrappers by all adapters; some wrappers by all forms."""
+    """Return the cells: wrappers by adapters, and all loss forms without a wrapper and under some wrappers."""
     found = [("none", adapter, form) for adapter in ADAPTERS for form in FORMS]
     for wrapper in WRAPPERS[1:]:
-        if wrapper in DISTRIBUTED[:-1]:  # the hardest of the four has every adapter
+        if wrapper in DISTRIBUTED[:-1]:  # Only the last of the four, the hardest, runs every adapter.
             found += [(wrapper, adapter, "attached") for adapter in ("lora", "bypassed", "whole model")]
         else:
             found += [(wrapper, adapter, "attached") for adapter in ADAPTERS]
@@ -48,7 +48,7 @@ def cells() -> list[Cell]:
 
 
 def measure(cell: Cell, steps: int, folder: Path) -> dict[str, Any]:
-    """Train one cell; a crash is a result."""
+    """Train one cell and return its result; a crash is a result, too."""
     record: dict[str, Any] = dict(zip(("wrapper", "adapter", "form"), cell, strict=True))
     start = time.perf_counter()
     try:
@@ -65,7 +65,7 @@ def measure(cell: Cell, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def run(chosen: list[Cell], steps: int) -> list[dict[str, Any]]:
-    """Measure cells in this process, one line of progress each."""
+    """Measure cells in this process and print one line of progress per cell."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for cell in chosen:
@@ -78,7 +78,7 @@ def run(chosen: list[Cell], steps: int) -> list[dict[str, Any]]:
 
 
 def run_in_two_processes(chosen: list[Cell], steps: int) -> list[dict[str, Any]]:
-    """Measure cells in two processes over gloo; cells that a hang leaves over are reported as such."""
+    """Measure cells in two processes over gloo; report cells that a hang or an early end left over."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port, file = free.getsockname()[1], Path(folder) / "cells.jsonl"
@@ -103,12 +103,12 @@ def run_in_two_processes(chosen: list[Cell], steps: int) -> list[dict[str, Any]]
     for cell in chosen:
         if tuple(cell) not in done:
             names = dict(zip(("wrapper", "adapter", "form"), cell, strict=True))
-            results.append({**names, "crash": "not reached: the processes hung or ended before"})
+            results.append({**names, "crash": "not reached: the processes hung or ended earlier"})
     return results
 
 
 def work(chosen: list[Cell], steps: int, file: Path) -> None:
-    """One of two processes."""
+    """Run as one of two processes."""
     from datetime import timedelta
 
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
@@ -125,7 +125,7 @@ def work(chosen: list[Cell], steps: int, file: Path) -> None:
 
 
 def text_of(result: dict[str, Any] | None) -> str:
-    """A cell of the table."""
+    """Return the text of a table cell."""
     if result is None:
         return ""
     if "crash" in result:
@@ -139,7 +139,7 @@ def text_of(result: dict[str, Any] | None) -> str:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Markdown: adapters by loss forms, wrappers by adapters, wrappers by loss forms, and a summary."""
+    """Return Markdown: a summary, adapters by loss forms, wrappers by adapters, wrappers by loss forms."""
     by = {(r["wrapper"], r["adapter"], r["form"]): r for r in results}
     largest = [r["largest"] for r in results if "largest" in r]
     medians = [r["median"] for r in results if "median" in r]
@@ -170,7 +170,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 
 def insert(page: Path, table: str) -> None:
-    """Replace what stands between the markers of a page."""
+    """Replace the text between the markers of a page by ``table``."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, marker, after = rest.partition(END)
     if not marker:
@@ -179,11 +179,11 @@ def insert(page: Path, table: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the matrix, or the cells that contain a text."""
+    """Run the matrix, or the cells that match ``--only``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", default="", help="only cells whose 'wrapper, adapter, form' contains this text")
-    parser.add_argument("--out", type=Path, help="write one JSON line a cell to this file")
+    parser.add_argument("--only", default="", help="run cells whose 'wrapper, adapter, form' contains this text")
+    parser.add_argument("--out", type=Path, help="write one JSON line per cell to this file")
     parser.add_argument("--table", type=Path, help="write the table into this page, between its markers")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cells", help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
-"""Several GPUs over NCCL: both orders of wrapping, unused parameters looked for, bit-equal parameters.
+"""Several GPUs over NCCL: DDP in both orders of wrapping, with ``find_unused_parameters=True``, and FSDP2.
 
     torchrun --nproc_per_node 2 -m benchmarks.trust.nccl --model examples/assets/base5m --out nccl.jsonl
 
-Without GPUs the processes talk through gloo. The first line is of one process by itself, on the rows of all. Each
-further line says how a model was wrapped, whether all processes hold the same bits after training, first and last loss,
-the measured KL of every step over its bound (median and largest), and how far losses and weights are from the first
-line's. Exit code 1: a way failed, or bits differ.
+Without GPUs the processes use gloo. The first line shows a single process that trains on the rows of all processes.
+Each further line shows one way of wrapping: whether all processes hold bit-equal parameters after training, first and
+last loss, the measured KL of every step over its bound (median and largest), and the distance of losses and weights
+from the first line. Exit code 1 means that a way failed or that parameters differ.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from ctr_optim import CTROptimizer
 
 ALONE = "one process"
 WAYS = ("DDP, optimizer first", "DDP, optimizer last", "DDP, holdout and retain", "FSDP2")
-ROWS, LENGTH = 8, 64  # of each process
+ROWS, LENGTH = 8, 64  # rows and tokens per row of each process
 KEPT = ("trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/source", "trust/unbounded", "skipped_steps")
 Line = dict[str, Any]
 
 
 def adapted(path: str, device: torch.device) -> nn.Module:
-    """The model with LoRA, the same in every process."""
+    """Return the model with LoRA, equal in every process."""
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).to(device).train()
 
 
 def built(way: str, path: str, device: torch.device) -> tuple[nn.Module, CTROptimizer]:
-    """The model as it is wrapped, and its optimizer; ranks do not move."""
+    """Return the wrapped model and its optimizer, without a rank scheduler."""
     model = adapted(path, device)
     params = [p for p in model.parameters() if p.requires_grad]
     ids = [device.index] if device.type == "cuda" else None
@@ -68,7 +68,7 @@ def built(way: str, path: str, device: torch.device) -> tuple[nn.Module, CTROpti
 
 
 def tokens(seed: int, rows: int, device: torch.device) -> Tensor:
-    """Sequences that a rule mostly continues, so that there is something to learn."""
+    """Return sequences that mostly follow a rule, so that the model can learn; one token in five is random."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 2000, (rows, LENGTH), generator=generator)
     chance = torch.rand(rows, LENGTH, generator=generator)
@@ -78,7 +78,7 @@ def tokens(seed: int, rows: int, device: torch.device) -> Tensor:
 
 
 def shared(value: float, device: torch.device) -> float:
-    """The mean over processes."""
+    """Return the mean over processes."""
     if not dist.is_initialized():
         return value
     total = torch.tensor(value, dtype=torch.float64, device=device)
@@ -87,7 +87,7 @@ def shared(value: float, device: torch.device) -> float:
 
 
 def whole_weights(model: nn.Module, device: torch.device) -> tuple[Tensor, bool]:
-    """The trained weights, gathered, and whether every process holds the bits of the first."""
+    """Return the gathered trained weights, and whether every process holds the same bits as the first."""
     equal, whole = True, []
     for p in model.parameters():
         if p.requires_grad:
@@ -102,13 +102,13 @@ def whole_weights(model: nn.Module, device: torch.device) -> tuple[Tensor, bool]
 
 
 def trained(way: str, path: str, steps: int, device: torch.device, rank: int, world: int) -> Line:
-    """Train; the line of results, with ``weights`` and ``losses``."""
+    """Train and return the line of results, with ``weights`` and ``losses``."""
     model, optimizer = built(way, path, device)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     losses, ratios, seconds = [], [], 0.0
 
     def predictions(rows: Tensor) -> Tensor:
-        if way == "FSDP2":  # else the forward reads the gathered weights of the forward before
+        if way == "FSDP2":  # Without it the forward reads the gathered weights of the previous forward.
             inner.reshard()
         with torch.no_grad():
             return inner(input_ids=rows).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
@@ -153,7 +153,7 @@ def main() -> None:
     reference: Line | None = None
     failed = False
     for way in (ALONE, *WAYS):
-        if way == WAYS[0]:  # nothing is distributed before
+        if way == WAYS[0]:  # The single process ran without a process group.
             dist.init_process_group("nccl" if cuda else "gloo")
         try:
             line = trained(way, args.model, args.steps, device, rank, world)
@@ -165,7 +165,7 @@ def main() -> None:
             pairs = zip(losses, reference["losses"], strict=True)
             line["loss_from_one_process"] = max(abs(a / b - 1) for a, b in pairs)
             failed |= not line["bit_equal"]
-        except Exception as error:  # what fails is a result, too
+        except Exception as error:  # A failure is a result, too.
             line, failed = {"way": way, "error": f"{type(error).__name__}: {error}"[:500]}, True
         if rank == 0:
             backend = dist.get_backend() if dist.is_initialized() else None

@@ -1,4 +1,4 @@
-"""The tiny model of the matrix: its loss forms, its adapters, its batches, and the measured KL of a step."""
+"""Tiny model of the matrix: its loss forms, adapters and batches, and the measured KL of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ctr_optim import CTROptimizer
 
-VOCAB, WIDTH, CLASSES, USED = 64, 32, 5, 48  # the masked vocabulary uses the first 48 tokens alone
+VOCAB, WIDTH, CLASSES, USED = 64, 32, 5, 48  # The loss form "masked" uses only the first 48 tokens.
 ROWS, LENGTH, PROMPT = 8, 16, 4
 MAX_KL = float(inspect.signature(CTROptimizer).parameters["max_kl"].default)
 
@@ -24,7 +24,7 @@ ADAPTERS = ("lora", "dora", "only B", "only A", "ia3", "loha", "embedding", "con
 
 
 class ConvEmbedding(nn.Embedding):
-    """Token embeddings that a causal convolution mixes, so that a model has a convolution to adapt."""
+    """Token embeddings followed by a causal convolution, so that the model has a convolution to adapt."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__(count, width)
@@ -64,20 +64,20 @@ class TinyLM(LlamaForCausalLM):
 
 
 def similarity(embedded: Tensor) -> Tensor:
-    """Logits of a contrastive loss: the first half of the rows against the second."""
+    """Return the logits of a contrastive loss: the first half of the rows against the second half."""
     left, right = embedded.chunk(2)
     return 10 * left @ right.mT
 
 
 def ctc_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Connectionist temporal classification of ``(B, S, V)`` logits; targets ``(B, T)``, blank 0."""
+    """Return the CTC loss of ``(B, S, V)`` logits with targets ``(B, T)`` and blank 0."""
     frames = torch.full((len(logits),), logits.shape[1])
     targets = torch.full((len(labels),), labels.shape[1])
     return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), labels, frames, targets)
 
 
 def model_of(form: str, vocabulary: int = VOCAB, seed: int = 0) -> TinyLM:
-    """The model without an adapter. Its weights are large enough that its predictions differ from token to token."""
+    """Return the model without an adapter, with weights so large that its predictions differ between tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=vocabulary,
@@ -94,7 +94,7 @@ def model_of(form: str, vocabulary: int = VOCAB, seed: int = 0) -> TinyLM:
 
 
 def adapted(model: TinyLM, adapter: str) -> nn.Module:
-    """The model with one kind of adapter; only the adapter trains."""
+    """Return the model with one kind of adapter. Only the adapter trains, except for ``whole model``."""
     if adapter == "whole model":
         return model
     linear = "all-linear"
@@ -120,11 +120,11 @@ def adapted(model: TinyLM, adapter: str) -> nn.Module:
 
 
 def bypass(layer: Any) -> Callable[[Tensor], Tensor]:
-    """A forward that reads the weights of A and B and never calls the modules, as fused kernels do."""
+    """Return a forward that reads the weights of A and B without calling their modules, like fused kernels."""
 
     def forward(x: Tensor) -> Tensor:
         out = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
-        if not layer.disable_adapters:  # TRL's reference model is the same model without its adapter
+        if not layer.disable_adapters:  # TRL disables the adapter to get its reference model.
             for name in layer.active_adapters:
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 out = out + layer.scaling[name] * F.linear(F.linear(x, a), b)
@@ -134,7 +134,7 @@ def bypass(layer: Any) -> Callable[[Tensor], Tensor]:
 
 
 def batch_of(form: str, step: int) -> dict[str, Tensor]:
-    """Sequences that a rule mostly continues: the next token is ``5 x + 3``; one in five is random."""
+    """Return sequences whose next token is ``5 x + 3``, with one random token in five."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(0, USED, (ROWS, LENGTH), generator=generator)
     chance = torch.rand(ROWS, LENGTH, generator=generator)
@@ -150,7 +150,7 @@ def batch_of(form: str, step: int) -> dict[str, Tensor]:
 
 
 def predictions(model: nn.Module, form: str, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities ``(n, V)`` of every prediction that the loss looks at; no labels are passed to the model."""
+    """Return log-probabilities ``(n, V)`` of every prediction that enters the loss; the model gets no labels."""
     out = model(**{name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")})
     if form == "contrastive":
         return similarity(out[1]).log_softmax(-1)
@@ -163,17 +163,23 @@ def predictions(model: nn.Module, form: str, batch: dict[str, Tensor]) -> Tensor
 
 
 def kl(before: Tensor, after: Tensor) -> float:
-    """Mean ``KL(before || after)`` in nats; terms of probability 0 are 0."""
+    """Return the mean ``KL(before || after)`` in nats; terms of probability 0 are 0."""
     p = before.double().exp()
     terms = torch.where(p > 0, p * (before.double() - after.double()), 0)
     return float(terms.sum(-1).mean())
 
 
 class Meter:
-    """Measures every step of an optimizer: the model runs before and after it on the batch that made the step."""
+    """Measures the KL of every step over its bound: runs the model on the step's batch before and after the step."""
 
     def __init__(self, optimizer: Any, run: Callable[[], Tensor | None], closure: bool = False) -> None:
-        """``closure``: ``step()`` runs the forward itself, and the caller calls :meth:`start` in that forward."""
+        """Register hooks on the optimizer.
+
+        Args:
+            optimizer: the CTROptimizer to measure.
+            run: returns the predictions on the step's batch, or None.
+            closure: ``step()`` runs the forward, and the caller calls :meth:`start` in that forward.
+        """
         self.ratios: list[float] = []
         self.unbounded = 0  # steps without any bound
         self.source = ""
@@ -183,7 +189,7 @@ class Meter:
         optimizer.register_step_post_hook(self._finish)
 
     def start(self, *_: Any) -> None:
-        """Remember the predictions before the step."""
+        """Store the predictions before the step."""
         with torch.no_grad():
             self._before = self._run()
 
@@ -195,7 +201,7 @@ class Meter:
         said = self._optimizer.metrics()
         self.source = said["trust/source"]
         bound = said["trust/max_kl"]
-        if bound is None:  # over the default, so that the table shows how far such a step goes
+        if bound is None:  # Divide by the default bound, so that the table shows the size of an unbounded step.
             self.unbounded += 1
             bound = MAX_KL
         if bound and after is not None:

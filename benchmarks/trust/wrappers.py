@@ -1,4 +1,4 @@
-"""Trains the matrix' tiny model under each wrapper; every function returns the losses and a meter."""
+"""Training of the matrix's tiny model under each wrapper; every function returns the losses and a meter."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def train(wrapper: str, adapter: str, form: str, steps: int, folder: Path) -> Re
 
 
 def optimizer_of(model: nn.Module) -> CTROptimizer:
-    """With every default."""
+    """Return a CTROptimizer of the trained parameters with all defaults."""
     return CTROptimizer([p for p in model.parameters() if p.requires_grad])
 
 
 def loss_of(output: Any) -> Tensor:
-    """The loss in a model's output."""
+    """Return the loss of a model's output."""
     loss: Tensor = output[0] if isinstance(output, tuple) else output.loss
     return loss
 
 
 def in_a_loop(wrapper: str, model: nn.Module, form: str, steps: int) -> Result:
-    """No wrapper, DistributedDataParallel in both orders, FSDP2 or Accelerate, in a plain loop."""
+    """Train in a plain loop: no wrapper, DistributedDataParallel in both orders, FSDP2 or Accelerate."""
     step = 0
     inner, backward = model, torch.Tensor.backward
     if wrapper.startswith("DDP"):
@@ -76,13 +76,13 @@ def in_a_loop(wrapper: str, model: nn.Module, form: str, steps: int) -> Result:
         return batch_of(form, step * world + rank)
 
     def run() -> Tensor:
-        if wrapper == "FSDP2":  # else the forward reads the gathered weights of the forward before
+        if wrapper == "FSDP2":  # Without it the forward reads the gathered weights of the previous forward.
             inner.reshard()
         return everywhere(predictions(inner, form, batch()))
 
     meter = Meter(unwrap(optimizer), run)
     losses = []
-    for step in range(steps):  # noqa: B007 -- the closure reads it
+    for step in range(steps):  # noqa: B007 -- The closures read it.
         optimizer.zero_grad()
         loss = loss_of(model(**batch()))
         backward(loss)
@@ -92,7 +92,7 @@ def in_a_loop(wrapper: str, model: nn.Module, form: str, steps: int) -> Result:
 
 
 def everywhere(log_p: Tensor) -> Tensor:
-    """The predictions of all processes: the bound is a mean over the whole batch."""
+    """Return the predictions of all processes, because the bound is a mean over the whole batch."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return log_p
     parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -101,7 +101,7 @@ def everywhere(log_p: Tensor) -> Tensor:
 
 
 def rows_of(form: str, steps: int) -> list[dict[str, Tensor]]:
-    """The batches of a run, row by row."""
+    """Return the batches of a run, row by row."""
     rows = []
     for step in range(steps):
         batch = batch_of(form, step)
@@ -110,18 +110,18 @@ def rows_of(form: str, steps: int) -> list[dict[str, Tensor]]:
 
 
 class Recorder:
-    """Remembers the inputs of the last training forward."""
+    """Stores the inputs of the last training forward."""
 
     def __init__(self, form: str) -> None:
         self.form, self.batch, self.losses = form, None, []
 
     def run(self, model: nn.Module) -> Tensor | None:
-        """Predictions for those inputs with the parameters as they are now."""
+        """Return the predictions for the stored inputs with the present parameters."""
         return None if self.batch is None else predictions(model, self.form, self.batch)
 
 
 def with_trainer(model: nn.Module, form: str, steps: int, folder: Path) -> Result:
-    """Hugging Face's Trainer."""
+    """Train with Hugging Face's Trainer."""
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**arguments(steps, folder), per_device_train_batch_size=ROWS)
@@ -130,7 +130,7 @@ def with_trainer(model: nn.Module, form: str, steps: int, folder: Path) -> Resul
 
 
 def arguments(steps: int, folder: Path) -> dict[str, Any]:
-    """Of every trainer that derives from Trainer: all that is not a default is switched off for speed and silence."""
+    """Return the arguments of every trainer that derives from Trainer: logging and saving off, constant rate."""
     return dict(
         output_dir=str(folder), max_steps=steps, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
         lr_scheduler_type="constant", logging_strategy="no", seed=0,
@@ -138,7 +138,7 @@ def arguments(steps: int, folder: Path) -> dict[str, Any]:
 
 
 def run_trainer(trainer: Any, form: str, inputs_of: Callable[[dict[str, Any]], dict[str, Tensor]]) -> Result:
-    """Train through ``attach``, every step measured on the inputs that ``compute_loss`` got last."""
+    """Train through ``attach`` and measure every step on the last inputs of ``compute_loss``."""
     from transformers import PrinterCallback
 
     from ctr_optim.integrations.transformers import attach
@@ -178,7 +178,7 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def with_trl(name: str, adapter: str, steps: int, folder: Path) -> Result:
-    """TRL's trainers; their losses are their own."""
+    """Train with one of TRL's trainers, with the trainer's own loss."""
     import datasets
     import trl
     from transformers import AutoTokenizer
@@ -191,8 +191,8 @@ def with_trl(name: str, adapter: str, steps: int, folder: Path) -> Result:
     if name in ("GRPO", "RLOO"):
         extra["reward_funcs"] = lambda completions, **_: [float(len(text) % 7) for text in completions]
     if adapter == "whole model" and name in ("GRPO", "RLOO"):
-        options = {**options, "beta": 0.0}  # the reference would be loaded by the name of a model that has none
-    if adapter in ("only A", "only B"):  # TRL's change of adapters trains both again while checkpointing recomputes
+        options = {**options, "beta": 0.0}  # TRL would load the reference model by name, and this model has no name.
+    if adapter in ("only A", "only B"):  # With checkpointing, TRL's adapter switch makes A and B trainable again.
         options = {**options, "gradient_checkpointing": False}
     config = getattr(trl, f"{name}Config")(
         **arguments(steps, folder), per_device_train_batch_size=4, bf16=False, **options
@@ -205,12 +205,12 @@ def with_trl(name: str, adapter: str, steps: int, folder: Path) -> Result:
 
 
 def inputs_of_trl(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Token ids and labels in a batch of any of TRL's trainers."""
+    """Return token ids, mask and labels of a batch of any of TRL's trainers."""
     if "prompt_ids" in inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         present = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         counts = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1)
-        if "advantages" in inputs:  # a sequence without an advantage has no gradient
+        if "advantages" in inputs:  # A sequence with an advantage of 0 has no gradient.
             counts = counts * (inputs["advantages"] != 0).view(-1, 1)
     else:
         ids, present = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -219,7 +219,7 @@ def inputs_of_trl(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def with_lightning(model: nn.Module, form: str, steps: int, folder: Path) -> Result:
-    """Lightning, automatic optimisation."""
+    """Train with Lightning and automatic optimization."""
     import lightning.pytorch as pl
 
     from ctr_optim.integrations.lightning import CTRCallback

@@ -18,8 +18,8 @@ def create_ctr_optimizer(
     """
     Creates a CTR optimizer: Adam in the K-FAC eigenbasis of the LoRA layers, inside a trust region in nats per token.
 
-    The trust region limits how far one step moves the model's predictions, so that no learning rate has to be tuned.
-    Needs `pip install ctr_optim`.
+    The trust region limits how far one step moves the model's predictions, so that no learning rate needs tuning.
+    Requires `pip install ctr_optim`.
 
     Reference: https://huggingface.co/papers/2510.15962
 
@@ -28,10 +28,10 @@ def create_ctr_optimizer(
         max_kl (`float`):
             Bound on the predicted KL divergence per token of one step, in nats. Default value 0.1.
         lr (`float`, *optional*):
-            The learning rate. Leave it out: above a threshold the bound decides how long a step is. A schedule's shape
-            still applies.
+            The learning rate. Omit it: its size has no effect, because the bound sets the step length. A learning-rate
+            schedule still scales the bound.
         weight_decay (`float`):
-            As in AdamW. Default value 0.0.
+            Decoupled weight decay, as in AdamW. Default value 0.0.
         kwargs (`dict`): Additional keyword arguments to be passed to `ctr_optim.CTROptimizer`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the recipe needs beside torchtune's own components: the bundled model's tokenizer, and rows as a dataset."""
+"""Components of the recipe that torchtune does not provide: the bundled model's tokenizer, and rows as a dataset."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchtune.modules.transforms.tokenizers import HuggingFaceBaseTokenizer
 
 
 def tokenizer(folder: str) -> HuggingFaceBaseTokenizer:
-    """The tokenizer saved in ``folder``, with a padding token."""
+    """Return the tokenizer saved in ``folder``, with its padding token."""
     config = Path(folder) / "tokenizer_config.json"
     made = HuggingFaceBaseTokenizer(str(Path(folder) / "tokenizer.json"), tokenizer_config_json_path=str(config))
     made.pad_id = made.tokenizer.token_to_id(json.loads(config.read_text(encoding="utf-8"))["pad_token"])
@@ -18,7 +18,7 @@ def tokenizer(folder: str) -> HuggingFaceBaseTokenizer:
 
 
 class Rows(Dataset):
-    """Rows of a jsonl file with "prompt" and "target"; the loss looks at the target and the end of text alone."""
+    """Rows of a jsonl file with "prompt" and "target"; only the target and the end-of-text token have labels."""
 
     def __init__(self, tokenizer: HuggingFaceBaseTokenizer, path: str, max_rows: int | None = None) -> None:
         with open(path, encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""What the processes of test_real_pool.py run; imports nothing large, so that they start fast."""
+"""Worker function of test_real_pool.py. It imports nothing large, so that its processes start fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def entry(device: str, pipe: Connection, folder: str) -> None:
-    """A process that does what the spec's task says: work, die the first time, die always, be out of memory."""
+    """Act as the spec's task says: work, die the first time, die always, or run out of memory."""
     pipe.send("ready")
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The harness of the quality benchmarks: splits, scores, intervals, plans, resuming."""
+"""Tests of the quality benchmarks: splits, scores, intervals, plans, resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
 
 class Letters:
-    """A tokenizer of lower-case letters: a is 3; 0 ends a text, 1 pads, 2 is everything else."""
+    """A tokenizer of lower-case letters: 0 ends a text, 1 pads, "a" is 3; every other character is 2."""
 
     eos_token_id, pad_token_id = 0, 1
 
@@ -37,7 +37,7 @@ class Letters:
 
 
 class Bigram(nn.Module):
-    """Next-token log-probabilities from a table; the loss as transformers has it."""
+    """A model with next-token logits from a table and the loss of transformers."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class Bigram(nn.Module):
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Every prompt three times."""
+    """Return rows in which every prompt appears three times."""
     return [{"prompt": "p" * (1 + i // 3), "target": "abc"[i % 3] * (1 + i % 2)} for i in range(count)]
 
 
 def by_hand(log_p: Tensor, prompt: str, target: str) -> float:
-    """Log-likelihood of a target behind its prompt, the end of text included."""
+    """Return the log-likelihood of a target after its prompt, with the end-of-text token."""
     letters = Letters()
     ids = letters(prompt)["input_ids"] + letters(target)["input_ids"] + [0]
     start = len(prompt)
@@ -237,7 +237,7 @@ def test_a_cut_off_line_is_run_again(tmp_path: Path) -> None:
 def test_a_worker_writes_runs_and_failures_and_begins_nothing_too_late(tmp_path: Path) -> None:
     model = ASSETS / "base5m"
     if not (model / "model.safetensors").exists():
-        pytest.skip(f"{model} is not there")
+        pytest.skip(f"{model} does not exist")
     out = str(tmp_path / "lines.jsonl")
     spec = plans.complete({"steps": 1, "batch": 2, "rank": 2, "held": 16, "evaluate": 8, "score": ["kl_from_base"]})
     specs = [{**spec, "method": "ctr"}, {**spec, "method": "adamw", "lr": 1e-3}, {**spec, "method": "no such"}]

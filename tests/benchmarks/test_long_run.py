@@ -1,4 +1,4 @@
-"""Some hundred steps of the long run (``benchmarks/trust``): what must hold after twenty thousand holds after these."""
+"""A few hundred steps of the long run (``benchmarks/trust``), with the checks of the full run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     if not (ROOT / "benchmarks" / "trust").is_dir():
-        pytest.skip("benchmarks/ is not there: it is no part of the source distribution")
+        pytest.skip("benchmarks/ is missing: the source distribution does not contain it")
     sys.path.insert(0, str(ROOT))
     try:
         from benchmarks.trust.long_run import run
@@ -56,5 +56,5 @@ def test_memory_is_flat(found: dict[str, Any]) -> None:
     first, last = found["memory"][1], found["memory"][-1]
     assert last["hooks"] == first["hooks"]
     assert last["objects"] - first["objects"] < 500
-    assert last["tensors"] - first["tensors"] < 80  # sketches and ranks come and go
+    assert last["tensors"] - first["tensors"] < 80  # Sketches and ranks change over time.
     assert last["tensor_bytes"] < 1.05 * first["tensor_bytes"]

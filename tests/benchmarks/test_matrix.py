@@ -1,4 +1,4 @@
-"""The program of the matrix: its oracle, one cell of each kind, a crash, its table."""
+"""Tests of the matrix program: its oracle, one cell of each kind, a crash, its table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_wrapper_adapter_and_form_has_cells() -> None:
 
 @pytest.mark.parametrize("form", tiny.FORMS)
 def test_the_forward_that_measures_says_what_the_loss_says(form: str) -> None:
-    """The loss of the training's forward, again from the predictions that the meter looks at."""
+    """Compute the loss of the training forward from the meter's predictions."""
     model, batch = tiny.model_of(form), tiny.batch_of(form, 0)
     out = model(**batch)
     loss = out[0] if isinstance(out, tuple) else out.loss

@@ -1,4 +1,4 @@
-"""The benchmark of cut adapters: its jobs, one of each kind on the bundled model, its tables."""
+"""Tests of the benchmark of cut adapters: one job of each kind on the bundled model, and its tables."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def test_a_pool_may_take_specs_in_order_and_price_them_otherwise() -> None:
     for in_order, sizes in ((True, [1, 3, 2]), (False, [3, 2, 1])):
         some = pool()
         some._start = lambda device: None  # type: ignore[method-assign]
-        assert some.work(specs, in_order) == 3  # the deadline has passed
+        assert some.work(specs, in_order) == 3  # The deadline has passed.
         assert [job.spec["size"] for job in some.waiting] == sizes

@@ -1,4 +1,4 @@
-"""The GGUF reader of the real-model benchmarks: every block format by hand, a whole synthetic file, the real one."""
+"""Tests of the GGUF reader: every block format by hand, a whole synthetic file, and the real file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = Path(os.environ.get("CTR_REAL_GGUF", prepare.DEFAULT.parent / Path(prepar
 
 
 def q4_1(scale: float, offset: float, values: list[int]) -> bytes:
-    """One block; ``values`` are 32 numbers from 0 to 15."""
+    """Return one Q4_1 block; ``values`` are 32 numbers from 0 to 15."""
     low, high = values[:16], values[16:]
     return struct.pack("<ee16B", scale, offset, *(a | b << 4 for a, b in zip(low, high, strict=True)))
 
@@ -30,7 +30,7 @@ def q8_0(scale: float, values: list[int]) -> bytes:
 
 
 def entry(key: str, kind: int, value: Any) -> bytes:
-    """A metadata entry: 4 uint32, 6 float32, 8 string, 9 list of strings or of int32."""
+    """Return a metadata entry. Kinds: 4 uint32, 6 float32, 8 string, 9 list of strings or of int32."""
 
     def text(s: str) -> bytes:
         return struct.pack("<Q", len(s.encode())) + s.encode()
@@ -46,7 +46,7 @@ def entry(key: str, kind: int, value: Any) -> bytes:
 
 
 def blocks(shape: tuple[int, int], kind: int, seed: int) -> tuple[bytes, np.ndarray]:
-    """Random quantised data of a tensor ``(d_out, d_in)`` and its weights, computed block by block in Python."""
+    """Return random quantised data of a tensor ``(d_out, d_in)`` and its weights, computed block by block."""
     draw = np.random.default_rng(seed)
     data, weights = b"", []
     for _ in range(shape[0] * shape[1] // 32):
@@ -66,7 +66,7 @@ TOKENS = ["<|endoftext|>", "<|end|>", "a", "b", "Ġ", "1", "2", "ab", "Ġab"]
 
 
 def write(path: Path) -> dict[str, np.ndarray]:
-    """A GGUF file of a small llama; gives its weights by their GGUF names."""
+    """Write a GGUF file of a small llama and return its weights by GGUF name."""
     shapes: dict[str, tuple[tuple[int, ...], int]] = {"token_embd.weight": ((len(TOKENS), WIDTH), 8)}
     size = WIDTH // HEADS
     for i in range(LAYERS):
@@ -172,7 +172,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     for bad, message in (
         (b"PK" + content, "expected a GGUF file"),
         (content[:4] + struct.pack("<I", 9) + content[8:], "version 9, expected 2 or 3"),
-        (content[:-4000], "cut off"),
+        (content[:-4000], "truncated"),
     ):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=message):
@@ -189,7 +189,7 @@ def test_the_package_gguf_reads_the_same(tmp_path: Path) -> None:
         assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), arrays[tensor.name])
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL.name} is not there; name it with CTR_REAL_GGUF")
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL.name} does not exist; set CTR_REAL_GGUF to its path")
 def test_the_real_file_as_transformers_reads_it() -> None:
     pytest.importorskip("gguf", reason="transformers reads GGUF files with the package gguf")
     assert prepare.sha256(REAL) == prepare.GGUF_SHA256

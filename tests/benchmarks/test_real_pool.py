@@ -1,4 +1,4 @@
-"""The real-model benchmarks' processes: order, time, deaths, memory, resuming."""
+"""Tests of the real-model benchmarks' processes: order, time limit, deaths, memory, resuming."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_a_run_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
 def test_the_pace_is_near_the_slowest_seen() -> None:
     pace = Pace(5.0)
     pace.add(1.0, 2.0)
-    assert pace.value == 5.0  # one run is not enough to believe in less
+    assert pace.value == 5.0  # One run is too few to lower the guess.
     for seconds in range(2, 21):
         pace.add(seconds, 2.0)
     assert pace.value == 9.5
 
 
-@pytest.mark.skipif(not (BASE5M / "model.safetensors").exists(), reason=f"{BASE5M} is not there")
+@pytest.mark.skipif(not (BASE5M / "model.safetensors").exists(), reason=f"{BASE5M} does not exist")
 def test_a_plan_is_worked_off_and_then_there_is_nothing_to_do(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     out = str(tmp_path / "lines.jsonl")
     small = {"steps": 1, "batch": 2, "rank": 2, "alpha": 4, "evaluate": 4, "held": 4, "domains": [], "text": None}

@@ -1,4 +1,4 @@
-"""The README's table and picture, held against the lines that they come from."""
+"""The README's table and picture, compared with the result lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real-model benchmarks' measurements, methods and runs, on models small enough for tests."""
+"""Tests of the real-model benchmarks' measurements, methods and runs, on small models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEPT = {"task": "text", "split": "valid", "pieces": 6, "length": 12}
 
 
 class Letters:
-    """A tokenizer of characters, 60 of them; 2 ends a text."""
+    """A tokenizer of 60 characters; 2 ends a text."""
 
     eos_token_id = pad_token_id = 2
 
@@ -40,7 +40,7 @@ def base() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two tasks, one of choices, and two texts."""
+    """Create a folder with two tasks, one of them a choice task, and two texts."""
     for task in ("sum", "pick"):
         (tmp_path / task).mkdir()
         for split, count in (("train", 40), ("test", 12)):
@@ -168,7 +168,7 @@ def test_early_stopping_gives_back_the_best_weights() -> None:
 
 def test_a_null_start_is_the_weight_on_unused_directions() -> None:
     torch.manual_seed(0)
-    x = (torch.randn(200, 6) @ torch.randn(6, 10)).double()  # text uses six of ten directions
+    x = (torch.randn(200, 6) @ torch.randn(6, 10)).double()  # The text uses six of ten directions.
     weight = torch.randn(7, 10).double()
     a, b = (half.double() for half in methods.null_start(weight, x.mT @ x / 200, rank=3, share=1e-9))
     assert (a @ x.mT).abs().max() < 1e-4
@@ -217,7 +217,7 @@ def test_kl_to_base_is_that_of_the_whole_models() -> None:
 
 
 class Optimizer:
-    """A CTROptimizer with the arguments to come."""
+    """A CTROptimizer with the arguments ``retain``, ``kl_budget`` and ``holdout``."""
 
     def __init__(self, params: Any, retain: Any = "default", kl_budget: Any = None, holdout: Any = None) -> None: ...
 

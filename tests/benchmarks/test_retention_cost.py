@@ -1,4 +1,4 @@
-"""The cost of retention: variants that take turns on one model do not disturb each other."""
+"""Tests of the retention benchmark: variants that alternate on one model do not influence each other."""
 
 from __future__ import annotations
 
@@ -50,4 +50,4 @@ def test_no_round_is_begun_too_late() -> None:
     bench = build(args, Report(None, CPU), CPU)
     every = retention_cost.variants(bench, ["ctr"], tokens=512, budget=0.5, repeats=1)
     retention_cost.interleaved(bench, every, rounds=3, steps=1, deadline=0.0)
-    assert len(every["ctr"].rounds) == 1  # the first is always taken
+    assert len(every["ctr"].rounds) == 1  # The first round always runs.
