@@ -108,8 +108,8 @@ class Auto(FollowsRate):
     - ``schedule``: as :class:`FollowsRate`.
     - ``constant_rate``: at a constant learning rate, steps of equal length never settle at an optimum. The factor is
       ``1 / (1 + t / patience)`` after t steps at one rate.
-    - ``few_tokens``: few loss tokens, such as a few wrong labels, must not change the whole model. Below ``enough``
-      loss tokens, the factor is proportional to their number.
+    - ``few_tokens``: a few labels that cannot be learned must not change the whole model. Below ``enough`` loss tokens,
+      the factor is proportional to their number.
     - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
       ``n ** -repeats``, and at least ``least``.
     """

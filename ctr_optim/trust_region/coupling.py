@@ -15,7 +15,7 @@ from ctr_optim.trust_region.protocols import Adapter, Changes, Prober, Quiet, St
 SLOPE_EXPONENT = 0.6  # Exponent of slope^2 in the predicted KL; q has exponent 0.4.
 _GUESS = 40.0  # Start value of the first measurement; language models had values between 10 and 400.
 _BASE_EVERY = 4  # Measure the whole adapter's coupling at every fourth measurement of a step's coupling.
-_LEAST_MOVE = 1e-3  # Smallest KL of a measurement, nats per token: below it, rounding of half-precision logits dominates.
+_LEAST_MOVE = 1e-3  # Smallest KL of a measurement, nats per token: below it, half-precision rounding dominates.
 # Largest number of trials in the first measurement and in later ones. A displacement that is too long saturates the KL,
 # so each further trial is shorter.
 _TRIES, _LATER_TRIES = 8, 3
@@ -179,7 +179,7 @@ class Coupling:
             step: the step.
             limit: target KL in nats per token, at least ``_LEAST_MOVE``.
             guess: ``()`` estimate of the coupling; if it is right, the displacement has the target KL.
-            tries: largest number of trials; the measurement repeats if the estimate is off by more than a factor of two.
+            tries: largest number of trials; a trial repeats if the estimate is off by more than a factor of two.
         """
         assert self.prober is not None
         target, q, changes = max(limit, _LEAST_MOVE), step.q, step.changes()
