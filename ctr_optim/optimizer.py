@@ -49,11 +49,12 @@ class CTROptimizer(Attached):
 
     .. math::
         \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
-        \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
+        \Delta \leftarrow \Delta \min(c, \sqrt{max\_kl / (\kappa q / 2)})
 
     where q is the step's quadratic form, weight decay included, in :math:`C \otimes D, H \otimes S` and their cross
     term. The coupling :math:`\kappa` is measured on the model. Parameters without these factors add
-    :math:`\sum \hat v \Delta^2`, with Adam's second moments :math:`\hat v`.
+    :math:`\sum \max(\hat v, g^2) \Delta^2`, with Adam's second moments :math:`\hat v` and this step's gradient g.
+    With ``kl_schedule="auto"``, c is 0.08 / peak lr, else 1.
 
     Args:
         params: parameters or parameter groups, as in torch. The optimizer finds the LoRA layers that own them.
@@ -70,7 +71,7 @@ class CTROptimizer(Attached):
             16, ..., and at three steps after an unexpected value. None: kappa is 1, and the bound is not in nats.
         trust_penalty: lambda, in nats per nat. Training minimizes the loss plus ``lambda KL(base || model)`` per token;
             the factors and the measured coupling of the whole adapter predict this KL.
-        curvature: ``"kfac"``; ``"gradient"``: the metric ``sum v^ delta^2`` from Adam's second moments;
+        curvature: ``"kfac"``; ``"gradient"``: the metric ``sum max(v^, g^2) delta^2`` for all parameters;
             ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``: no trust region.
         factor_structure: structure of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
         factor_decay, factor_interval, basis_interval: decay of the factors' average; steps between updates of factors
