@@ -49,6 +49,15 @@ class Compression(list[RankEvent]):
         """The measured cost in nats per loss token: the KL or the rise of the loss, whichever is larger."""
         return _cost(Cost(self.kl, self.loss_after), self.loss_before)
 
+    @property
+    def error(self) -> float:
+        """The standard error of the rise of the loss on other rows, nats per loss token.
+
+        A label drawn from the uncut model changes its log-probability with variance ``2 KL`` to second order, so the
+        mean over n tokens has the standard error ``sqrt(2 KL / n)``.
+        """
+        return math.sqrt(2 * max(self.kl, 0.0) / self.tokens) if math.isfinite(self.kl) else 0.0
+
 
 def compress(
     model: nn.Module,
@@ -136,7 +145,16 @@ def compress(
             worth = result.coupling * utilities[name][ranks[name] - 1] if ranks[name] else 0.0
             per_million = 1e6 * worth / layers.costs[name]
             events.append(RankEvent(0, name, before, ranks[name], ranks[name], per_million, "shrink"))
-    return Compression(events, ranks, measurement, result.cost, layers)
+    done = Compression(events, ranks, measurement, result.cost, layers)
+    if done.error > tolerance:
+        enough = math.ceil(done.tokens * (done.error / tolerance) ** 2)
+        warnings.warn(
+            f"compress: {done.tokens} loss tokens show the rise of the loss only to {done.error:.2g} nats per token, "
+            f"more than the tolerance of {tolerance:g}; the KL holds, the loss on other rows may rise further. Pass "
+            f"batches with about {enough} loss tokens, or a larger tolerance",
+            stacklevel=users_line(),
+        )
+    return done
 
 
 @dataclass(frozen=True)

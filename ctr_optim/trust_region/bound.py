@@ -23,7 +23,7 @@ class Evidence:
         rate: largest ratio of a group's learning rate to its peak, in [0, 1].
         flat: number of steps since this ratio last changed.
         tokens: ``()`` number of loss tokens of this step, over micro-batches and processes; None if unknown.
-        passes: ``()`` how often training used a distinct row so far, on average; None if unknown.
+        passes: ``()`` how often training used each row on average, without repeats among new rows; None if unknown.
     """
 
     rate: float

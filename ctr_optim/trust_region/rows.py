@@ -1,4 +1,4 @@
-"""Count how often training uses each row on average, on the device and in 2,048 registers.
+"""Count how often training uses each row on average, on the device.
 
 A row's key is a sum of hashes over pairs of neighbouring tokens; the length of its padding does not change it.
 HyperLogLog (Flajolet, Fusy, Gandouet and Meunier 2007) counts the distinct keys: each register stores the longest run
@@ -8,7 +8,7 @@ of leading zero bits among its keys. The standard error is 2.3 %. Registers of s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ctr_optim.trust_region.rerun import tensors_in
 _BITS = 11  # number of bits of a key that select its register
 REGISTERS = 2**_BITS
 _WORD = 52 - _BITS  # number of bits whose leading zeros are counted; float64 represents them exactly
+WINDOW = 1.2  # The growth of distinct rows is measured over a window in which the rows grow by a factor of 1.2 to 1.44.
+STEADY = 0.8  # Repeats do not count if distinct rows grow at least at this share of the relative growth of all rows.
 _BIAS = 0.7213 / (1 + 1.079 / REGISTERS)
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # multipliers of splitmix64, as int64
 
@@ -31,10 +33,16 @@ class RowState:
     Attributes:
         rows_seen: number of rows used so far; a row that a step uses several times counts once.
         rows_sketch: the registers, two hexadecimal digits each.
+        window_seen, window_distinct: numbers of rows and of distinct rows at the start of the current window.
+        next_seen, next_distinct: the same numbers at the start of the next window.
     """
 
     rows_seen: int = 0
     rows_sketch: str = ""
+    window_seen: float = 0.0
+    window_distinct: float = 0.0
+    next_seen: float = 0.0
+    next_distinct: float = 0.0
 
 
 class Rows:
@@ -45,6 +53,7 @@ class Rows:
         self._keys: list[Tensor] = []  # keys of the rows since the last step
         self._seen: Tensor | None = None
         self._registers: Tensor | None = None
+        self._marks: Tensor | None = None  # (2, 2) rows and distinct rows, at the start of this window and of the next
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Record the rows of a forward pass."""
@@ -53,7 +62,7 @@ class Rows:
             self._keys.append(keys)
 
     def passes(self, like: Tensor) -> Tensor | None:
-        """Return ``()`` the number of used rows over the number of distinct rows, this step included.
+        """Return ``()`` :func:`stale_passes` of the rows used so far, this step included.
 
         Every process returns the same number, over all processes. None if no forward pass had rows.
 
@@ -63,33 +72,39 @@ class Rows:
         keys, self._keys = self._keys, []
         if not self._begin(bool(keys), like.device):
             return None
-        assert self._seen is not None and self._registers is not None
+        assert self._seen is not None and self._registers is not None and self._marks is not None
         new = self._count(torch.cat([key.to(like.device) for key in keys])) if keys else torch.zeros_like(self._seen)
         self._seen = self._seen + distributed.total(new)
         self._registers = distributed.largest(self._registers)
-        return (self._seen / distinct(self._registers).clamp_min(1)).clamp_min(1.0).to(like.dtype)
+        now = torch.stack([self._seen.double(), distinct(self._registers).double().clamp_min(1)])
+        self._marks = torch.where(now[0] >= WINDOW * self._marks[1, 0], torch.stack([self._marks[1], now]), self._marks)
+        return stale_passes(now, self._marks[0]).to(like.dtype)
 
     def settle(self) -> None:
         """Update :attr:`state` from the device; waits for the device."""
-        if self._seen is not None and self._registers is not None:
-            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex())
+        if self._seen is not None and self._registers is not None and self._marks is not None:
+            marks = self._marks.flatten().tolist()
+            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex(), *marks)
 
     def resume(self) -> None:
         """Continue from the numbers loaded into :attr:`state`."""
-        self._seen = self._registers = None
+        self._seen = self._registers = self._marks = None
 
     def _begin(self, wanted: bool, device: torch.device) -> bool:
         """Create the registers, or move them to a device; return whether there are any.
 
         Several processes always create them, because the collective operations need all processes.
         """
-        if self._seen is None or self._registers is None:
+        if self._seen is None or self._registers is None or self._marks is None:
             if not (wanted or self.state.rows_seen or distributed.world_size() > 1):
                 return False
             registers = bytes.fromhex(self.state.rows_sketch) or bytes(REGISTERS)
             self._registers = torch.tensor(list(registers), dtype=torch.int64, device=device)
             self._seen = torch.tensor(self.state.rows_seen, device=device)
+            marks = astuple(self.state)[2:]
+            self._marks = torch.tensor(marks, dtype=torch.float64, device=device).view(2, 2)
         self._seen, self._registers = self._seen.to(device), self._registers.to(device)
+        self._marks = self._marks.to(device)
         return True
 
     def _count(self, keys: Tensor) -> Tensor:
@@ -100,6 +115,23 @@ class Rows:
         word = (keys >> _BITS) & (2**_WORD - 1)
         self._registers.scatter_reduce_(0, place, _WORD + 1 - _bits(word), "amax")
         return 1 + (keys[1:] != keys[:-1]).sum()
+
+
+def stale_passes(now: Tensor, then: Tensor) -> Tensor:
+    """Return ``()`` how often training used each row on average; ignore repeats in a stream with new rows.
+
+    Several passes over each batch of samples, as in PPO, repeat rows, but distinct rows and rows grow at the same
+    relative rate. After one pass over a data set, the distinct rows stop growing, and every repeat counts.
+
+    Args:
+        now: ``(2,)`` current numbers of rows and of distinct rows.
+        then: ``(2,)`` the same numbers at the start of the window.
+    """
+    seen, known = now
+    growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
+    stale = (1 - growth[1] / (STEADY * growth[0]).clamp_min(torch.finfo(now.dtype).tiny)).clamp(0, 1)
+    repeats: Tensor = (seen / known - 1).clamp_min(0)
+    return 1 + repeats * stale
 
 
 def row_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

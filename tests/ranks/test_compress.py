@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,22 @@ def test_wrong_types() -> None:
         compress(trained(), 0.01, [[1, 2]])
     with pytest.raises(ValueError, match="multiple: got 0, expected a whole number of at least 1"):
         compress(trained(), 0.01, batches(), multiple=0)
+
+
+def test_the_error_is_that_of_labels_drawn_from_the_uncut_model() -> None:
+    model, data = trained(), batches()
+    before = logits_of(model, data).double().log_softmax(-1)
+    done = compress(model, 3e-3, data)
+    change = before - logits_of(model, data).double().log_softmax(-1)
+    p = before.exp()
+    variance = (p * change**2).sum(-1) - (p * change).sum(-1) ** 2
+    assert done.error == pytest.approx(float(variance.mean().div(done.tokens).sqrt()), rel=0.1)
+
+
+def test_too_few_loss_tokens_for_the_tolerance_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"60 loss tokens show the rise of the loss only to"):
+        compress(trained(), 1e-3, batches())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = compress(trained(), 0.1, [shifted(seed) for seed in range(24)])
+    assert done.error < 0.1 and not any("loss tokens show" in str(w.message) for w in caught)

@@ -37,6 +37,36 @@ def test_the_mean_number_of_passes_is_right_to_seven_percent(n: int, epochs: int
     assert passes == pytest.approx(epochs, rel=0.07)  # three standard deviations with 2048 registers
 
 
+@pytest.mark.parametrize("passes", [2, 4, 8])
+def test_passes_over_each_batch_of_new_samples_are_no_repeats(passes: int) -> None:
+    torch.manual_seed(passes)
+    rows, found = Rows(), []
+    for _ in range(200):
+        samples = torch.randint(0, 50000, (32, 12))
+        found += [count(rows, samples[torch.randperm(32)]) for _ in range(passes)]
+    late = torch.tensor(found[len(found) // 4 :])
+    assert float((late**-Auto.repeats).quantile(0.05)) > 0.5
+
+
+def test_samples_that_run_out_are_repeats_again() -> None:
+    torch.manual_seed(0)
+    rows, data = Rows(), torch.randint(0, 50000, (1280, 12))
+    for samples in data.split(32):
+        for _ in range(4):
+            fresh = count(rows, samples)
+    for _ in range(3):
+        stale = count(rows, data[torch.randperm(1280)])
+    assert fresh < 1.1 and stale == pytest.approx(7.0, rel=0.05)
+
+
+def test_rows_drawn_with_replacement_become_repeats() -> None:
+    torch.manual_seed(0)
+    rows, data, found = Rows(), torch.randint(0, 50000, (300, 12)), []
+    for _ in range(6):
+        found.append(count(rows, data[torch.randint(0, 300, (300,))]))
+    assert found == sorted(found) and found[2] > 1.8 and found[5] > 4.5
+
+
 def test_no_rows_no_passes() -> None:
     assert Rows().passes(LIKE) is None
     rows = Rows()
