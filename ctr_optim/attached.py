@@ -1,4 +1,4 @@
-"""The optimizer's layers, hooks, stacks of parameters and numbers."""
+"""The optimizer's LoRA layers, hooks, parameter stacks and checkpoint numbers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from ctr_optim.trust_region.region import TrustRegion
 
 
 class Attached(Optimizer):
-    """Finds the LoRA layers of its parameters, hooks them, and stacks parameters with their state.
+    """Base class that finds the LoRA layers of the parameters, hooks them, and stacks parameters with their state.
 
-    :class:`~ctr_optim.CTROptimizer` adds the step and all that users call.
+    :class:`~ctr_optim.CTROptimizer` adds the step and the public methods.
     """
 
     _finalizer: weakref.finalize
@@ -63,7 +63,11 @@ class Attached(Optimizer):
     _holdout: Holdout | None
 
     def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
-        """Find the LoRA layers that own our parameters, and hook them; ``numbers``: what they knew before."""
+        """Find the LoRA layers that own the parameters, and hook them.
+
+        Args:
+            numbers: checkpoint numbers to restore; None: keep the current ones, if there are any.
+        """
         if self._attached:
             numbers = self._numbers()
             self._finalizer()
@@ -82,7 +86,7 @@ class Attached(Optimizer):
         coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
         before: TrustRegion | None = getattr(self, "_trust", None)
         self._trust = TrustRegion(self._bound, coupling)
-        if before is not None:  # a new group: metrics() still describes the last step
+        if before is not None:  # A parameter group was added; metrics() must still describe the last step.
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         self._budget = self._budget_of(home, coupling)
         self._judge = None if self._holdout is None else Judge(self._holdout, weakly(self._home), coupling.quiet)
@@ -99,7 +103,7 @@ class Attached(Optimizer):
         self._arm()
 
     def _budget_of(self, home: nn.Module | None, coupling: Coupling) -> Budget | None:
-        """The bound on the distance from the base model; measured from the first step on."""
+        """Return the bound on the KL from the base model; None without ``kl_budget``."""
         if self._kl_budget is None:
             return None
         unmeasured = None if self._kind.measures else self._settings.curvature
@@ -110,12 +114,12 @@ class Attached(Optimizer):
 
     @property
     def _kind(self) -> type[CurvatureBase]:
-        """The curvature that the options name."""
+        """The curvature class that the options name."""
         return CURVATURES[self._settings.curvature]
 
     @property
     def _rerunning(self) -> str | None:
-        """Name of the curvature, if it runs backward passes of its own."""
+        """Name of the curvature if it runs its own backward passes, else None."""
         return self._settings.curvature if self._kind.reruns else None
 
     @property
@@ -124,7 +128,7 @@ class Attached(Optimizer):
         return self._settings.max_kl is not None and self._kind.measures
 
     def _home(self) -> nn.Module:
-        """The model that holds all parameters, or else the largest one."""
+        """Return the module that contains all parameters, or else the largest root module."""
         return self._trained.home() or self._trained.roots[0]
 
     def _hook_forwards(self) -> list[Any]:
@@ -145,10 +149,10 @@ class Attached(Optimizer):
         )
 
     def _stack(self) -> list[Stack]:
-        """Return the stacks of all parameters that train, built anew after their shared state was replaced."""
+        """Return the stacks of all trained parameters; rebuild them if their state was replaced."""
         self._follow()
         if self._layout is None:
-            distributed.reshard(self._trained.fsdp)  # a forward may have left gathered copies in the parameters' places
+            distributed.reshard(self._trained.fsdp)  # A forward pass may have left gathered parameters in the modules.
             kfac = isinstance(self._curvature, KFAC)
             pairs = self.pairs if kfac else []
             self._layout = lay_out(pairs, self.param_groups, self.state, self._prepare)
@@ -157,15 +161,15 @@ class Attached(Optimizer):
         return self._layout.stacks
 
     def _prepare(self, state: Any, kept: list[nn.Parameter]) -> None:
-        """Add to the state of parameters what curvature and retention keep there."""
+        """Add the tensors of curvature and retention to the parameters' state."""
         self._curvature.prepare(state, kept)
         self._retained.prepare(state, self.pairs)
 
     def _retain(self) -> None:
-        """Measure the retained text, once, and move to its coordinates.
+        """Measure the retained text once, and start all layers with ``B = 0`` in its coordinates.
 
-        Before the first training forward, when the model is where it will be trained; a sharded model's outermost
-        forward is not to be entered twice, so that it is measured at construction, or at the first step.
+        This happens before the first training forward pass, when the model is on its final device. A model sharded by
+        FSDP2 cannot start a nested forward pass, so it is measured at construction or at the first step.
         """
         if not self._retained.pending:
             return
@@ -178,12 +182,12 @@ class Attached(Optimizer):
         self._arm()
 
     def _restack(self) -> None:
-        """Drop the stacks: something replaced the state that they share."""
+        """Drop the stacks after their shared state was replaced."""
         self._layout, self._fused = None, Fused(())
         self._curvature.unbind()
 
     def _fusible(self) -> list[Block]:
-        """Blocks whose quadratic form the kernels know: all layers have factors, and nothing is added to the step."""
+        """Return the blocks that Triton kernels can handle: all layers have factors, and ``trust_penalty`` is 0."""
         kfac = self._curvature
         usable = isinstance(kfac, KFAC) and kfac.blocks and self._settings.trust_penalty == 0 and kfac.complete
         return self._blocks() if usable else []
@@ -198,9 +202,9 @@ class Attached(Optimizer):
         return self._blocks()
 
     def _follow(self) -> None:
-        """Take the parameters that Accelerate puts into our groups when it shards the model that we were built with.
+        """Adopt the sharded parameters that Accelerate puts into the parameter groups.
 
-        Modules, and with them hooks and layers, stay; so do their statistics. In other cases ``step()`` refuses.
+        Modules, hooks and statistics stay valid. Other replaced parameters make ``step()`` raise an error.
         """
         parameters = parameters_of(self.param_groups)
         if same_parameters(parameters, self._held):
@@ -217,7 +221,7 @@ class Attached(Optimizer):
         self._stack()
 
     def _arm(self) -> None:
-        """Decide what the coming forward and backward passes record."""
+        """Set which statistics the next forward and backward passes record."""
         step, curvature = self._counters.steps, self._curvature
         if isinstance(curvature, KFAC):
             curvature.sketching = self._ranks is not None and self._ranks.scheduler.sketches(step) and curvature.able
@@ -231,7 +235,7 @@ class Attached(Optimizer):
         self._trust.coupling.arm(step, self._budget_due and budget is not None and not budget.meter.on_text)
 
     def open_sketch(self, rank: int) -> None:
-        """Begin to sketch the whitened gradient for ``rank`` candidate directions a layer, unless begun already."""
+        """Start the sketch of the whitened gradient for ``rank`` candidate directions per layer, if none is open."""
         if self._open_sketch(rank):
             self._arm()
 
@@ -244,7 +248,7 @@ class Attached(Optimizer):
         return opened
 
     def _owners(self) -> list[Any]:
-        """Objects that own numbers of a checkpoint."""
+        """Return the state objects whose numbers a checkpoint stores."""
         owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
         owners += [] if self._budget is None else [self._budget.state]
         owners += [] if self._judge is None else [self._judge.state]
@@ -252,13 +256,13 @@ class Attached(Optimizer):
         return owners if self._curvature.state is None else [*owners, self._curvature.state]
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
-        """Give loaded numbers to their owners."""
+        """Copy checkpoint numbers into the objects that own them."""
         unpack(numbers, self._owners())
         self._trust.rows.resume()
         self._curvature.resume()
 
     def _numbers(self) -> dict[str, Any]:
-        """Numbers of the optimizer as a whole; checkpoints keep them in the first group under ``"ctr"``."""
+        """Return the optimizer-wide numbers; checkpoints store them in the first group under ``"ctr"``."""
         if self._ranks is not None:
             self._ranks.settle()
         self._curvature.settle()
@@ -266,30 +270,30 @@ class Attached(Optimizer):
         return pack(self._owners())
 
     def _count_skipped(self) -> None:
-        """Move the count of skipped steps from the device to the state; waits for the device."""
+        """Add the device's count of skipped steps to the state; waits for the device."""
         skipped, self._skipped = int(self._skipped or 0), None
         if skipped:
             self._counters.skipped += skipped
             warn_skipped()
 
     def _mirror(self) -> None:
-        """Copy the numbers to the first group: torch.distributed.checkpoint saves what live groups hold."""
+        """Copy the numbers to the first group, because torch.distributed.checkpoint saves the live groups."""
         self.param_groups[0]["ctr"] = self._numbers()
 
     def _rank_loaded(self, pair: LoRAPair, resized: bool) -> None:
-        """The model loads a pair's weights; of another shape, they leave its state here void until ours is loaded."""
+        """React to a model that loads a pair's weights; drop the pair's state if the weights have another shape."""
         if self._ranks is not None:
             self._ranks.forget_ranks()
         if not resized:
             return
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
-        drop_sketches(self.state, self.pairs)  # they begin anew, everywhere at once
+        drop_sketches(self.state, self.pairs)  # All layers must restart their sketches together.
         self._restack()
         self._arm()
 
     def _forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Prepare for a training forward pass: follow a moved model, drop statistics of dropped gradients."""
+        """Prepare for a training forward pass: move the state to the model's device, drop outdated statistics."""
         if self._bound.needs_rows:
             self._trust.rows.look(args, kwargs)
         if not self._trained.fsdp:
@@ -299,29 +303,29 @@ class Attached(Optimizer):
         self._forget_dropped()
 
     def _follow_devices(self) -> None:
-        """Move the state of parameters of no LoRA layer to where the model has been moved."""
+        """Move the state of parameters outside LoRA layers to their current device."""
         for stack in self._layout.others if self._layout is not None else ():
             stack.to_(stack.params[0].device, self.state)
 
     def _forget_dropped(self) -> None:
-        """Drop staged statistics where all gradients are None or zero: ``model.zero_grad()`` notifies no optimizer."""
+        """Drop staged statistics if all gradients are None or zero: ``model.zero_grad()`` notifies no optimizer."""
         kfac = self._curvature
         if not isinstance(kfac, KFAC) or not kfac.taps.enabled or self._trained.fsdp:
-            return  # FSDP2 keeps what it accumulates elsewhere
+            return  # FSDP2 accumulates gradients outside p.grad.
         if not same_parameters(parameters_of(self.param_groups), self._held):
             return
         grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
         kfac.forget(together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None)
 
     def _fall_back(self, reason: str) -> None:
-        """Take AdamW's everyday learning rate where none was given and no trust region holds."""
+        """Use AdamW's usual learning rate: no rate was given, and no trust region bounds the step."""
         self.defaults["lr"] = EVERYDAY_RATE
         for group in self.param_groups:
             group["lr"] = EVERYDAY_RATE if group["lr"] == LEARNING_RATE else group["lr"]
         warn_unbounded(reason, EVERYDAY_RATE)
 
     def _judged(self, first: bool = False) -> None:
-        """Look at the held-out rows where it is time: before the first step, and after some others."""
+        """Measure the held-out loss if it is due: before the first step, and at the hold-out's intervals."""
         judge, steps = self._judge, self._counters.steps
         if judge is None or (steps != 0 if first else not judge.holdout.due(steps)):
             return
@@ -330,12 +334,12 @@ class Attached(Optimizer):
             self._budget.doubt()
 
     def _length(self) -> float:
-        """Length of a step, the root of its KL in nats: of the bound, or of the last step where there is none."""
+        """Return a step's length, the square root of a KL in nats per token: its bound, or else the last prediction."""
         limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit
         return math.sqrt(float(self._trust.predicted if limit is None else limit))
 
     def _masked(self) -> bool:
-        """Whether layers keep their shapes when ranks move."""
+        """Return whether layers keep their shapes when ranks change."""
         if self._settings.resize != "auto":
             return self._settings.resize == "masked"
         return checks.shapes_must_stay(self._trained.roots)
@@ -353,7 +357,7 @@ class Attached(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_settings" not in state:  # torch's load_state_dict passes here too: the layers are hooked already
+        if "_settings" not in state:  # load_state_dict() calls this method too; the layers then have their hooks.
             return
         self._model, self._ranks, self._attached = None, None, False
         self._counters, self._rank_state = Counters(), RankState()
@@ -371,9 +375,9 @@ def _detach(close: Callable[[], None], probe: Probe | None, handles: Iterable[An
 
 
 def _forward_begins(begins: Callable[..., Any], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Look at the gradients before a forward pass: a GradScaler skips ``step()`` on an overflow.
+    """Call ``begins`` before a training forward pass in eager mode.
 
-    The hook sits on the whole model: checkpointing runs parts of the model again during backward.
+    The hook is on the root module, because activation checkpointing re-runs submodules during backward.
     """
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         begins(args, kwargs)

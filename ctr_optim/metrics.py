@@ -1,4 +1,4 @@
-"""Reports of an optimizer on itself and its last step, as text and plain floats."""
+"""The optimizer's text summary, and the metrics of its last step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe(
     scheduler: RankScheduler | None,
     steps: int,
 ) -> str:
-    """An optimizer in a few lines: layers, ranks, bound and groups; waits for no device."""
+    """Return the optimizer's ``repr``: layers, ranks, bound, steps and parameter groups. Waits for no device."""
     paired = {id(p) for pair in pairs for p in (pair.A, pair.B)}
     others = [p for g in groups for p in g["params"] if id(p) not in paired and p.requires_grad]
     adapted = sum(pair.A.numel() + pair.B.numel() for pair in pairs)
@@ -48,7 +48,7 @@ def metrics_of(
     ranks: Mapping[str, int],
     utility: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The dict that :meth:`ctr_optim.CTROptimizer.metrics` describes; waits for the device."""
+    """Return the numbers that :meth:`ctr_optim.CTROptimizer.metrics` documents; waits for the device."""
     names = [pair.name for block in blocks for pair in block.pairs]
     shares = [share for block in blocks for share in block.kl_from_base().tolist()]
     coupling = trust.coupling

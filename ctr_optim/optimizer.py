@@ -1,4 +1,4 @@
-"""CTROptimizer: parameter groups, ``step()`` and checkpoints. The packages beside this file hold the maths."""
+"""CTROptimizer: parameter groups, ``step()`` and checkpoints. The packages of this directory contain the maths."""
 
 from __future__ import annotations
 
@@ -43,60 +43,58 @@ from ctr_optim.trust_region.bound import BOUNDS
 class CTROptimizer(Attached):
     r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
 
-    Reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For each layer :math:`y = W_0 x + s B A x`, hooks
-    keep :math:`H = E[h h^T]`, :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and
-    :math:`S = E[g g^T]` (:math:`h = A x`, g the per-token gradient at B's output). A step is
+    The method is reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For layers :math:`y = W_0 x + s B A x`
+    with :math:`h = A x` and per-token gradients g at B's output, hooks estimate :math:`H = E[h h^T]`,
+    :math:`D = E[(B^T g)(B^T g)^T]` and the diagonals of :math:`C = E[x x^T]` and :math:`S = E[g g^T]`. A step is
 
     .. math::
         \Delta_A = -lr\, Q_D\, Adam(Q_D^T g_A), \quad \Delta_B = -lr\, Adam(g_B Q_H)\, Q_H^T, \quad
-        \Delta \leftarrow \Delta \min(1, \sqrt{max\_kl / (\kappa q / 2)})
+        \Delta \leftarrow \Delta \min(c, \sqrt{max\_kl / (\kappa q / 2)})
 
-    with q the step's quadratic form in :math:`C \otimes D, H \otimes S` and their cross term, weight decay included,
-    and :math:`\kappa` measured on the model. Parameters without such factors count by Adam's second moments,
-    :math:`\sum \hat v \Delta^2`.
+    where q is the step's quadratic form, weight decay included, in :math:`C \otimes D, H \otimes S` and their cross
+    term. The coupling :math:`\kappa` is measured on the model. Parameters without these factors add
+    :math:`\sum \max(\hat v, g^2) \Delta^2`, with Adam's second moments :math:`\hat v` and this step's gradient g.
+    With ``kl_schedule="auto"``, c is 0.08 / peak lr, else 1.
 
     Args:
-        params: parameters or groups, as in torch; the LoRA layers that own them are found by themselves.
-        lr: leave it out, and schedule it as ever: where the KL is bounded, only the schedule's shape matters. The
-            default is 8e-2, or AdamW's everyday 2e-4 where no trust region can hold.
-        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, but for a shorter memory of gradients: the bound
-            sets how long a step is, and old gradients only turn it.
-        max_kl: bound on the predicted KL divergence per token of one step, in nats; None for no trust region.
-        kl_schedule: ``"auto"``: the bound follows ``(lr / peak lr)^2``, the peak being the largest lr seen or left by a
-            scheduler as ``initial_lr``; it falls as ``1 / (1 + t / 25)`` over t steps at one lr, in proportion to a
-            batch's loss tokens below 256, and where rows are seen again. ``"lr"``: the first of these alone, and lr
-            limits a step, too. ``"constant"``: none of them.
-            ``"adaptive"``: from predicted and actual reduction of the loss, needs ``step(closure)``, which is called
-            twice.
-        calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before,
-            and at the three steps after one that surprised; None: kappa is 1, the plain metric.
-        trust_penalty: lambda, nats per nat: what is minimized is the loss plus ``lambda KL(base || model)`` per token,
-            the KL by the factors and the measured coupling of the whole adapter.
-        curvature: ``"kfac"``; ``"gradient"``: the metric ``sum v^ delta^2`` from Adam's second moments, which also
-            serves for parameters of no LoRA layer; ``"hutchinson"``: the Hessian's diagonal, for models that return
-            their loss; ``"none"``.
-        factor_structure: of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
-        factor_decay, factor_interval, basis_interval: moving average, and steps between updates of factors and bases.
-        damping: of whitening, relative to the mean eigenvalue.
-        max_tokens: tokens a layer looks at in one forward, evenly spaced; None for all.
-        rank_scheduler: a :class:`RankScheduler`, or a dict of its arguments: ranks move.
-        model: the model, where it should not be searched for.
-        resize: ``"physical"``: a layer whose rank moves gets weights of another shape. ``"masked"``: layers keep the
-            shapes that they were allocated with, and directions that they do not use are zero. ``"auto"``: physical in
-            one eager process, masked in several and in compiled models.
-        loss_reduction: ``"mean"`` or ``"sum"`` over tokens, whichever the loss is.
+        params: parameters or parameter groups, as in torch. The optimizer finds the LoRA layers that own them.
+        lr: leave it out, and use any schedule. With a bounded KL, only the schedule's shape matters. The default is
+            8e-2, or AdamW's usual 2e-4 where the KL cannot be bounded.
+        betas, eps, weight_decay: as in :class:`torch.optim.AdamW`, with a smaller ``betas[0]``.
+        max_kl: bound on the predicted KL divergence of one step, in nats per token; None for no trust region.
+        kl_schedule: ``"auto"``: the bound follows ``(lr / peak lr)^2`` (peak: the largest ``lr`` or ``initial_lr`` so
+            far). It falls as ``1 / (1 + t / 25)`` over t steps at one lr, in proportion to the loss tokens of a step
+            below 256, and with repeated rows. ``"lr"``: ``(lr / peak lr)^2`` only. ``"constant"``: ``max_kl``.
+            ``"adaptive"``: the bound follows actual and predicted reductions of the loss; ``step(closure)`` calls the
+            closure twice. Except with ``"auto"``, lr also limits the step.
+        calibration_interval: largest number of steps between measurements of kappa. They come at steps 0, 1, 4, 9,
+            16, ..., and at three steps after an unexpected value. None: kappa is 1, and the bound is not in nats.
+        trust_penalty: lambda, in nats per nat. Training minimizes the loss plus ``lambda KL(base || model)`` per token;
+            the factors and the measured coupling of the whole adapter predict this KL.
+        curvature: ``"kfac"``; ``"gradient"``: the metric ``sum max(v^, g^2) delta^2`` for all parameters;
+            ``"hutchinson"``: the Hessian's diagonal, for models that return their loss; ``"none"``: no trust region.
+        factor_structure: structure of C and S: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
+        factor_decay, factor_interval, basis_interval: decay of the factors' average; steps between updates of factors
+            and of eigenbases.
+        damping: damping of the whitening, relative to the mean eigenvalue.
+        max_tokens: number of evenly spaced tokens that a layer samples in one forward pass; None for all.
+        rank_scheduler: a :class:`RankScheduler` or a dict of its arguments, for ranks that change; None: fixed ranks.
+        model: the model, if the optimizer must not search for it.
+        resize: how ranks change: ``"physical"``: weights of new shapes; ``"masked"``: weights keep their shapes, and
+            unused directions are zero; ``"auto"``: masked in several processes and in compiled models, else physical.
+        loss_reduction: the loss's own reduction over tokens, ``"mean"`` or ``"sum"``.
         maximize: as in torch.
-        retain: text whose predictions should stay: an iterable of batches (dicts for ``model(**batch)``, or tensors of
-            token ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's own samples) or None.
-        kl_budget: bound on the KL divergence from the base model in all, nats per token, measured on retained text or
-            else on the batch; None for no bound.
-        holdout: a few batches that are never trained on, or a :class:`~ctr_optim.holdout.Holdout`: where the loss on
-            them rises, the bound shrinks and the weights go back to the best ones.
-        foreach: None: the fastest that applies (Triton kernels on a GPU); True: torch operations on stacked layers;
+        retain: text on which the predictions must stay: batches (dicts for ``model(**batch)``, or tensors of token
+            ids), a :class:`~ctr_optim.retention.Retention`, ``"self"`` (the model's samples), ``"random"`` or None.
+        kl_budget: bound on the total KL divergence from the base model, in nats per token, measured on the retained
+            text, or on the batch if there is none; None for no bound.
+        holdout: a few batches that training never uses, or a :class:`~ctr_optim.holdout.Holdout`. If the loss on them
+            rises, the bound shrinks, and the best weights are restored.
+        foreach: None: the fastest available (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was given and what was expected.
+        ValueError, TypeError: if an argument is invalid; names it, the given and the expected value.
     """
 
     _finalizer: weakref.finalize
@@ -136,7 +134,7 @@ class CTROptimizer(Attached):
             factor_interval, basis_interval, damping, max_tokens, resize, loss_reduction,
         )  # fmt: skip
         chosen("curvature", curvature, CURVATURES)
-        chosen("factor_structure", factor_structure, STRUCTURES)  # a wrong name is refused before any hook is set
+        chosen("factor_structure", factor_structure, STRUCTURES)  # An unknown name must fail before hooks are set.
         self._model = None if model is None else weakref.ref(model)
         self._attached = False
         self._retained, self._kl_budget, self._holdout = Retained(retain), kl_budget, Holdout.of(holdout)
@@ -156,16 +154,13 @@ class CTROptimizer(Attached):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo  # as torch's own: what is compiled around a step breaks its graph here
+    @_disable_dynamo  # torch's optimizers do the same: a compiled function that calls step() breaks its graph here.
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. A step with a gradient that is not finite changes nothing, and is counted.
+        """Take one step, and return the closure's loss. If a gradient is not finite, only count a skipped step.
 
         Args:
             closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            the closure's loss.
         """
         checks.check_outside_backward()
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -195,11 +190,11 @@ class CTROptimizer(Attached):
         finally:
             self._arm()
         if self._ranks is not None:
-            self._ranks.notify()  # last: a listener that raises must leave an optimizer that works
+            self._ranks.notify()  # Listeners come last, so that one that raises leaves a valid optimizer.
         return loss
 
     def _take(self, step: Step, scale: Tensor | None) -> None:
-        """Take the step, within the budget from the base model where there is one."""
+        """Apply the step; shorten it first if ``kl_budget`` requires that."""
         budget = self._budget
         if budget is None:
             step.take_(scale)
@@ -211,10 +206,10 @@ class CTROptimizer(Attached):
         budget.moved(factor * length, self._budget_due)
 
     def restore_best(self) -> float:
-        """Go back to the weights of the lowest loss on the held-out rows; returns that loss.
+        """Restore the weights with the lowest held-out loss, and return that loss in nats per token.
 
         Raises:
-            ValueError: without a hold-out.
+            ValueError: if the optimizer has no hold-out.
         """
         if self._judge is None:
             raise ValueError("restore_best: this optimizer has no hold-out; pass holdout=batches to CTROptimizer")
@@ -222,7 +217,7 @@ class CTROptimizer(Attached):
         return self._judge.restore_best(self.steps, self._held, self.state)
 
     def _look(self) -> Tensor:
-        """``()`` whether all gradients are finite."""
+        """Return ``()`` whether all gradients are finite; count a skipped step if not."""
         found = self._fused.look()
         self._fuses = found is not None
         finite = all_finite(self.param_groups, self._fused.params if self._fuses else (), found)
@@ -231,7 +226,7 @@ class CTROptimizer(Attached):
         return finite
 
     def _learn(self, finite: Tensor) -> None:
-        """Bring the curvature up to date, and the bases in which directions are found."""
+        """Update the curvature and the eigenbases that are due."""
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         sketched = self._curvature.due(self._counters.steps)
@@ -239,13 +234,13 @@ class CTROptimizer(Attached):
         if sketched and self._ranks is not None:
             self._ranks.count_sketched(finite)
         if sketched and not self._fused.stacks:
-            self._fused, self._fuses = Fused(self._fusible()), False  # from the next step on
+            self._fused, self._fuses = Fused(self._fusible()), False  # The kernels start at the next step.
         if due(self._counters.steps, self._settings.basis_interval) and (failed := self._curvature.refresh()):
             self._counters.failed += failed
-            warn_failed("an eigenbasis", "the layers keep the one that they have")
+            warn_failed("an eigenbasis", "the layers keep their current eigenbases")
 
     def _direction(self, stacks: Sequence[Stack], finite: Tensor) -> Step:
-        """Every stack's step before the trust region, with its length and slope in the chosen curvature."""
+        """Return the unscaled step of all stacks, with its quadratic form and the loss's slope."""
         fused = self._fused if self._fuses else Fused(())
         kfac = self._curvature if isinstance(self._curvature, KFAC) else None
         penalties = kfac.penalties(self._trust.coupling.of_adapter) if kfac is not None else {}
@@ -262,14 +257,14 @@ class CTROptimizer(Attached):
         return Step(deltas, fused, together(forms).sum(), together(slopes).sum(), True, self._curvature.tokens())
 
     def _reallocate(self) -> None:
-        """Hold a rank event where one is due."""
+        """Run a rank event if one is due."""
         if self._ranks is None:
             return
         checks.check_ranks_belong_to_us(self.param_groups)
         step, curvature = self._counters.steps, self._curvature
         if step != self._ranks.scheduler.next_event(step):
             return
-        if not (isinstance(curvature, KFAC) and curvature.able):  # closed: nothing new is known of the layers
+        if not (isinstance(curvature, KFAC) and curvature.able):  # A closed optimizer collects no statistics.
             return
         masked = self._masked()
         if not masked:
@@ -285,7 +280,7 @@ class CTROptimizer(Attached):
                 self._judge.forget(self.state)
             self._restack()
 
-    # -- what users read and save -------------------------------------------------------------------------------
+    # -- properties, metrics and checkpoints --------------------------------------------------------------------
 
     def __repr__(self) -> str:
         ranks = {p.name: p.rank for p in self.pairs} if self._ranks is None else self._ranks.known
@@ -293,12 +288,12 @@ class CTROptimizer(Attached):
 
     @property
     def steps(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return self._counters.steps
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Directions in use, by layer; may wait for the device (and processes) after a checkpoint was loaded."""
+        """Rank in use of each layer, by name. After a checkpoint is loaded, this may wait for device and processes."""
         if self._ranks is not None:
             distributed.reshard(self._trained.fsdp)
             return dict(self._ranks.ranks)
@@ -306,7 +301,7 @@ class CTROptimizer(Attached):
 
     @property
     def rank_scheduler(self) -> RankScheduler | None:
-        """The scheduler of the ranks; another one may take its place during training."""
+        """The rank scheduler, or None. A new scheduler may be assigned during training."""
         return self._scheduler
 
     @rank_scheduler.setter
@@ -322,14 +317,14 @@ class CTROptimizer(Attached):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Any]:
-        """What the last step did, as plain floats; waits for the device.
+        """Return plain numbers about the last step; waits for the device.
 
-        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (factor in [0, 1] applied to
-        the step at the default rate), ``trust/coupling`` and ``trust/source``,
-        ``trust/unbounded`` (parameters that no measured metric
-        bounds), ``kl_from_base`` (nats per token; an estimate, right in proportion between layers) and
-        ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank event), ``skipped_steps``,
-        ``failed_decompositions`` (where one failed, layers kept their bases, or ranks).
+        Keys: ``trust/predicted_kl`` and ``trust/max_kl`` (nats per token), ``trust/scale`` (the step's factor, relative
+        to the largest possible one), ``trust/factor/...`` (factors of ``max_kl``), ``trust/coupling``,
+        ``trust/source``, ``trust/unbounded`` (parameters without a bound in nats), ``kl_from_base`` (estimate in nats
+        per token; docs/limits.md) and ``kl_from_base/layer``, ``ranks``, ``utility`` (nats per token, at the last rank
+        event), ``skipped_steps``, ``failed_decompositions``; with ``holdout``, ``holdout/...``; with ``kl_budget``,
+        ``budget/...``, and ``retain/kl`` if it is measured on retained text.
         """
         self._count_skipped()
         utility = self._ranks.utility if self._ranks is not None else {}
@@ -341,13 +336,13 @@ class CTROptimizer(Attached):
         return metrics if self._budget is None else metrics | self._budget.metrics()
 
     def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
-        """Call ``listener`` with every :class:`RankEvent`, in the order of the layers' names."""
+        """Call ``listener`` with each :class:`RankEvent`, ordered by layer name; ValueError without a scheduler."""
         if self._ranks is None:
-            raise ValueError("on_rank_event: this optimizer has no rank_scheduler, and will emit no events")
+            raise ValueError("on_rank_event: this optimizer has no rank_scheduler; pass one to CTROptimizer")
         self._ranks.listeners.append(listener)
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer then takes steps with the factors and ranks that it has."""
+        """Remove every hook from the model. Later steps use the current factors and ranks."""
         self._finalizer()
         self._curvature.close()
         self._trust.coupling.prober = None
@@ -355,31 +350,29 @@ class CTROptimizer(Attached):
         self._restack()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch: tensors, numbers and lists only, fit for ``torch.load(..., weights_only=True)``."""
+        """Return the state as in torch. ``torch.load(..., weights_only=True)`` accepts it."""
         self._count_skipped()
         self._follow()
         self._mirror()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint, exactly: unlike torch's, nothing is cast to the parameters' dtype.
+        """Load a checkpoint exactly: unlike torch, do not cast tensors to the parameters' dtype.
 
         Raises:
-            ValueError: if it belongs to other parameters, or is damaged; nothing is loaded then.
+            ValueError: if it belongs to other parameters or is damaged; the optimizer stays unchanged.
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self._follow()
-        distributed.reshard(self._trained.fsdp)  # the layers hold the parameters of our groups again
+        distributed.reshard(self._trained.fsdp)  # The layers then refer to the parameters in our groups again.
         state, groups, numbers = checked(
             state_dict, self.param_groups, self.pairs, self._settings, self._curvature, self._numbers()
         )
         carried = any(VECTORS in entry for entry in state.values())
         if self._retained.pending and state and not carried:
-            raise ValueError(
-                "checkpoint: it was written without retain; build the optimizer without retain to go on with it"
-            )
+            raise ValueError("checkpoint: it was written without retain; build the optimizer without retain to load it")
         if carried:
             self._retained.settle()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
@@ -392,15 +385,15 @@ class CTROptimizer(Attached):
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; what the taps staged goes with the gradients (a GradScaler may have skipped ``step()``)."""
+        """Clear gradients as in torch, and drop their statistics: a GradScaler may have skipped ``step()``."""
         super().zero_grad(set_to_none)
         self._curvature.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; LoRA layers in the new group are found and hooked."""
+        """Add a group as in torch, and hook its LoRA layers."""
         check_group_keys(param_group, self.defaults, Settings.__dataclass_fields__)
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault("peak_lr", 0.0)  # checkpoints that fill in a template want it there
+        self.param_groups[-1].setdefault("peak_lr", 0.0)  # Checkpoint loaders that fill a template need the key.
         check_group(self.param_groups[-1])
         if self._attached:
             self._attach()

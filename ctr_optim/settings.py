@@ -1,4 +1,4 @@
-"""Every option of the optimizer in one frozen, checked place."""
+"""The checked, immutable options of the optimizer, and the steps at which periodic work is due."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LEARNING_RATE = 8e-2  # the default, where the trust region sets the length of steps
-IGNORED = -100  # the label of tokens that the loss leaves out
-EVERYDAY_RATE = 2e-4  # what LoRA is fine-tuned at with AdamW; the default where no trust region can hold
+LEARNING_RATE = 8e-2  # Default with a trust region: large enough that the bound sets the step's length.
+IGNORED = -100  # Label of tokens that the loss ignores, as in torch's cross_entropy.
+EVERYDAY_RATE = 2e-4  # AdamW's usual rate for LoRA; the default without a trust region.
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of :class:`~ctr_optim.CTROptimizer` that are not per parameter group. See there for their meaning."""
+    """Options of :class:`~ctr_optim.CTROptimizer` that all parameter groups share; that class documents them.
+
+    Raises:
+        ValueError, TypeError: if an option is invalid; names it, the given and the expected value.
+    """
 
     max_kl: float | None
     kl_schedule: str
@@ -35,7 +39,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_kl is not None:
             _number("max_kl", self.max_kl, above=0.0, hint="nats per token, or None for no trust region")
-            # An integer would make checkpoints take the live bound, which need not stay whole, for a counter.
+            # Checkpoint validation treats an integer as a counter, but the live bound takes fractional values.
             object.__setattr__(self, "max_kl", float(self.max_kl))
         if self.calibration_interval is not None:
             _count(
@@ -53,12 +57,12 @@ class Settings:
 
 
 def due(step: int, interval: int) -> bool:
-    """Every ``interval`` steps; more often at first, when everything still changes fast: at steps 0, 1, 2, 4, 8, ..."""
+    """Return whether a step is a multiple of ``interval``, or 0, 1, 2, 4, 8, ...: early statistics change fast."""
     return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
 
 def calibration_due(step: int, interval: int | None) -> bool:
-    """Whether the coupling is measured: at steps 0, 1, 4, 9, 16, ... until the gap is ``interval``."""
+    """Return whether the coupling is measured: at steps 0, 1, 4, 9, 16, ..., then every ``interval`` steps."""
     if interval is None:
         return False
     settled = (interval // 2) ** 2
@@ -66,7 +70,11 @@ def calibration_due(step: int, interval: int | None) -> bool:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Check the options of one parameter group; raises ValueError or TypeError that names the option."""
+    """Check the options of one parameter group.
+
+    Raises:
+        ValueError, TypeError: if an option is invalid; names it, the given and the expected value.
+    """
     if getattr(group["lr"], "numel", lambda: 1)() != 1:
         raise ValueError(f"lr: got a tensor of shape {tuple(group['lr'].shape)}; Tensor lr must be 1-element")
     _number("lr", _item(group["lr"]), least=0.0)
@@ -80,7 +88,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def _item(value: Any) -> Any:
-    """A number out of a 0-d tensor."""
+    """Return the number in a one-element tensor; other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
@@ -114,10 +122,10 @@ def _count(name: str, value: Any, hint: str = "") -> None:
 
 
 def chosen(name: str, value: Any, registry: Mapping[str, T]) -> T:
-    """The entry of a registry that an option names.
+    """Return the registry entry that an option names.
 
     Raises:
-        ValueError: for a name that is not registered.
+        ValueError: if the name is not registered.
     """
     _choice(name, value, tuple(registry))
     return registry[value]

@@ -1,4 +1,4 @@
-"""Rows that are never trained on judge the bound: :class:`Holdout`."""
+"""Hold-out: adapt the bound by the loss on rows that training never uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from the loss on held-out rows: a smaller bound, and the way back to the best weights."""
+"""Shrink the bound and restore the best weights after the held-out loss rises."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from ctr_optim.holdout.rows import Holdout
 from ctr_optim.runtime import distributed
 
-BEST = "best"  # in the state of a parameter: its value where the held-out loss was lowest
+BEST = "best"  # key in a parameter's state: its value with the lowest held-out loss
 
 State = MutableMapping[Any, dict[str, Tensor]]
 
 
 @dataclass(slots=True)
 class HoldoutState:
-    """Numbers of a hold-out that a checkpoint carries.
+    """Checkpoint numbers of a hold-out.
 
     Attributes:
-        holdout_loss: last measured; None before the first look.
-        holdout_best: lowest measured; holdout_best_step: steps taken by then.
-        holdout_factor: what the bound is multiplied by.
+        holdout_loss: last measured loss; None before the first measurement, or if it was not finite.
+        holdout_best: loss of the best weights; None before the first measurement.
+        holdout_best_step: number of steps taken before the best weights.
+        holdout_factor: current factor of ``max_kl``.
     """
 
     holdout_loss: float | None = None
@@ -36,14 +37,12 @@ class HoldoutState:
 
 
 class Judge:
-    """Looks at the held-out rows now and then.
-
-    Where their loss has risen above the lowest so far, the bound shrinks, and the weights go back.
+    """Measures the held-out loss; if it is not below the lowest so far, shrinks the bound and restores the weights.
 
     Args:
-        holdout: the rows.
-        model: runs them.
-        quiet: makes a context in which forward passes leave no statistics.
+        holdout: the held-out rows.
+        model: returns the model.
+        quiet: returns a context in which forward passes record no statistics.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Judge:
         self.state = HoldoutState()
 
     def metrics(self) -> dict[str, float | int | None]:
-        """What was measured last, and what followed."""
+        """Return the last loss, the best loss, and the step of the best loss."""
         s = self.state
         return {
             "holdout/loss": s.holdout_loss,
@@ -62,12 +61,12 @@ class Judge:
         }
 
     def look(self, step: int, params: Sequence[nn.Parameter], state: State) -> bool:
-        """Measure the loss after ``step`` steps, and draw the consequences; returns whether the weights went back.
+        """Measure the held-out loss and act on it; return whether the best weights were restored.
 
         Args:
-            step: steps taken.
-            params: the parameters that train.
-            state: the optimizer's state, which keeps their best values.
+            step: number of steps taken.
+            params: the optimizer's parameters.
+            state: the optimizer's state, which stores the best weights.
         """
         if self._improved(step, params, state):
             return False
@@ -77,19 +76,19 @@ class Judge:
         return self.holdout.rollback
 
     def restore_best(self, step: int, params: Sequence[nn.Parameter], state: State) -> float:
-        """Go back to the weights of the lowest held-out loss, unless today's are better; returns that loss."""
+        """Restore the best weights, unless the current ones have a lower held-out loss; return the lowest loss."""
         if not self._improved(step, params, state):
             self._restore(params, state)
         assert self.state.holdout_best is not None
         return self.state.holdout_best
 
     def forget(self, state: State) -> None:
-        """Ranks have moved: the best weights so far fit no more."""
+        """Drop the best weights: a rank event changed the shapes of the parameters."""
         for entry in state.values():
             entry.pop(BEST, None)
 
     def _improved(self, step: int, params: Sequence[nn.Parameter], state: State) -> bool:
-        """Measure the loss; where it is the lowest, or no weights are kept to go back to, keep today's weights."""
+        """Measure the loss; store the current weights if it is the lowest, or if no best weights are stored."""
         s, loss = self.state, self._loss()
         kept = all(BEST in state[p] for p in _trained(params))
         if kept and s.holdout_best is not None and not loss < s.holdout_best:

@@ -1,4 +1,4 @@
-"""Held-out rows, and the model's loss on them."""
+"""The held-out rows, and the model's loss on them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Holdout:
-    """Rows that are never trained on, and when the optimizer looks at them.
+    """Rows that training never uses, and the steps at which the optimizer measures the loss on them.
 
     Args:
         batches: dicts for ``model(**batch)``, or tensors of token ids ``(B, T)``. Three batches of the training's size,
-            looked at every 100 steps, cost one percent of the training. In several processes each has its own, and the
-            same number of them.
-        loss: ``loss(model, batch)``, the mean loss of a batch; None: the model's own, for its ``labels`` or else for
-            the next token.
-        every: most steps between two looks; they come at steps 8, 12, 18, 27, ... before.
-        shrink: what the bound is multiplied by where the held-out loss has risen.
-        rollback: whether the weights then go back to those of the lowest held-out loss.
+            measured every 100 steps, cost 1 % of the training. Every process has its own batches, and all processes
+            have the same number.
+        loss: ``loss(model, batch)`` returns the mean loss of a batch; None: the model's own loss, for the batch's
+            ``labels`` or else for the next token.
+        every: largest number of steps between measurements, which start at steps 8, 12, 18, 27, ...
+        shrink: factor of the bound after a measurement that is not the lowest, between 0 and 1.
+        rollback: whether to restore the best weights then.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what was expected.
+        TypeError, ValueError: if an argument is invalid; names it, the given and the expected value.
 
     Example::
 
@@ -62,21 +62,24 @@ class Holdout:
 
     @classmethod
     def of(cls, given: Iterable[Any] | Holdout | None) -> Holdout | None:
-        """Batches as a hold-out with the usual options."""
+        """Return batches as a hold-out with default options; a hold-out and None unchanged."""
         return given if given is None or isinstance(given, Holdout) else cls(given)
 
     def due(self, step: int) -> bool:
-        """Whether the rows are looked at after ``step`` steps: at 8, 12, 18, 27, ... until the gap is ``every``."""
+        """Return whether to measure after ``step`` steps: 8, 12, 18, 27, ..., until the gap is ``every``."""
         look = min(8, self.every)
         while look < step:
             look += max(1, min(look // 2, self.every))
         return look == step
 
     def sums(self, model: nn.Module) -> Tensor:
-        """``(2,)`` the loss summed over the tokens of all batches, and their number; the model is left untouched.
+        """Return ``(2,)`` the loss summed over the tokens of all batches, and their number; do not change the model.
+
+        With a ``loss`` function, or without integer labels, every batch counts as one token.
 
         Raises:
-            ValueError: a batch for which the model gives no loss.
+            TypeError: if a batch is neither a dict nor a tensor.
+            ValueError: if the model returns no loss for a batch.
         """
         totals = []
         with untouched(model):
@@ -86,7 +89,7 @@ class Holdout:
         return torch.stack(totals).sum(0)
 
     def _mean(self, model: nn.Module, batch: Any, index: int) -> tuple[Tensor, float]:
-        """The mean loss of a batch, and how many tokens it is the mean of."""
+        """Return the mean loss of a batch, and its number of tokens."""
         placed = _moved(batch, device_of(model))
         if self.loss is not None:
             return self.loss(model, placed), 1.0
@@ -94,7 +97,7 @@ class Holdout:
             placed = {IDS: placed if placed.dim() > 1 else placed.unsqueeze(0)}
         if not isinstance(placed, Mapping):
             raise TypeError(
-                f"holdout: batch {index} is a {type(batch).__name__}; expected a dict for model(**batch), or give "
+                f"holdout: batch {index} is a {type(batch).__name__}; expected a dict for model(**batch); or pass "
                 "Holdout(batches, loss=lambda model, batch: ...)"
             )
         if "labels" not in placed and isinstance(placed.get(IDS), Tensor):
@@ -105,8 +108,8 @@ class Holdout:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
             raise ValueError(
-                f"holdout: the model gives no loss for batch {index} (its output is a {type(output).__name__}); put "
-                "labels into the batch, or give Holdout(batches, loss=lambda model, batch: ...)"
+                f"holdout: the model gives no loss for batch {index} (its output is a {type(output).__name__}); add "
+                "labels to the batch, or pass Holdout(batches, loss=lambda model, batch: ...)"
             )
         labels = placed.get("labels")
         known = isinstance(labels, Tensor) and not labels.is_floating_point()

@@ -1,1 +1,1 @@
-"""How far a step may move the model's predictions, in nats per token."""
+"""The trust region: bound the KL divergence of a step, in nats per token."""

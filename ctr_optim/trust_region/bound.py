@@ -1,6 +1,6 @@
-"""How far one step may move the model: the bound on the KL per token, and how it changes during training.
+"""The bound on the KL divergence per token of one step, and how it changes during training.
 
-A bound owns ``max_kl`` and its live value. A new kind is one class and one entry of :data:`BOUNDS`.
+A bound owns ``max_kl`` and its live value. A new kind of bound is one class and one entry in :data:`BOUNDS`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a bound may look at before a step.
+    """Inputs of a bound before a step.
 
     Attributes:
         rate: largest ratio of a group's learning rate to its peak, in [0, 1].
-        flat: steps since that ratio changed last.
-        tokens: ``()`` loss tokens of this step, over micro-batches and processes; None where they are not known.
-        passes: ``()`` how often a row was seen so far, on average; None where rows are not known.
+        flat: number of steps since this ratio last changed.
+        tokens: ``()`` number of loss tokens of this step, over micro-batches and processes; None if unknown.
+        passes: ``()`` how often training used each row on average, without repeats among new rows; None if unknown.
     """
 
     rate: float
@@ -34,11 +34,12 @@ class Evidence:
 
 @dataclass(slots=True)
 class BoundState:
-    """Numbers of a bound that a checkpoint carries.
+    """Checkpoint numbers of a bound.
 
     Attributes:
-        max_kl: live value of the bound before any schedule, nats per token; None for no trust region.
-        rate: last ratio of the learning rate to its peak; flat: steps since it changed.
+        max_kl: live value of the bound before its factors, in nats per token; None for no trust region.
+        rate: last ratio of the learning rate to its peak.
+        flat: number of steps since this ratio changed.
     """
 
     max_kl: float | None
@@ -50,14 +51,14 @@ Factors = Mapping[str, Tensor | float]
 
 
 class Bound(Protocol):
-    """The bound of a step, in nats per token: its ``max_kl`` times factors, each with the name of its reason.
+    """The bound of a step in nats per token: ``max_kl`` times named factors.
 
     Attributes:
-        state: numbers that a checkpoint carries.
-        needs_closure: whether :meth:`judge` wants the loss before and after a step.
-        needs_rows: whether it looks at :attr:`Evidence.passes`.
-        sets_length: whether a step may be longer than its learning rate says, so that only the schedule of the rate
-            matters.
+        state: checkpoint numbers.
+        needs_closure: whether :meth:`judge` needs the loss before and after a step.
+        needs_rows: whether it uses :attr:`Evidence.passes`.
+        sets_length: whether the bound may lengthen a step beyond its learning rate. Then only the shape of the
+            learning rate's schedule matters.
     """
 
     state: BoundState
@@ -66,14 +67,19 @@ class Bound(Protocol):
     sets_length: ClassVar[bool]
 
     def factors(self, evidence: Evidence) -> Factors:
-        """What ``max_kl`` is multiplied by in the coming step, by reason."""
+        """Return the factors of ``max_kl`` for the coming step, by name."""
 
     def judge(self, gained: float, promised: float) -> None:
-        """Learn from a step: by how much the loss fell, and by how much the quadratic model said that it would."""
+        """Adapt the bound to a step's actual and predicted reduction of the loss.
+
+        Args:
+            gained: actual reduction of the loss.
+            promised: reduction that the quadratic model predicted.
+        """
 
 
 class Constant:
-    """``max_kl`` at every step."""
+    """Bound that equals ``max_kl`` at every step."""
 
     needs_closure: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
@@ -86,24 +92,26 @@ class Constant:
         return {}
 
     def judge(self, gained: float, promised: float) -> None:
-        """A constant bound learns nothing."""
+        """Do nothing: a constant bound does not adapt."""
 
 
 class FollowsRate(Constant):
-    """``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
+    """Bound ``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
 
     def factors(self, evidence: Evidence) -> Factors:
         return {"schedule": evidence.rate**2}
 
 
 class Auto(FollowsRate):
-    """Follows the learning rate's schedule, decays where there is none, asks for loss tokens and for new rows.
+    """Bound that follows the learning rate's schedule, and shrinks at a constant rate, with few tokens or old rows.
 
-    A batch of N loss tokens says little of what the model should do on other tokens: below ``enough`` tokens the bound
-    shrinks in proportion, so that a few labels that cannot be learned do not move the whole model. Without a schedule,
-    steps of one length keep the model at a distance from its optimum: the bound falls as ``1 / (1 + t / patience)``
-    over t steps at one rate. A row that was seen before teaches less than a new one, and can be memorised: where each
-    row was seen n times on average, the bound falls as ``n ** -repeats``, to ``least`` of itself.
+    - ``schedule``: as :class:`FollowsRate`.
+    - ``constant_rate``: at a constant learning rate, steps of equal length never settle at an optimum. The factor is
+      ``1 / (1 + t / patience)`` after t steps at one rate.
+    - ``few_tokens``: a few labels that cannot be learned must not change the whole model. Below ``enough`` loss tokens,
+      the factor is proportional to their number.
+    - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
+      ``n ** -repeats``, and at least ``least``.
     """
 
     needs_rows: ClassVar[bool] = True
@@ -123,7 +131,7 @@ class Auto(FollowsRate):
 
 
 class Adaptive(Constant):
-    """Levenberg-Marquardt's rule on the ratio of actual to promised reduction of the loss."""
+    """Bound that follows Levenberg-Marquardt's rule on the ratio of actual to predicted loss reduction."""
 
     needs_closure: ClassVar[bool] = True
 
@@ -140,10 +148,14 @@ BOUNDS: dict[str, type[Constant]] = {"auto": Auto, "lr": FollowsRate, "constant"
 
 
 def adapted_bound(bound: float, initial: float, actual: float, predicted: float) -> float:
-    """The bound after one step by Levenberg-Marquardt's rule.
+    """Return the bound after one step by Levenberg-Marquardt's rule, in nats per token.
 
-    Above 3/4 the quadratic model is good and the bound grows by half; below 1/4 it is poor and the bound halves. The
-    bound stays within a factor of 100 of its initial value.
+    If the ratio of actual to predicted reduction is above 3/4, the bound grows by half; below 1/4, it halves. The bound
+    stays within a factor of 100 of its initial value.
+
+    Args:
+        bound, initial: current and initial bound, in nats per token.
+        actual, predicted: reductions of the loss.
     """
     ratio = actual / predicted if predicted > 0 else 0.0
     if ratio > 0.75:
@@ -154,9 +166,9 @@ def adapted_bound(bound: float, initial: float, actual: float, predicted: float)
 
 
 def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
-    """Largest ratio of a group's learning rate to its peak; the peak is kept in the group.
+    """Return the largest ratio of a group's learning rate to its peak; update ``peak_lr`` in every group.
 
-    The peak is the largest of the learning rates seen and the ``initial_lr`` that schedulers leave in a group.
+    The peak is the largest learning rate so far, or the ``initial_lr`` of torch's schedulers if that is larger.
     """
     ratio = 0.0
     for group in groups:
@@ -167,29 +179,29 @@ def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
 
 
 def largest_factor(bound: Bound, groups: Sequence[dict[str, Any]]) -> float:
-    """The most that a step may be multiplied by: 1, or what makes the largest peak rate the default one."""
+    """Return the largest factor of a step: 1, or the default learning rate over the largest peak rate."""
     peak = max((float(group["peak_lr"]) for group in groups), default=0.0)
     return LEARNING_RATE / peak if bound.sets_length and peak > 0 else 1.0
 
 
 def everyday_factor(groups: Sequence[dict[str, Any]]) -> float:
-    """Factor from the default learning rate to AdamW's everyday rate; 1 where a rate was chosen.
+    """Return AdamW's usual rate over the default learning rate; 1 if the user chose a rate.
 
-    The default rate relies on a bound in nats; where the KL cannot be measured, no such bound holds.
+    The default rate needs a bound in nats, which does not exist if the KL cannot be measured.
     """
     default = all(float(group["peak_lr"]) == LEARNING_RATE for group in groups)
     return EVERYDAY_RATE / LEARNING_RATE if default else 1.0
 
 
 def limit_of(bound: Bound, factors: Factors) -> Tensor | float | None:
-    """The bound of a step in nats per token; None for no bound."""
+    """Return the bound of a step in nats per token; None for no bound."""
     return None if bound.state.max_kl is None else bound.state.max_kl * math.prod(factors.values())  # type: ignore
 
 
 def observed(
     state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor | None, passes: Tensor | None = None
 ) -> Evidence:
-    """The evidence of the coming step; counts in ``state`` for how long the rate has stayed the same."""
+    """Return the evidence for the coming step; update ``rate`` and ``flat`` in ``state``."""
     rate = rate_ratio(groups)
     state.flat = state.flat + 1 if rate == state.rate else 0
     state.rate = rate

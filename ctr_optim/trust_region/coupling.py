@@ -1,4 +1,4 @@
-"""The coupling kappa: the model's own KL along a step over the block-diagonal prediction, measured and averaged."""
+"""The coupling kappa: a step's KL measured on the model, divided by the block-diagonal prediction; averaged."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ctr_optim.runtime import distributed
 from ctr_optim.settings import calibration_due
 from ctr_optim.trust_region.protocols import Adapter, Changes, Prober, Quiet, Step
 
-SLOPE_EXPONENT = 0.6  # of slope^2 in the prediction; q has the rest
-_GUESS = 40.0  # where the first measurement starts from; language models were seen between 10 and 400
-_BASE_EVERY = 4  # measurements of a step's coupling for one of the whole adapter's
-_LEAST_MOVE = 1e-3  # nats per token; below, logits in half precision would measure their own rounding
-# Pushes of the first measurement, and of others; an over-long push saturates, and each further one is shorter.
+SLOPE_EXPONENT = 0.6  # Exponent of slope^2 in the predicted KL; q has exponent 0.4.
+_GUESS = 40.0  # Start value of the first measurement; language models had values between 10 and 400.
+_BASE_EVERY = 4  # Measure the whole adapter's coupling at every fourth measurement of a step's coupling.
+_LEAST_MOVE = 1e-3  # Smallest KL of a measurement, nats per token: below it, half-precision rounding dominates.
+# Largest number of trials in the first measurement and in later ones. A displacement that is too long saturates the KL,
+# so each further trial is shorter.
 _TRIES, _LATER_TRIES = 8, 3
-# The least that is believed: diagonal metrics of tiny models were seen at 5e-5, outputs that do not carry the loss at
-# 1e-11.
+# Smallest plausible coupling: diagonal metrics of tiny models gave 5e-5; outputs that the loss does not use gave 1e-11.
 _LEAST = 1e-6
-# A measurement between these shares of what was predicted is no surprise; after a surprise, so many steps are measured
-# out of turn. On base5m (E2E, 120 steps of 8) that is a quarter more measurements, 0.2 % of a step's cost, and
-# predicted over measured KL falls from 1.92 to 1.42 at the 95 % point.
+# A measurement within this range of ratios to its prediction is expected. After any other one, the next _WATCHED steps
+# are measured. On base5m (E2E, 120 steps of 8), this adds a quarter more measurements at 0.2 % of a step's cost, and
+# lowers the 95th percentile of predicted over measured KL from 1.92 to 1.42.
 _EXPECTED = (1 / 3, 1.5)
 _WATCHED = 3
-_FALL = 4.0  # most that one measurement lowers the usual kappa by: a step that is too long costs more than a short one
-_NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
+_FALL = 4.0  # Largest divisor of the usual kappa in one measurement: too long a step costs more than too short a step.
+_NEWEST = 0.2  # Smallest weight of a new measurement in the average: single measurements are off by a third.
 
 
 @dataclass(slots=True)
 class CouplingState:
-    """Numbers of the coupling that a checkpoint carries.
+    """Checkpoint numbers of the coupling.
 
     Attributes:
-        coupling: kappa of a usual step; None until measured.
-        alignment: usual ``slope^2 / q`` of a step.
-        base_coupling: coupling of the whole adapter, for the KL from the base model.
-        calibrations: measurements so far.
-        watched: coming steps that are measured out of turn, after a measurement that surprised.
+        coupling: average kappa of a step; None until measured.
+        alignment: average ``slope^2 / q`` of a step; None until measured.
+        base_coupling: coupling of the whole adapter, for the KL from the base model; None until measured.
+        calibrations: number of measurements so far.
+        watched: number of additional measurements, one per step, after an unexpected value.
     """
 
     coupling: float | None = None
@@ -50,27 +50,34 @@ class CouplingState:
 
 
 class Coupling:
-    """Measures kappa on the model at intervals, and extrapolates it from step to step.
+    """Estimator of kappa: measures it on the model at intervals, and extrapolates it to every step.
 
     Args:
-        prober: runs the model again; None where no single model holds all parameters.
-        quiet: makes a context in which forward passes leave no statistics.
-        interval: most steps between measurements; None: kappa is 1, the plain block-diagonal metric.
+        prober: re-runs the model; None if no single module contains all parameters.
+        quiet: returns a context in which forward passes record no statistics.
+        interval: largest number of steps between measurements; None: kappa is 1, the plain block-diagonal metric.
 
     Attributes:
-        state: numbers that a checkpoint carries.
+        state: checkpoint numbers.
         kappa: kappa of the last step; None before the first step.
+        due: whether the coming step is measured.
+        shared: whether another caller uses the stored batch after this measurement.
     """
 
     def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None) -> None:
         self.prober, self.quiet, self.interval = prober, quiet, interval
         self.state = CouplingState()
-        self.due = self.shared = False  # whether we measure, and whether others use the kept batch after us
+        self.due = self.shared = False
         self.kappa: Tensor | float | None = None
-        self._here: float | None = None  # measured along this very step
+        self._here: float | None = None  # coupling measured along the current step
 
     def arm(self, step: int, others: bool = False) -> None:
-        """Decide whether the coming forward pass is kept, for our measurement or for ``others``."""
+        """Decide whether the prober stores the coming forward pass.
+
+        Args:
+            step: number of steps taken.
+            others: whether another caller needs the stored batch.
+        """
         watched = self.interval is not None and self.state.watched > 0
         self.due, self.shared = calibration_due(step, self.interval) or watched, others
         if self.prober is not None:
@@ -78,7 +85,7 @@ class Coupling:
 
     @property
     def usual(self) -> float:
-        """kappa of a usual step."""
+        """Average kappa of a step; a guess before the first measurement."""
         return 1.0 if self.interval is None else self.state.coupling or _GUESS
 
     @property
@@ -88,12 +95,12 @@ class Coupling:
 
     @property
     def known(self) -> bool:
-        """Whether the scale is known: measured, or left out on request."""
+        """Whether kappa was measured, or is 1 because ``interval`` is None."""
         return self.interval is None or self.state.coupling is not None
 
     @property
     def source(self) -> str:
-        """Origin of the coupling: ``"measured"``, or the reason why it is not."""
+        """Source of kappa: ``"measured"``, ``"block-diagonal"``, or ``"assumed (...)"`` with the reason."""
         if self.interval is None:
             return "block-diagonal"
         if self.state.coupling is not None:
@@ -102,28 +109,27 @@ class Coupling:
         return f"assumed ({refused or 'not measured yet'})"
 
     def along(self, step: Step) -> Tensor | float:
-        """kappa of this step."""
+        """Return kappa of a step, and store it in :attr:`kappa`."""
         kappa: Tensor | float = self.usual
         if self.state.alignment is not None:
             kappa = kappa * alignment(step.slope, step.q, self.state.alignment)
-        if self._here is not None:  # whatever is usual: this step is known
+        if self._here is not None:  # A measurement along this step overrules a smaller average.
             kappa = torch.as_tensor(kappa, dtype=step.q.dtype, device=step.q.device).clamp_min(self._here)
         self.kappa = kappa
         return kappa
 
     def measure(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
-        """Measure the coupling along this step, if one is due, at about the length that the step will have.
+        """Measure the coupling along this step if a measurement is due, at about the step's final length.
 
-        A step that was measured has the larger of the measured and the averaged coupling. After a measurement that
-        surprises, the next steps are measured, too: a model whose coupling changes fast would leave its bound before
-        the next one is due.
+        A measured step uses the larger of its own and the average coupling. An unexpected measurement makes the next
+        steps measure, too: a fast-changing coupling would exceed the bound before the next regular measurement.
 
-        Measurements are averaged by their square roots, since one in a hundred is off by a factor of ten. The part
-        that this step's slope explains (:func:`alignment`) is taken out before; the usual slope moves with the average.
+        The average is over square roots, because one measurement in a hundred is off by a factor of ten. Before
+        averaging, :func:`alignment` removes the effect of this step's slope; the average slope is updated as well.
 
         Args:
             step: the step.
-            limit: its bound, nats per token.
+            limit: the step's bound, in nats per token; None for no bound.
             adapter: the trained part of the model.
         """
         self._here = None
@@ -136,9 +142,10 @@ class Coupling:
             self.prober.release()
 
     def _update(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
-        """Measure, and fold the measurement into the state."""
+        """Measure the coupling, and update the averages."""
         state, slope, q = self.state, step.slope, step.q
-        newest = max(_NEWEST, 5 / (5 + state.calibrations))  # the first counts least: models change fastest then
+        # Early measurements are forgotten fast, because models change fastest at the start.
+        newest = max(_NEWEST, 5 / (5 + state.calibrations))
         typical, usual = slope.square() / q, state.alignment
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
         guess = self.usual * aligned
@@ -155,7 +162,7 @@ class Coupling:
         if now > 0:
             usual = usual or now
             state.alignment = usual ** (1 - newest) * now**newest
-            # the coupling of a usual step follows the usual slope
+            # The average coupling refers to the average slope, so it changes with it.
             state.coupling *= (state.alignment / usual) ** SLOPE_EXPONENT
         if before is not None:
             state.coupling = max(state.coupling, before / _FALL)
@@ -164,24 +171,26 @@ class Coupling:
             self._measure_base(here, adapter)
 
     def _measured(self, step: Step, limit: float, guess: Tensor, tries: int) -> tuple[float, Tensor] | None:
-        """The coupling along a step, and the logits before it; None where none can be had.
+        """Return the coupling along a step, and the logits before it; None if the measurement fails.
 
-        Until it is known, nothing waits for the device: the pass is short, and it should not run out of work.
+        The host does not wait for the device before the result, so that the device stays busy during the short pass.
 
         Args:
-            guess: ``()`` of the coupling; the model is pushed about as far as the step will go if it is right.
-            tries: where it was off by more than a factor of two, push again.
+            step: the step.
+            limit: target KL in nats per token, at least ``_LEAST_MOVE``.
+            guess: ``()`` estimate of the coupling; if it is right, the displacement has the target KL.
+            tries: largest number of trials; a trial repeats if the estimate is off by more than a factor of two.
         """
         assert self.prober is not None
         target, q, changes = max(limit, _LEAST_MOVE), step.q, step.changes()
         with self.quiet():
             here = self.prober.logits_in_training()
-        if here is None:  # nobody has any
+        if here is None:  # No process has logits.
             return None
         for attempt in range(tries):
-            # no further than the step itself goes, or the least move: a model that cannot reach the target would look
-            # flatter the further one pushes it
-            unit = (2 / (guess * q)).sqrt()  # where the KL would be 1
+            # Displace by at most the step itself or by the smallest KL: the KL of a saturated model grows more slowly
+            # than its displacement squared, which would lower the measured coupling.
+            unit = (2 / (guess * q)).sqrt()  # factor of the step that has a KL of 1
             epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(1.0)).nan_to_num(0.0, 0.0)
             measured = self._kl_at(changes, epsilon, here, q)
             if measured is None:
@@ -193,14 +202,14 @@ class Coupling:
             if coupling < _LEAST:
                 self.prober.refused = f"the logits hardly move with the parameters: a coupling of {coupling:.1g}"
                 return None
-            # a model that cannot reach the target looks flatter with every further push
+            # A saturated model gives a smaller coupling at every further trial.
             if 0.5 < off < 2 or (off < 1 and attempt >= 2):
                 break
             guess = found
         return coupling, here
 
     def _kl_at(self, changes: Changes, factor: float | Tensor, here: Tensor, like: Tensor) -> Tensor | None:
-        """``()`` the KL per token from ``here`` to the model with its parameters displaced; None where that fails."""
+        """Return ``()`` the KL per token from ``here`` to the logits with displaced parameters; None on failure."""
         assert self.prober is not None
         displaced = self.prober.moved(changes, factor)
         if displaced is None:
@@ -211,7 +220,7 @@ class Coupling:
         return None if found is None else distributed.mean(found, like)
 
     def _measure_base(self, here: Tensor, adapter: Adapter) -> None:
-        """Measure the KL from the base model (B = 0), and with it the coupling of the whole adapter."""
+        """Measure the KL between the base model (B = 0) and the model, and update the whole adapter's coupling."""
         assert self.prober is not None
         form = adapter.kl_form()
         total = 0.0 if form is None else float(form)
@@ -224,22 +233,21 @@ class Coupling:
 
 
 def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
-    """``()`` how much larger than usual a step's KL is for its quadratic form, from the loss's slope along the step.
+    """Return ``()`` the ratio of a step's kappa to the average kappa, from the loss's slope along the step.
 
-    Layers and tokens that lower the loss together move the predictions together: from one step to the next, the KL
-    follows ``q^0.4 slope^1.2`` far better than q alone, and kappa drifts less, too (benchmarks/README.md). The
-    ratio of ``slope^2 / q`` to its usual value counts within a factor of 9: a step along which the loss is level moves
-    the predictions, too.
+    Layers and tokens that lower the loss together also change the predictions together. The KL of a step follows
+    ``q^0.4 slope^1.2`` much better than q alone, and kappa drifts less (benchmarks/README.md). The ratio of
+    ``slope^2 / q`` to its average is clamped to [1/9, 9], because a step with slope 0 also changes the predictions.
 
     Args:
         slope: ``()`` inner product of gradient and step.
-        q: ``()`` the step's quadratic form.
-        typical: the usual ``slope^2 / q``.
+        q: ``()`` quadratic form of the step.
+        typical: average ``slope^2 / q``.
     """
     ratio = slope.square() / (q * typical).clamp_min(torch.finfo(q.dtype).tiny)
     return ratio.clamp(1 / 9, 9) ** SLOPE_EXPONENT
 
 
 def _mixed(before: float | None, new: float, weight: float) -> float:
-    """Mean of the former value and a measurement, as lengths, with ``weight`` for the latter."""
+    """Return the weighted mean of the square roots of the former value and a measurement, squared."""
     return new if before is None else ((1 - weight) * before**0.5 + weight * new**0.5) ** 2

@@ -1,4 +1,4 @@
-"""One training forward pass of the model: its inputs, its logits, and the tokens that are compared."""
+"""One stored training forward pass: its inputs, its logits, and the tokens to compare."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from ctr_optim.trust_region.logits import NO_LOGITS, Logits, are_log_probabiliti
 from ctr_optim.trust_region.loss_tokens import Watch, from_labels, named_inputs, shifts_labels
 from ctr_optim.trust_region.rerun import Generators, generators, sequences_in, take, versions
 
-# Loss tokens in a slice. On base5m (E2E, 58 steps) the KL of the batch over that of n neighbouring loss tokens has its
-# 95 % point at 206 (n = 2), 4.2 (8), 2.1 (32), 1.9 (64), 1.4 (128), 1.2 (256).
+# Smallest number of loss tokens in a slice. On base5m (E2E, 58 steps), the 95th percentile of the ratio of the batch's
+# KL to the KL of n neighbouring loss tokens is 206 (n = 2), 4.2 (8), 2.1 (32), 1.9 (64), 1.4 (128), 1.2 (256).
 LEAST_TOKENS = 128
 
 _FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
 
-_NO_MASK = "the loss has no gradient at the model's logits, and no labels say which tokens it looks at"
-_NO_SOFTMAX = "the model's output is not called logits, and the loss takes no softmax of it"
+_NO_MASK = "the loss has no gradient at the model's logits, and no labels show which tokens it uses"
+_NO_SOFTMAX = "the model's output is not named logits, and the loss takes no softmax of it"
 
 
 @dataclass
 class Kept:
-    """One training forward of the outermost module.
+    """Record of one training forward pass of the outermost module.
 
     Attributes:
         module: the outermost module.
-        args, kwargs: copies of the inputs of the first ``sequences``.
-        batch: sequences of the whole batch; None where the inputs cannot be cut, and all of them are kept.
-        sequences: sequences that a re-run takes; 0 where the inputs cannot be cut.
-        source: the user's own inputs of the whole batch, and their versions.
-        autocast: device, dtype and whether it is on; None where the device knows none.
-        before: random generators before the forward.
-        logits: ``(n, V)`` rows of the training's own logits; None where a re-run would not give the same.
-        phase: turns which rows are looked at.
-        watches: hooks on the logits of the outermost module (first) and of modules within.
-        mask: ``(sequences, ...)`` of the whole batch, which tokens the loss looks at; None until :meth:`prepare`.
-        rows: which rows of a re-run's flat logits are compared.
-        fused: whether the training's forward gave its loss alone.
-        columns: positions whose logits a re-run of such a model is asked for; None: all.
-        units: rows of the logits' first dimension for each sequence; 0 where there is no whole number of them.
+        args, kwargs: copies of the inputs, cut to the first ``sequences`` if possible.
+        batch: number of sequences in the batch; None if all inputs are stored because they cannot be cut.
+        sequences: number of sequences in a re-run; 0 if all inputs are stored.
+        source: the user's own inputs of the whole batch, and their version counters; None if all inputs are stored.
+        autocast: device type, dtype and whether autocast is on; None if the device type has no autocast.
+        before: random generators before the forward pass; None in a compiled graph, and after the forward pass.
+        logits: ``(n, V)`` compared rows of the training's own logits; None if a re-run may give different ones.
+        phase: offset of the sampled rows.
+        watches: hooks on the logits, first those of the outermost module, then those of submodules.
+        mask: ``(sequences, ...)`` which tokens of the batch the loss uses; None until :meth:`prepare`.
+        rows: indices of the compared rows in a re-run's flattened logits.
+        fused: whether the training's forward pass returned only the loss.
+        columns: token positions for which a re-run of such a model computes logits; None: all.
+        units: entries of the logits' first dimension per sequence; 0 if that is not a whole number.
     """
 
     module: nn.Module
@@ -67,15 +67,15 @@ class Kept:
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], share: float, phase: int) -> Kept:
-        """Keep a share of a batch, or all of it where ``share`` is 1 or the inputs cannot be cut.
+        """Return a record of a share of the batch; of all of it if ``share`` is 1 or the inputs cannot be cut.
 
         Raises:
-            CannotRerun: where the inputs cannot be used twice.
+            CannotRerun: if the inputs cannot be copied.
         """
         batch = sequences_in(args, kwargs) if share < 1 else None
         keep = 0 if batch is None else max(1, int(batch * share))
         kept_args, kept_kwargs = take((args, kwargs), keep or None)
-        whole = batch is None or torch.compiler.is_compiling()  # a graph cannot ask for versions
+        whole = batch is None or torch.compiler.is_compiling()  # A compiled graph cannot read version counters.
         source = None if whole else ((args, kwargs), versions((args, kwargs)))
         device = next((p.device.type for p in module.parameters()), "cpu")
         autocast = None
@@ -85,39 +85,39 @@ class Kept:
 
     @cached_property
     def norms(self) -> list[nn.Module]:
-        """Modules that take statistics of the batch."""
+        """Modules in training mode that normalise by statistics (BatchNorm, InstanceNorm)."""
         return [m for m in self.module.modules() if isinstance(m, _NormBase) and m.training]
 
     @cached_property
     def fsdp(self) -> list[Any]:
-        """Modules that FSDP2 wraps."""
+        """Modules that FSDP2 shards."""
         return distributed.fsdp_modules([self.module])
 
     # -- after the forward ----------------------------------------------------------------------------------------
 
     def said(self, logits: Logits) -> None:
-        """Keep what the training's forward said, and watch the gradient there."""
+        """Store the training's logits, and hook their gradient."""
         whole = logits.whole().detach()
         if self.batch is not None:
-            # a model may give the logits of all sequences' tokens in one dimension
+            # A model may flatten sequences and tokens into one dimension of its logits.
             self.units, rest = divmod(whole.shape[0], self.batch)
             if rest or not self.units:
                 self.units = 0
         self.watches.insert(0, Watch(logits))
-        # chance, and statistics of the whole batch, would say something else the next time
+        # With dropout or batch statistics, a re-run of a slice gives different logits, so the training's are of no use.
         if self.before is not None and self.before.unmoved() and not self.norms and self.units:
             rows = self._cut(whole).flatten(0, -2)
             self.rows = evenly(len(rows), self.phase)
             self.logits = rows[self.rows].clone()
-        elif self.batch is not None:  # two passes of half the sequences cost what one of all would
+        elif self.batch is not None:  # Two passes are needed then; half the sequences keep the cost the same.
             self.resize(max(1, self.sequences // 2))
         self.before = None
 
     def said_nothing(self) -> bool:
-        """Prepare to run without labels, for a model that gives its loss or its logits; False where it got none.
+        """Prepare re-runs without labels for a model that returned no logits; return False if it had no labels.
 
-        Liger's forwards and TRL's fuse the last layer with the loss, so that no logits take up memory. The labels tell
-        which tokens the loss looks at.
+        Liger's and TRL's forward passes fuse the last layer with the loss, and store no logits. Without labels they
+        return logits. The labels show which tokens the loss uses.
         """
         inputs = named_inputs(*self._all())
         if from_labels(inputs, shifts_labels(self.module)) is None or (
@@ -132,7 +132,7 @@ class Kept:
     # -- after the backward ---------------------------------------------------------------------------------------
 
     def prepare(self) -> str | None:
-        """Decide which tokens are compared, once; the reason where none can be."""
+        """Choose the tokens to compare, once; return the reason if that is not possible, else None."""
         if self.mask is not None:
             return None
         mask = self._mask()
@@ -149,7 +149,7 @@ class Kept:
         return None
 
     def widen(self) -> bool:
-        """Take the whole batch instead of a slice; False where it is taken already, or was changed in place since."""
+        """Use the whole batch instead of a slice; return False if it is used already or was changed in place."""
         if self.batch is None or self.source is None:
             return False
         inputs, seen = self.source
@@ -161,7 +161,7 @@ class Kept:
         return True
 
     def resize(self, sequences: int) -> bool:
-        """Take another number of sequences; False where the batch was changed in place since."""
+        """Use another number of sequences; return False if more are needed and the batch was changed in place."""
         inputs: Any = (self.args, self.kwargs)
         if sequences > self.sequences:
             if self.source is None or versions(self.source[0]) != self.source[1]:
@@ -172,16 +172,16 @@ class Kept:
         return True
 
     def loss_tokens(self) -> Tensor:
-        """``(n,)`` whether the loss looks at each of the rows that are compared."""
+        """Return ``(n,)`` whether the loss uses each compared row."""
         return self._looked_at().flatten()[self.rows]
 
     def compared(self, logits: Tensor) -> Tensor | None:
-        """``(n, V)`` rows of a re-run's logits; None where their shape is not the training's."""
+        """Return ``(n, V)`` the compared rows of a re-run's logits; None if their shape is not the training's."""
         rows = logits.flatten(0, -2)
         return rows[self.rows] if len(rows) == self._looked_at().numel() else None
 
     def inputs_for_logits(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of a re-run that gives logits."""
+        """Return the inputs of a re-run that returns logits: without labels if the training returned only the loss."""
         if not self.fused:
             return self.args, self.kwargs
         kwargs = {name: value for name, value in self.kwargs.items() if name not in _FOR_THE_LOSS}
@@ -212,7 +212,7 @@ class Kept:
         if not self.watches:
             return None
         outer = self.watches[0]
-        for watch in self.watches:  # DistributedDataParallel and wrappers may hand out copies that nobody uses
+        for watch in self.watches:  # DistributedDataParallel and wrappers may return copies that the loss does not use.
             if watch.shape == outer.shape and watch.classes == outer.classes and watch.mask is not None:
                 return watch.mask
         return from_labels(inputs, shifts_labels(self.module), outer.shape)
@@ -223,15 +223,15 @@ class Kept:
         return self.logits is not None and bool(are_log_probabilities(self.logits))
 
     def _enlarge(self) -> None:
-        """Take as many sequences as hold enough loss tokens: a KL over a few tokens is mostly noise."""
+        """Use as many sequences as contain enough loss tokens: a KL over a few tokens is mostly noise."""
         assert self.mask is not None and self.batch is not None
         tokens = self.mask.reshape(self.batch, -1).sum(1).cumsum(0).tolist()
-        least = LEAST_TOKENS / distributed.world_size()  # all processes' tokens are averaged
+        least = LEAST_TOKENS / distributed.world_size()  # The measurement averages over all processes.
         if tokens[self.sequences - 1] < least:
             self.resize(next((i + 1 for i, n in enumerate(tokens) if n >= least), self.batch))
 
     def _choose_rows(self) -> None:
-        """Compare rows that the loss looks at, if there are too many rows to compare all."""
+        """Choose the compared rows: all of them, or a sample of the loss tokens if there are too many."""
         assert self.mask is not None
         mask = self._cut(self.mask)
         if self.fused:
@@ -249,7 +249,7 @@ class Kept:
         self.rows = looked_at[evenly(len(looked_at), self.phase)] if stride_of(len(flat)) > 1 else slice(None)
 
     def _passes_on(self, name: str) -> bool:
-        """Whether the forward takes an argument, or takes any and a module within takes this one."""
+        """Return whether the forward pass, or through its ``**kwargs`` a submodule, accepts an argument."""
         outer = signature(type(self.module).forward).parameters
         if name not in outer and not any(p.kind is p.VAR_KEYWORD for p in outer.values()):
             return False

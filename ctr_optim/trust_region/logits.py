@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 1024  # of a slice that are looked at, evenly spaced; a mean over more of them tells no more
+MOST_TOKENS = 1024  # Largest number of compared tokens of a slice; more do not make the mean KL more accurate.
 
-_PIECE = 256  # tokens at a time: vocabularies are large
+_PIECE = 256  # Tokens per chunk of the KL, which limits memory for large vocabularies.
 
 NO_LOGITS = "the model's output holds no logits"
 
-# what transformers' models call them: most; those that answer questions, are pretrained, compare, or segment
+# Names in the outputs of transformers' models: most models; question answering; pretraining; CLIP; segmentation.
 _LOGITS = ("logits", "start_logits", "prediction_logits", "logits_per_image", "class_queries_logits")
 
 
@@ -23,24 +23,27 @@ class Logits:
     """Logits in a model's output.
 
     Attributes:
-        chunks: float tensors ``(sequences, ..., V)``; several of them are chunks along the tokens.
-        named: whether the output calls them logits. Otherwise only their gradient tells whether they feed a softmax.
+        chunks: float tensors ``(sequences, ..., V)``; several tensors are chunks along the token dimension.
+        named: whether the output names them logits. If not, their gradient shows whether they feed a softmax.
     """
 
     chunks: list[Tensor]
     named: bool
 
     def whole(self) -> Tensor:
-        """``(sequences, ..., V)`` all chunks together."""
+        """Return ``(sequences, ..., V)``, the concatenated chunks."""
         return self.chunks[0] if len(self.chunks) == 1 else torch.cat(self.chunks, 1)
 
 
 def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(here || there)`` summed over the tokens that count, and their number; in float32 at least.
+    """Return ``KL(here || there)`` summed over the counted tokens, and their number; at least in float32.
 
     Args:
-        here, there: logits ``(n, V)``. A single one (regression) is the mean of a Gaussian of unit variance.
-        counts: ``(n,)`` whether a token counts.
+        here, there: logits ``(n, V)``. With V = 1 (regression), they are the means of Gaussians with unit variance.
+        counts: ``(n,)`` whether each token counts.
+
+    Returns:
+        ``()`` the sum in nats, ``()`` the number of tokens.
     """
     dtype = torch.promote_types(torch.promote_types(here.dtype, there.dtype), torch.float32)
 
@@ -49,7 +52,7 @@ def kl_divergence(here: Tensor, there: Tensor, counts: Tensor) -> tuple[Tensor, 
             return 0.5 * (p - q).square().squeeze(-1)
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         chance = p.exp()
-        # a class that is masked out (-inf) on both sides adds nothing; 0 * (-inf + inf) would be NaN
+        # A class that both sides mask with -inf must add 0; 0 * (-inf + inf) would be NaN.
         return torch.where(chance > 0, chance * (p - q), 0).sum(-1)
 
     pieces = zip(*(torch.split(t, _PIECE) for t in (here, there, counts)), strict=True)
@@ -61,22 +64,24 @@ def evenly(count: int, phase: int = 0) -> slice:
     """Return a slice of at most :data:`MOST_TOKENS` of ``count`` rows, evenly spaced.
 
     Args:
-        phase: any whole number; it turns the first row, so that several measurements see different rows.
+        count: number of rows.
+        phase: any integer; it shifts the first row, so that several measurements use different rows.
     """
     stride = stride_of(count)
     return slice(phase % stride, None, stride)
 
 
 def stride_of(count: int) -> int:
-    """From one row that is looked at to the next."""
+    """Return the distance between two compared rows out of ``count``."""
     return max(1, -(-count // MOST_TOKENS))
 
 
 def logits_of(output: Any) -> Logits | None:
-    """The logits in a model's output: what is called so, the output itself, or a tuple's first float matrix.
+    """Return the logits in a model's output, or None.
 
-    A list of chunks along the tokens, as torchtune's models give, is put together. Nothing else in an output with names
-    is taken for logits: TRL's hold log-probabilities of single tokens.
+    They are the entry of that name, the output itself, a tuple's first float tensor with at least two dimensions, or a
+    list of chunks along the tokens (torchtune). Other named entries are not used: TRL's models return
+    log-probabilities of single tokens under other names.
     """
     if chunks := _chunks_of(output):
         return Logits(chunks, named=False)
@@ -90,13 +95,13 @@ def logits_of(output: Any) -> Logits | None:
 
 
 def are_log_probabilities(logits: Tensor) -> Tensor:
-    """``()`` whether every row of ``(n, V)`` is normalised already."""
+    """Return ``()`` whether every row of ``(n, V)`` has probabilities that sum to 1."""
     norms = torch.where(torch.isfinite(logits), logits, -torch.inf).float().logsumexp(-1)
     return (norms.abs() < 1e-2).all()
 
 
 def _chunks_of(output: Any) -> list[Tensor] | None:
-    """Logits ``(sequences, tokens, V)`` in chunks of the tokens; None where the output is something else."""
+    """Return chunks of logits ``(sequences, tokens, V)`` along the tokens; None for any other output."""
     if not isinstance(output, list):
         return None
     if not all(isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point() for t in output):

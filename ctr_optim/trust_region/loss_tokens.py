@@ -1,4 +1,4 @@
-"""Which tokens the loss looks at: the gradient at the logits tells, or else the labels."""
+"""Find the tokens that the loss uses, from the gradient of the logits or else from the labels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from ctr_optim.settings import IGNORED
 from ctr_optim.trust_region.logits import Logits, evenly
 
-# classes of transformers' models whose labels stand at their own token, not at the next one's
+# Classes of transformers' models that compare a token's logits with the label at the same position, not the next.
 _NOT_SHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining", "ForCTC")
 
 
 class Watch:
-    """Hooks on a forward's logits, which read the gradient there in backward.
+    """Hooks that read the gradient of a forward pass's logits.
 
     Attributes:
-        shape: of the logits without their last dimension.
+        shape: shape of the logits without the last dimension.
+        named: whether the output names them logits.
+        classes: size of the last dimension.
     """
 
     def __init__(self, logits: Logits) -> None:
@@ -32,7 +34,7 @@ class Watch:
         self._missing = len(logits.chunks)
         watch = self
 
-        def seen(index: int, grad: Tensor | None) -> None:  # a function: a graph cannot hold a bound method
+        def seen(index: int, grad: Tensor | None) -> None:  # A compiled graph accepts a function, not a bound method.
             watch._seen(index, grad)
 
         for index, chunk in enumerate(logits.chunks):
@@ -40,7 +42,7 @@ class Watch:
                 chunk.register_hook(partial(seen, index))  # type: ignore[no-untyped-call]
 
     def _seen(self, index: int, grad: Tensor | None) -> None:
-        if grad is None:  # DistributedDataParallel(find_unused_parameters=True): the loss does not use this output
+        if grad is None:  # DistributedDataParallel(find_unused_parameters=True), and the loss does not use this output.
             return
         self._masks[index] = (grad != 0).any(-1)
         if not self.named:
@@ -51,16 +53,16 @@ class Watch:
 
     @property
     def mask(self) -> Tensor | None:
-        """Whether the loss has a gradient at each token; None where it has none at any of the logits."""
+        """``(*shape)`` whether the loss has a gradient at each token; None until every chunk has a gradient."""
         masks = [self._masks[index] for index in sorted(self._masks)]
         if len(masks) != self._missing:
             return None
         return masks[0] if len(masks) == 1 else torch.cat(masks, 1)
 
     def feeds_softmax(self) -> bool:
-        """Whether the gradient sums to zero over the classes, as a softmax's does; waits for the device.
+        """Return whether the gradient sums to zero over the classes, as for a softmax; waits for the device.
 
-        The sum over V entries of random signs is about 1 / sqrt(V) of the sum of their sizes.
+        For V entries with random signs, the sum is about 1 / sqrt(V) of the sum of magnitudes.
         """
         if not self._sums:
             return False
@@ -69,23 +71,23 @@ class Watch:
 
 
 def named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A forward's inputs by name: its keywords, or the batch that it takes whole."""
+    """Return a forward pass's inputs by name: its keyword arguments, and a dict passed as the first argument."""
     return {**args[0], **kwargs} if args and isinstance(args[0], dict) else kwargs
 
 
 def from_labels(inputs: Mapping[str, Any], shifted: bool, shape: torch.Size | None = None) -> Tensor | None:
-    """Which tokens have a label; None where the labels do not fit.
+    """Return which tokens have a label; None if the labels have another shape.
 
     Args:
-        inputs: of the forward, by name.
-        shifted: whether the logits of a token are compared with the label of the next one.
-        shape: of the logits without their last dimension; None where there are none, and ``(sequences, tokens)`` is
-            taken from the labels.
+        inputs: inputs of the forward pass, by name.
+        shifted: whether a token's logits are compared with the label of the next token.
+        shape: shape of the logits without the last dimension; None without logits: the labels' shape
+            ``(sequences, tokens)``.
     """
     ready, labels = inputs.get("shift_labels"), inputs.get("labels")
     if isinstance(ready, Tensor) and ready.dim() == 2 and shape in (None, ready.shape):
         return ready != IGNORED
-    if shape is not None and len(shape) == 1:  # a prediction for each sequence
+    if shape is not None and len(shape) == 1:  # one prediction per sequence
         return labels != IGNORED if isinstance(labels, Tensor) and labels.shape == shape else None
     if not isinstance(labels, Tensor) or labels.dim() != 2 or shape not in (None, labels.shape):
         return None
@@ -93,7 +95,7 @@ def from_labels(inputs: Mapping[str, Any], shifted: bool, shape: torch.Size | No
 
 
 def shifts_labels(module: nn.Module) -> bool:
-    """Whether a model compares the logits of a token with the label of the next one, as causal language models do."""
+    """Return whether a model compares a token's logits with the next token's label, as causal models do."""
     for inner in module.modules():
         config, name = getattr(inner, "config", None), type(inner).__name__
         if config is not None and ("For" in name or "LMHead" in name):

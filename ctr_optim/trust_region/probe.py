@@ -1,9 +1,9 @@
-"""Measure, on the model itself, how far a step moves its predictions.
+"""Measure the KL divergence of a step on the model itself.
 
-A forward pass of a slice of the last batch at theta + delta, beside what the training's own forward said at theta,
-gives the KL divergence of that step, over all layers and positions together. The re-run leaves no trace: no gradients,
-random state kept, taps off, training mode and autocast as in the user's own forward, norm statistics and parameters
-restored bit for bit. It never raises into the user's loop: ``refused`` says why nothing was measured.
+The KL compares the logits of the training's forward pass at theta with those of a re-run at theta + delta, on a slice
+of the last batch. It covers all layers and positions together. A re-run has no side effects: it computes no gradients
+and no statistics, uses the training's mode and autocast, and restores random generators, normalisation statistics and
+parameters bit for bit. Failures raise no error in the user's loop; ``refused`` gives the reason.
 """
 
 from __future__ import annotations
@@ -29,24 +29,29 @@ from ctr_optim.trust_region.rerun import CannotRerun, Generators, common_ancesto
 
 T = TypeVar("T")
 
-_MOST_FAILURES = 3  # in a row; after them the model is not run again
-_SAME = 1e-2  # nats; a slice that says something else than its rows of the whole batch did is no part of the batch
+_MOST_FAILURES = 3  # After this many failures in a row, the probe stops.
+_SAME = 1e-2  # Nats per token: above this KL between a slice and the whole batch's rows, the slice is not valid.
 
 
 class _Failed:
-    """What did not work."""
+    """Result of work that raised an error."""
 
 
 class NoLoss(ValueError):
-    """The model's output has no ``.loss``."""
+    """Error for a model whose output has no ``.loss``."""
 
 
 class Probe:
-    """Remembers a slice of the last training batch, and re-runs the model on it.
+    """Stores a slice of the last training batch, and re-runs the model on it.
+
+    Args:
+        root: module that contains all trained parameters.
+        layers: modules that own the trained parameters.
+        share: share of a batch's sequences that a re-run uses, in (0, 1].
 
     Attributes:
-        enabled: whether the coming forward is kept.
-        refused: why the last batch could not be used; None where it could.
+        enabled: whether to store the coming forward pass.
+        refused: reason of the last failure; None before any failure.
     """
 
     def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
@@ -56,11 +61,11 @@ class Probe:
         self.refused: str | None = None
         self._call: Kept | None = None
         self._depth: int | None = None
-        self._checked = False  # whether a slice was seen to say what it said as a part of the batch
-        self._failures = 0  # re-runs that failed, in a row
-        self._starved = 0  # measurements whose memory did not suffice, in a row
+        self._checked = False  # whether a re-run of a slice succeeded and gave the training's logits
+        self._failures = 0  # number of failed re-runs in a row
+        self._starved = 0  # number of measurements in a row that ran out of memory
         self._phase = 0
-        self._like = next(root.parameters())  # on the device that processes talk through
+        self._like = next(root.parameters())  # on the device of collective communication
         self._handles = []
         for depth, module in enumerate(common_ancestors(root, layers)):
             before, after = (Hook(partial(act, depth), id(module)) for act in (self.entered, self.left))
@@ -75,12 +80,12 @@ class Probe:
         self.release()
 
     def release(self) -> None:
-        """Forget the batch: its inputs and logits would take up memory until the next measurement."""
+        """Drop the stored batch, whose inputs and logits use memory."""
         self._call = None
 
     @property
     def ready(self) -> bool:
-        """Whether there is a batch to re-run, and it is known which of its tokens the loss looks at."""
+        """Whether a batch is stored, and the tokens that the loss uses are known."""
         if self._call is None:
             return False
         unprepared = self._tried(self._call.prepare)
@@ -89,10 +94,10 @@ class Probe:
         self.refused = unprepared or self.refused
         return unprepared is None
 
-    # -- the training's forward -----------------------------------------------------------------------------------
+    # -- the training's forward pass ------------------------------------------------------------------------------
 
     def entered(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward; the outermost module that is really called is the one to keep."""
+        """Store the inputs before a forward pass of the outermost module that training calls."""
         if self.paused or not self.enabled or not torch.is_grad_enabled() or self._given_up:
             return
         if self._depth is not None and depth > self._depth:
@@ -106,11 +111,11 @@ class Probe:
             self._call, self.refused = None, _told(error)
 
     def left(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a forward: keep its logits, and learn from the gradient which tokens the loss looks at."""
+        """Store the logits after a forward pass, and hook their gradient to find the tokens that the loss uses."""
         if self.paused or self._depth is None:
             return
         call, logits = self._call, logits_of(output)
-        if depth > self._depth:  # a wrapper may hand out copies of the logits that the loss does not use
+        if depth > self._depth:  # A wrapper may return copies of the logits that the loss does not use.
             if call is not None and logits is not None:
                 call.watches.append(Watch(logits))
             return
@@ -128,10 +133,7 @@ class Probe:
     # -- re-runs --------------------------------------------------------------------------------------------------
 
     def logits(self) -> Tensor | None:
-        """Logits ``(n, V)`` of some of the slice's tokens, with the parameters as they are now; None where it failed.
-
-        All processes have them or none has.
-        """
+        """Return ``(n, V)`` logits of the compared tokens with the current parameters; None if a process failed."""
         if not self._all(self.ready):
             return None
         assert self._call is not None
@@ -139,14 +141,15 @@ class Probe:
         if self._all(found is not None):
             self._failures, self._checked = 0, True
             return found
-        self.share = 1.0  # from now on the whole batch
+        self.share = 1.0  # Use whole batches from now on.
         self._failed()
         return None
 
     def logits_in_training(self) -> Tensor | None:
-        """The same as the training's own forward had them; by a re-run where they depended on chance or the batch.
+        """Return ``(n, V)`` the same tokens' logits in training; None if a process failed.
 
-        The first slice is run in any case: where that fails, or says something else, the whole batch takes its place.
+        A re-run replaces the stored logits if they depend on dropout or batch statistics. The first slice is always
+        re-run. If that fails or gives other logits, the whole batch is used from then on.
         """
         if not self._all(self.ready):
             return None
@@ -170,12 +173,15 @@ class Probe:
         return None
 
     def loss_tokens(self, logits: Tensor) -> Tensor:
-        """``(n,)`` which of these tokens the loss looks at."""
+        """Return ``(n,)`` whether the loss uses each compared token."""
         assert self._call is not None
         return self._call.loss_tokens()
 
     def moved(self, changes: Changes, factor: float | Tensor = 1.0) -> Moved | None:
-        """The parameters displaced until the block ends; None where some process's memory does not suffice."""
+        """Displace the parameters by ``factor`` times ``changes``; return a context that restores them.
+
+        Returns None, with the parameters restored, if a process runs out of memory.
+        """
         found = self._tried(partial(Moved, changes, factor))
         if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
             return found
@@ -185,7 +191,7 @@ class Probe:
         return None
 
     def divergence(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
-        """KL summed over loss tokens, and their number; None where some process's memory does not suffice."""
+        """Return ``()`` the KL summed over loss tokens, in nats, and ``()`` their number; None if memory runs out."""
         assert self._call is not None
         found = self._tried(partial(kl_divergence, here, there, self._call.loss_tokens()))
         if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
@@ -195,7 +201,7 @@ class Probe:
         return None
 
     def sampled(self, work: Callable[[], T]) -> T | None:
-        """What ``work``, which calls :meth:`gradients`, returns; None where it fails for any reason, in any process."""
+        """Return the result of ``work``, which calls :meth:`gradients`; None if it fails in any process."""
         found = self._tried(work, Exception)
         if self._all(not isinstance(found, _Failed)) and not isinstance(found, _Failed):
             self._failures = 0
@@ -204,10 +210,10 @@ class Probe:
         return None
 
     def gradients(self, params: list[Tensor]) -> list[Tensor]:
-        """Gradients of the slice's own loss for ``params``, with the parameters as they are now.
+        """Return the gradients of the slice's loss for ``params``, with the current parameters.
 
         Raises:
-            NoLoss: where the model's output has no ``.loss``.
+            NoLoss: if the model's output has no ``.loss``.
         """
         assert self._call is not None
         with self._without_trace(self._call), torch.enable_grad():
@@ -215,13 +221,13 @@ class Probe:
             if loss is None:
                 raise NoLoss(
                     "curvature='hutchinson' needs a model that returns its loss (pass labels to it); "
-                    "the output has no .loss: use curvature='kfac', which looks at gradients only"
+                    "the output has no .loss: use curvature='kfac', which needs only gradients"
                 )
             return list(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
 
     @torch.no_grad()
     def _attempt(self, call: Kept) -> Tensor | None:
-        """Logits of a re-run; None where it fails for any reason, which ``refused`` tells."""
+        """Return the compared logits of a re-run; on any failure return None and set ``refused``."""
         self._out_of_memory = False
         try:
             args, kwargs = call.inputs_for_logits()
@@ -241,7 +247,7 @@ class Probe:
         return None
 
     def _tried(self, work: Callable[[], T], caught: type[Exception] = torch.OutOfMemoryError) -> T | _Failed:
-        """What ``work`` returns in this process, or that it failed; ``refused`` tells why."""
+        """Return the result of ``work`` in this process; on failure return ``_Failed()`` and set ``refused``."""
         self._out_of_memory = False
         try:
             return work()
@@ -258,7 +264,7 @@ class Probe:
         return self.refused
 
     def _free(self) -> None:
-        """Give memory back; the traceback, which held the tensors of what failed, is gone by now."""
+        """Release cached memory after an out-of-memory error, once no traceback refers to the failed tensors."""
         if self._out_of_memory and self._like.is_cuda:
             torch.cuda.empty_cache()
 
@@ -275,18 +281,18 @@ class Probe:
         self._end(self._failures)
 
     def _end(self, failures: int) -> None:
-        """After some failures in a row, say so and stop trying."""
+        """Warn once the probe stops after too many failures in a row."""
         if failures == _MOST_FAILURES:
             self.release()
             warnings.warn(
                 f"CTROptimizer could not run the model again to measure the KL of a step, {_MOST_FAILURES} times in a "
-                f"row, and stops trying: {self.refused}. The bound rests on the coupling known so far; "
-                "metrics()['trust/source'] gives its origin.",
+                f"row, and stops trying: {self.refused}. The bound uses the last known coupling; "
+                "metrics()['trust/source'] gives its source.",
                 stacklevel=users_line(),
             )
 
     def _all(self, condition: bool) -> bool:
-        """Whether a condition holds in every process: a forward of sharded parameters needs all of them."""
+        """Return whether a condition holds in every process: sharded forward passes need all processes."""
         if distributed.world_size() == 1:
             return condition
         return bool(distributed.everywhere(condition, distributed.local(self._like)))
@@ -315,15 +321,15 @@ class Probe:
 
 
 def _alike(saved: Tensor, found: Tensor, call: Kept) -> bool:
-    """Whether a re-run says what the training's forward said, but for rounding."""
+    """Return whether a re-run's logits equal those of the training's forward pass, except for rounding."""
     if saved.shape != found.shape:
         return False
     total, count = kl_divergence(saved, found, call.loss_tokens())
-    return not float(total) > _SAME * float(count)  # NaN is for the measurement to refuse
+    return not float(total) > _SAME * float(count)  # The measurement itself rejects NaN.
 
 
 def _told(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error's message in one line."""
     lines = str(error).strip().splitlines()
     text = lines[0][:200] if lines else ""
     if isinstance(error, torch.OutOfMemoryError):

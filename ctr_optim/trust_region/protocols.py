@@ -1,4 +1,4 @@
-"""The least that the trust region must know of a step, of the trained part of the model, and of the model itself."""
+"""Protocols of the trust region: a step, the trained part of the model, and re-runs of the model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-# parameters, and what is added to each; None: they become zero
+# Parameters, and the value to add to each; None sets them to zero.
 Changes = Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]]
 
 
 class Step(Protocol):
-    """A step that is about to be taken."""
+    """A step before it is applied."""
 
     @property
     def q(self) -> Tensor:
@@ -25,59 +25,64 @@ class Step(Protocol):
 
     @property
     def tokens(self) -> Tensor | None:
-        """``()`` loss tokens of the step; None where they are not known."""
+        """``()`` number of loss tokens of the step; None if unknown."""
 
     def changes(self) -> Changes:
-        """The parameters that the step moves, and its delta for each."""
+        """Return the parameters that the step changes, and the change of each."""
 
 
 class Adapter(Protocol):
-    """The trained part of the model, which is zero in the base model."""
+    """The trained part of the model."""
 
     @property
     def per_token(self) -> bool:
-        """Whether the metric has the scale of a token's KL, so that an assumed coupling is better than none."""
+        """Whether the metric has the scale of a KL per token, so that a bound with an assumed coupling makes sense."""
 
     def kl_form(self) -> Tensor | None:
-        """``()`` block-diagonal estimate of the KL from the base model; None where no factors are known."""
+        """Return ``()`` the block-diagonal estimate of the KL from the base model, nats per token; None if unknown."""
 
     def switches(self) -> list[Tensor]:
-        """Tensors that give the base model when all of them are zero: every layer's B."""
+        """Return the tensors that are zero in the base model: every layer's B."""
 
 
 class Prober(Protocol):
-    """Runs the model again on a slice of the last batch."""
+    """Re-runs the model on a slice of the last batch.
+
+    Attributes:
+        enabled: whether to store the coming forward pass.
+        refused: reason of the last failure; None before any failure.
+    """
 
     enabled: bool
     refused: str | None
 
     @property
     def ready(self) -> bool:
-        """Whether there is a batch to run again."""
+        """Whether a usable batch is stored."""
 
     def logits(self) -> Tensor | None:
-        """``(n, V)`` logits with the parameters as they are now; None where there are none."""
+        """Return ``(n, V)`` logits with the current parameters; None on failure."""
 
     def logits_in_training(self) -> Tensor | None:
-        """``(n, V)`` logits of the training's own forward pass."""
+        """Return ``(n, V)`` logits of the training's own forward pass; None on failure."""
 
     def moved(self, changes: Changes, factor: float | Tensor = 1.0) -> AbstractContextManager[None] | None:
-        """The parameters displaced until the block ends, by None: to zero. None where memory does not suffice."""
+        """Displace the parameters by ``factor`` times ``changes``; return a context that restores them, or None."""
 
     def divergence(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
-        """KL summed over loss tokens, and their number; None where memory does not suffice."""
+        """Return ``()`` the KL summed over loss tokens, in nats, and ``()`` their number; None on failure."""
 
     def loss_tokens(self, logits: Tensor) -> Tensor:
-        """``(n,)`` whether the loss looks at each token."""
+        """Return ``(n,)`` whether the loss uses each token."""
 
     def release(self) -> None:
-        """Forget the batch."""
+        """Drop the stored batch."""
 
     def close(self) -> None:
-        """Remove the hooks and forget the batch."""
+        """Remove the hooks and drop the batch."""
 
 
 class Quiet(Protocol):
-    """Makes a context in which forward passes leave no statistics."""
+    """Returns a context in which forward passes record no statistics."""
 
     def __call__(self) -> AbstractContextManager[None]: ...

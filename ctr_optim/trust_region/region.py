@@ -1,9 +1,9 @@
-"""The trust region: how far a step moves the model's predictions, and how far it may.
+"""The trust region: predict the KL divergence of a step, and scale the step to keep it within a bound.
 
 The Kullback-Leibler divergence per token between the model before and after a step Delta is, to second order,
-``Delta^T F Delta / 2`` with F the Fisher matrix. A block-diagonal F gives the right *shape* cheaply; its *scale* leaves
-out that layers and tokens move together. One number, the coupling kappa, restores the scale: ``KL ~ kappa q / 2``.
-:mod:`ctr_optim.trust_region.coupling` measures it on the model itself.
+``Delta^T F Delta / 2`` with the Fisher matrix F. A block-diagonal F gives the quadratic form q, which ignores that
+layers and tokens change the predictions together. One number, the coupling kappa, corrects the scale:
+``KL ~ kappa q / 2``. :mod:`ctr_optim.trust_region.coupling` measures kappa on the model itself.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ctr_optim.trust_region.rows import Rows
 
 
 class TrustRegion:
-    """Holds a step within a bound on the KL per token between the model before and after it.
+    """Bound on the KL per token between the model before and after a step.
 
     Attributes:
-        bound: how far a step may go.
-        coupling: from a step's quadratic form to nats.
-        rows: counts the rows of batches, for bounds that look at them.
-        factors: what ``max_kl`` was multiplied by in the last step, by reason.
-        limit: the last step's bound, nats per token; None for no bound.
-        predicted: KL that the last step was predicted to have, nats per token.
-        scale: factor in [0, 1] that the last step was multiplied by, relative to the most that it could be.
-        slope: derivative of the loss along the last step before the scale.
+        bound: largest KL of a step.
+        coupling: ratio of a step's KL to half its quadratic form.
+        rows: counter of training rows, for bounds that use it.
+        factors: factors of ``max_kl`` in the last step, by name.
+        limit: bound of the last step, in nats per token; None for no bound.
+        predicted: predicted KL of the last step, in nats per token.
+        scale: factor of the last step, in [0, 1], relative to its largest possible value.
+        slope: derivative of the loss along the last step before scaling.
     """
 
     def __init__(self, bound: Bound, coupling: Coupling) -> None:
@@ -47,13 +47,13 @@ class TrustRegion:
     def constrain(
         self, step: Step, adapter: Adapter, groups: Sequence[dict[str, Any]], given: Factors | None = None
     ) -> Tensor:
-        """``()`` the factor to multiply the whole step by, so that its predicted KL stays within the bound.
+        """Return ``()`` the factor of the whole step that keeps its predicted KL within the bound.
 
         Args:
-            step: the step, its quadratic form and its slope.
+            step: the step with its quadratic form and slope.
             adapter: the trained part of the model, for the KL from the base model.
-            groups: the parameter groups, for the schedule of the bound.
-            given: more factors of the bound, by reason.
+            groups: the parameter groups, for the bound's schedule.
+            given: additional factors of ``max_kl``, by name.
         """
         passes = self.rows.passes(step.q) if self.bound.needs_rows else None
         evidence = observed(self.bound.state, groups, step.tokens, passes)
@@ -67,7 +67,8 @@ class TrustRegion:
             scale = scale_within(predicted, self.limit, most)
         if not self.coupling.known:
             factor = everyday_factor(groups)
-            scale = scale.clamp_max(factor)  # the assumed bound on top would make steps far shorter than AdamW's
+            # Take the smaller factor, not the product with an assumed bound's: steps would be far shorter than AdamW's.
+            scale = scale.clamp_max(factor)
             if factor < 1:
                 warn_unmeasured(self.coupling.source)
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale / most
@@ -75,13 +76,13 @@ class TrustRegion:
         return scale
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
-        """Compare the reduction that the quadratic model promised with the reduction that the closure shows.
+        """Adapt the bound to the actual and the predicted reduction of the loss.
 
         Args:
             closure: evaluates the loss with the parameters after the step.
-            before: the loss before the step.
-            maximize: whether the loss is to be maximized.
-            like: a tensor on the device that processes communicate through.
+            before: loss before the step.
+            maximize: whether training maximizes the loss.
+            like: tensor on the device of collective communication.
         """
         if self.bound.state.max_kl is None:
             return
@@ -89,16 +90,21 @@ class TrustRegion:
         sign = -1.0 if maximize else 1.0
         with self.coupling.quiet(), torch.enable_grad():
             after = closure()
-        # every process saw its own share of the batch
+        # Every process has its own share of the batch, so average the reductions.
         gained = torch.tensor(sign * (float(before) - float(after)), device=like.device)
         self.bound.judge(float(gained / distributed.add_up([gained])), promised)
 
 
 def scale_within(predicted_kl: Tensor, bound: float | Tensor, most: float = 1.0) -> Tensor:
-    """``()`` the factor in [0, most] that brings a step's predicted KL (quadratic in its length) within ``bound``.
+    """Return ``()`` the factor in [0, most] that brings a step's predicted KL (quadratic in its length) within a bound.
 
-    Exactly ``most`` where the bound holds already, so that an inactive constraint changes no bit of the step; 0 where
-    the prediction is NaN.
+    The factor is exactly ``most`` if the bound holds already, so that an inactive bound changes no bit of the step. It
+    is 0 if the prediction is NaN.
+
+    Args:
+        predicted_kl: ``()`` predicted KL of the unscaled step, in nats per token.
+        bound: bound in nats per token.
+        most: largest factor.
     """
     inside = predicted_kl * most**2 <= bound
     shrink = (bound / predicted_kl.clamp_min(torch.finfo(predicted_kl.dtype).tiny)).sqrt()

@@ -1,4 +1,4 @@
-"""Run a model again without a trace: inputs truncated and copied, random generators restored."""
+"""Tools to re-run a model without side effects: copies of inputs, and the state of random generators."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 
 class CannotRerun(Exception):
-    """The inputs of the model's forward hold something that cannot safely be used twice."""
+    """Error for inputs that cannot safely be used twice."""
 
 
 class Generators:
-    """The state of every global random generator that a forward may draw from: torch's, NumPy's and Python's."""
+    """State of the global random generators of torch, NumPy and Python."""
 
     def __init__(self) -> None:
         initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self.torch = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if initialized else [])]
         self.python = random.getstate()
-        numpy = sys.modules.get("numpy")  # nobody draws from it where it was not imported
+        numpy = sys.modules.get("numpy")  # Without an import, nothing can use NumPy's generator.
         self.numpy = None if numpy is None else numpy.random.get_state(legacy=False)
 
     def restore(self) -> None:
-        """Set all generators back."""
+        """Restore all generators."""
         torch.set_rng_state(self.torch[0])
         for device, state in enumerate(self.torch[1:]):
             torch.cuda.set_rng_state(state, device)
@@ -35,7 +35,7 @@ class Generators:
             sys.modules["numpy"].random.set_state(self.numpy)
 
     def unmoved(self) -> bool:
-        """Whether nothing was drawn since."""
+        """Return whether no generator has been used since."""
         now = Generators()
         if len(now.torch) != len(self.torch) or not all(map(torch.equal, self.torch, now.torch)):
             return False
@@ -43,19 +43,19 @@ class Generators:
 
 
 def generators() -> Generators | None:
-    """Every generator's state; None within a graph, which cannot look."""
+    """Return the state of every generator; None in a compiled graph, which cannot read it."""
     return None if torch.compiler.is_compiling() else Generators()
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two nested states hold the same, NumPy arrays included."""
+    """Return whether two nested states, which may contain NumPy arrays, are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return bool(a.tobytes() == b.tobytes()) if hasattr(a, "tobytes") and hasattr(b, "tobytes") else bool(a == b)
 
 
 def common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
-    """Modules that contain all ``layers``, outermost first."""
+    """Return the modules that contain all ``layers``, outermost first."""
     wanted = {id(m) for m in layers}
     paths = [name.split(".") for name, module in root.named_modules() if id(module) in wanted]
     chain, module = [root], root
@@ -65,7 +65,7 @@ def common_ancestors(root: nn.Module, layers: list[nn.Module]) -> list[nn.Module
         module = getattr(module, paths[0][depth])
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             chain.append(module)
-    # a compiled model runs its own hooks eagerly and traces those inside: keep ours out of the graph
+    # A compiled model runs its own hooks eagerly, but traces those of its submodules. Keep hooks out of the graph.
     return chain[:1] if hasattr(root, "_orig_mod") else chain
 
 
@@ -81,10 +81,10 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def sequences_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The batch size of a forward's inputs, where they can be cut along dimension 0; None where they cannot.
+    """Return the batch size of a forward pass's inputs; None if they cannot be cut along dimension 0.
 
-    A cut is safe only where all tensors agree about their first dimension, and nothing else in the inputs may belong
-    to single sequences: lists of numbers or images, and Qwen2-VL's ``position_ids`` of shape (3, B, S), do.
+    A cut is safe only if all tensors have the same first dimension and no other input has entries per sequence.
+    Lists of numbers or images may have such entries, and so has Qwen2-VL's ``position_ids`` of shape (3, B, S).
     """
     inputs = [*args, *kwargs.values()]
     sizes = {t.shape[0] for t in tensors_in(inputs) if t.dim() > 0}
@@ -96,7 +96,7 @@ def sequences_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _lists_sequences(value: Any, size: int) -> bool:
-    """Whether a list in the inputs may hold an entry for each sequence."""
+    """Return whether a list in the inputs may have one entry per sequence."""
     if isinstance(value, dict):
         return any(_lists_sequences(v, size) for v in value.values())
     if not isinstance(value, (tuple, list)):
@@ -107,10 +107,10 @@ def _lists_sequences(value: Any, size: int) -> bool:
 
 
 def take(tree: Any, keep: int | None) -> Any:
-    """The first ``keep`` rows of every tensor in nested inputs, as copies; None: all of them.
+    """Return nested inputs with copies of the first ``keep`` rows of every tensor; None: of all rows.
 
     Raises:
-        CannotRerun: for an input that only its owner knows how to copy.
+        CannotRerun: for an input of a type that cannot be copied safely.
     """
     if isinstance(tree, Tensor):
         return (tree[:keep] if tree.dim() > 0 else tree).detach().clone()
@@ -124,5 +124,5 @@ def take(tree: Any, keep: int | None) -> Any:
 
 
 def versions(tree: Any) -> list[int]:
-    """A number for each tensor in nested inputs, which in-place changes move."""
+    """Return the version counter of each tensor in nested inputs, which every in-place change increases."""
     return [-1 if t.is_inference() else t._version for t in tensors_in(tree)]

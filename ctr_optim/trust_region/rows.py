@@ -1,8 +1,8 @@
-"""How often the training sees its rows again: rows, and distinct rows, counted on the device in two kilobytes.
+"""Count how often training uses each row on average, on the device.
 
-A row's key is a sum of hashes over its neighbouring tokens, which padding does not change. Distinct keys are counted by
-HyperLogLog (Flajolet, Fusy, Gandouet and Meunier 2007): the registers keep the longest run of zero bits among keys, to
-2.3 percent. Registers of several processes merge by their maximum.
+A row's key is a sum of hashes over pairs of neighbouring tokens; the length of its padding does not change it.
+HyperLogLog (Flajolet, Fusy, Gandouet and Meunier 2007) counts the distinct keys: each register stores the longest run
+of leading zero bits among its keys. The standard error is 2.3 %. Registers of several processes merge by their maximum.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 from ctr_optim.runtime import distributed
 from ctr_optim.trust_region.rerun import tensors_in
 
-_BITS = 11  # of a key, that choose its register
+_BITS = 11  # number of bits of a key that select its register
 REGISTERS = 2**_BITS
-_WORD = 52 - _BITS  # bits whose leading zeros are counted; a float64 holds them exactly
-WINDOW = 1.2  # the growth of the distinct rows is judged while the rows grow by 1.2 to 1.44 times
-STEADY = 0.8  # distinct rows that grow at this share of the rows' rate, or faster, come from a stream that goes on
+_WORD = 52 - _BITS  # number of bits whose leading zeros are counted; float64 represents them exactly
+WINDOW = 1.2  # The growth of distinct rows is measured over a window in which the rows grow by a factor of 1.2 to 1.44.
+STEADY = 0.8  # Repeats do not count if distinct rows grow at least at this share of the relative growth of all rows.
 _BIAS = 0.7213 / (1 + 1.079 / REGISTERS)
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # multipliers of splitmix64, as int64
 
 
 @dataclass(slots=True)
 class RowState:
-    """Numbers of the count that a checkpoint carries.
+    """Checkpoint numbers of the row counter.
 
     Attributes:
-        rows_seen: rows trained on so far, each once a step.
-        rows_sketch: the registers as hexadecimal digits, two for each.
-        window_seen, window_distinct: rows and distinct rows at the begin of the window that growth is judged in.
-        next_seen, next_distinct: the same of the window that follows.
+        rows_seen: number of rows used so far; a row that a step uses several times counts once.
+        rows_sketch: the registers, two hexadecimal digits each.
+        window_seen, window_distinct: numbers of rows and of distinct rows at the start of the current window.
+        next_seen, next_distinct: the same numbers at the start of the next window.
     """
 
     rows_seen: int = 0
@@ -46,28 +46,28 @@ class RowState:
 
 
 class Rows:
-    """Counts the rows of training batches."""
+    """Counter of the rows of training batches."""
 
     def __init__(self) -> None:
         self.state = RowState()
-        self._keys: list[Tensor] = []  # of the rows since the last step
+        self._keys: list[Tensor] = []  # keys of the rows since the last step
         self._seen: Tensor | None = None
         self._registers: Tensor | None = None
-        self._marks: Tensor | None = None  # (2, 2) rows and distinct rows, at the begin of this window and the next
+        self._marks: Tensor | None = None  # (2, 2) rows and distinct rows, at the start of this window and of the next
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take note of a forward's rows."""
+        """Record the rows of a forward pass."""
         keys = row_keys(args, kwargs)
         if keys is not None:
             self._keys.append(keys)
 
     def passes(self, like: Tensor) -> Tensor | None:
-        """Return :func:`stale_passes` of the rows seen so far, this step's among them; None where there were no rows.
+        """Return ``()`` :func:`stale_passes` of the rows used so far, this step included.
 
-        All processes count together: each holds the same numbers afterwards.
+        Every process returns the same number, over all processes. None if no forward pass had rows.
 
         Args:
-            like: a tensor on the device that processes talk through.
+            like: tensor on the device of collective communication.
         """
         keys, self._keys = self._keys, []
         if not self._begin(bool(keys), like.device):
@@ -81,17 +81,20 @@ class Rows:
         return stale_passes(now, self._marks[0]).to(like.dtype)
 
     def settle(self) -> None:
-        """Bring :attr:`state` up to date; waits for the device."""
+        """Update :attr:`state` from the device; waits for the device."""
         if self._seen is not None and self._registers is not None and self._marks is not None:
             marks = self._marks.flatten().tolist()
             self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex(), *marks)
 
     def resume(self) -> None:
-        """Go on with the numbers that were loaded into :attr:`state`."""
+        """Continue from the numbers loaded into :attr:`state`."""
         self._seen = self._registers = self._marks = None
 
     def _begin(self, wanted: bool, device: torch.device) -> bool:
-        """Make or move the registers; in several processes all have them, or none would wait for the others."""
+        """Create the registers, or move them to a device; return whether there are any.
+
+        Several processes always create them, because the collective operations need all processes.
+        """
         if self._seen is None or self._registers is None or self._marks is None:
             if not (wanted or self.state.rows_seen or distributed.world_size() > 1):
                 return False
@@ -105,7 +108,7 @@ class Rows:
         return True
 
     def _count(self, keys: Tensor) -> Tensor:
-        """``()`` how many distinct rows a step has; a row that it looks at twice counts once."""
+        """Return ``()`` the number of distinct keys of a step, and add the keys to the registers."""
         assert self._registers is not None
         keys = keys.sort().values
         place = keys & (REGISTERS - 1)
@@ -115,14 +118,14 @@ class Rows:
 
 
 def stale_passes(now: Tensor, then: Tensor) -> Tensor:
-    """``()`` how often a row was seen on average, without the repeats of a stream that still brings new rows.
+    """Return ``()`` how often training used each row on average; ignore repeats in a stream with new rows.
 
-    Several passes over each batch of samples, as PPO takes them, repeat rows, but the distinct rows grow at the rate of
-    the rows. In a data set that was read once the distinct rows stop growing, and every repeat counts.
+    Several passes over each batch of samples, as in PPO, repeat rows, but distinct rows and rows grow at the same
+    relative rate. After one pass over a data set, the distinct rows stop growing, and every repeat counts.
 
     Args:
-        now: ``(2,)`` rows seen and distinct rows so far.
-        then: ``(2,)`` the same numbers earlier.
+        now: ``(2,)`` current numbers of rows and of distinct rows.
+        then: ``(2,)`` the same numbers at the start of the window.
     """
     seen, known = now
     growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
@@ -132,9 +135,9 @@ def stale_passes(now: Tensor, then: Tensor) -> Tensor:
 
 
 def row_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """``(B,)`` a key for each row of a forward's inputs; None where the inputs have no rows.
+    """Return ``(B,)`` a key for each row of a forward pass's inputs; None if the inputs have no rows.
 
-    Token ids, labels and the like make the key; where there are none, floating-point inputs do.
+    Integer inputs such as token ids and labels determine the key; floating-point inputs do if there are none.
     """
     mask = kwargs.get("attention_mask")
     named = {k: v for k, v in kwargs.items() if k not in ("attention_mask", "position_ids", "cache_position")}
@@ -151,7 +154,7 @@ def row_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _key(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """``(B,)`` the sum of hashes of neighbouring entries; runs of one entry, as padding is, count once."""
+    """Return ``(B,)`` the sum of hashes of neighbouring entries; a run of equal ones, such as padding, counts once."""
     x = _as_integers(rows.flatten(1)).long()
     if mask is not None:
         x = torch.where(mask != 0, x, -1)
@@ -167,19 +170,19 @@ def _as_integers(rows: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Spread every bit of an int64 over all of them."""
+    """Mix an int64 so that every input bit affects all output bits (splitmix64's finaliser)."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _ODD[1]
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _ODD[2]
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _bits(word: Tensor) -> Tensor:
-    """Number of bits of non-negative integers below 2^52: 0 for 0."""
+    """Return the bit length of non-negative integers below 2^52; 0 for 0."""
     return torch.frexp(word.double())[1].long()
 
 
 def distinct(registers: Tensor) -> Tensor:
-    """``()`` the number of distinct keys, by HyperLogLog; by linear counting while registers are empty."""
+    """Return ``()`` the number of distinct keys: by linear counting for few keys, else by HyperLogLog."""
     m = len(registers)
     estimate = _BIAS * m * m / torch.exp2(-registers.double()).sum()
     empty = (registers == 0).sum().double()

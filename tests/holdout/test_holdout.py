@@ -1,4 +1,4 @@
-"""Rows that are never trained on: their loss is measured without a trace, and judges the bound."""
+"""The held-out loss is measured without side effects, and adapts the bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def llama(**options: Any) -> nn.Module:
 
 
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    """By hand: summed over all target tokens of all batches, over their number."""
+    """Return the reference: the mean loss over all target tokens of all batches."""
     total, count = 0.0, 0
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -83,7 +83,7 @@ def test_while_the_loss_falls_training_is_as_without() -> None:
     for holdout in (None, [rows(1, n=40)]):
         model = llama()
         opt = CTROptimizer(trainable(model), model=model, max_kl=1e-4, holdout=holdout)
-        fit(model, opt, [rows(1, n=40)] * 20)  # the same rows: the loss falls
+        fit(model, opt, [rows(1, n=40)] * 20)  # Training uses the held-out rows, so the loss falls.
         results.append(snapshot(model))
     assert opt.metrics()["holdout/best"] == opt.metrics()["holdout/loss"] < mean_loss(llama(), [rows(1, n=40)])
     assert opt.metrics()["trust/factor/holdout"] == 1.0
@@ -92,7 +92,7 @@ def test_while_the_loss_falls_training_is_as_without() -> None:
 
 
 def overfitted(steps: int, **options: Any) -> tuple[nn.Module, CTROptimizer]:
-    """Labels that tell nothing of the held-out rows, far too large a bound."""
+    """Train with labels unrelated to the held-out rows, and with a much too large bound."""
     model = llama()
     holdout = Holdout([rows(100, n=20)], every=4, **options)
     opt = CTROptimizer(trainable(model), model=model, max_kl=0.5, kl_schedule="lr", holdout=holdout)
@@ -101,7 +101,7 @@ def overfitted(steps: int, **options: Any) -> tuple[nn.Module, CTROptimizer]:
 
 
 def test_where_the_loss_rises_the_bound_shrinks_and_the_weights_go_back() -> None:
-    model, opt = overfitted(9)  # looks come after 4, 6 and 9 steps
+    model, opt = overfitted(9)  # Measurements come after 4, 6 and 9 steps.
     found = opt.metrics()
     assert found["holdout/loss"] > found["holdout/best"] and found["trust/factor/holdout"] == pytest.approx(0.3)
     assert mean_loss(model, [rows(100, n=20)]) == pytest.approx(found["holdout/best"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The same seed, the same bits (on the CPU): weights, state, metrics and rank events."""
+"""On the CPU, the same seed gives bit-identical weights, state, metrics and rank events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANKS = dict(interval=4, window=2, hysteresis=0.0, absent="sketch")
 
 
 def fingerprint(structure: str = "diagonal", steps: int = 13, dtype: torch.dtype = torch.float32) -> str:
-    """A hash of everything that a run leaves: dropout in the model, rank events, calibrations."""
+    """Return a hash of a run's results; the run has dropout, rank events and measurements of the coupling."""
     model = net(seed=3, dtype=dtype, dropout=0.2)
     opt = optimizer(model, rank_scheduler=RANKS, factor_structure=structure, **OPTIONS)
     events: list[Any] = []
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_bits(structure: str) -> None:
 
 
 def test_another_process_gives_the_same_bits() -> None:
-    """With another hash seed, so that no order of a set or dict of strings plays a part."""
+    """The process has another hash seed, so the order of sets of strings must not matter."""
     code = "import test_determinism as t, torch; torch.set_num_threads(1); print(t.fingerprint())"
     paths = [str(path) for path in Path(__file__).resolve().parents[:3]]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "12345"}

@@ -1,12 +1,12 @@
-"""What torch's own test suite asks of an optimizer, asked of ours through torch's harness.
+"""CTROptimizer passes the checks of torch's own optimizer test suite, through torch's harness.
 
-The harness (``torch.testing._internal.common_optimizers``) ships with torch; the tests that use it do not, and what
-they check is said here in our words. Not asked, and why:
+The harness (``torch.testing._internal.common_optimizers``) is part of torch. The tests that use it are not, so this
+file contains its own versions. These checks are left out:
 
 - ``fused``, ``capturable``, ``differentiable``, ``amsgrad``: CTROptimizer has no such options.
-- sparse gradients and complex parameters: refused with a TypeError, which is tested.
+- sparse gradients and complex parameters: they raise a TypeError, which is tested.
 - CUDA graphs, state on several devices, peak memory of foreach: they need a GPU.
-- ``step`` under ``torch.compile``: the model is compiled, not the step.
+- ``step`` under ``torch.compile``: only the model is compiled.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_weight_decay_of_a_group() -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_tensor_lr(shape: tuple[int, ...]) -> None:
-    """The same as a float, also when it is changed in place, and never changed by us."""
+    """A tensor lr has the effect of a float, also after an in-place change; the optimizer does not change it."""
     (params, loss), (others, other_loss) = regression(), regression()
     lr = torch.full(shape, 0.01)
     opt, reference = CTROptimizer(params, lr=lr), CTROptimizer(others, lr=0.01)

@@ -1,7 +1,7 @@
-"""The basic checks that torch-optimizer publishes for its optimizers, on plain parameters: three functions of two
-variables, each minimum found to a thousandth from (1.5, 1.5), within the number of steps that its tests allow.
+"""CTROptimizer passes the basic checks of the torch-optimizer package.
 
-There is no LoRA layer here, so what is checked is the part that trains everything else.
+It must find the minimum of three functions of two variables within 0.001, from (1.5, 1.5), in the number of steps that
+the package's tests allow. Without LoRA layers, the checks cover the optimizer of other parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def quadratic(p: Tensor) -> Tensor:
 
 
 def rosenbrock(p: Tensor) -> Tensor:
-    """With the mild weight 1 of those checks."""
+    """Return the Rosenbrock function with weight 1, as in the package's tests."""
     x, y = p
     return (1 - x) ** 2 + (y - x**2) ** 2
 

@@ -1,4 +1,4 @@
-"""Copies, checkpoints and hooks, as torch's own test suite asks them of an optimizer."""
+"""Copies, checkpoints and hooks pass the checks of torch's own optimizer test suite."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_loaded_state_goes_on_alike(kwargs: dict[str, Any]) -> None:
 
 
 def test_a_state_dict_of_floats_for_steps_loads() -> None:
-    """Old checkpoints and other tools hold the step as a plain number."""
+    """Old checkpoints and other tools store the step as a plain number."""
     params, loss, opt = trained({})
     state = copy.deepcopy(opt.state_dict())
     for entry in state["state"].values():
@@ -181,7 +181,7 @@ def test_load_state_dict_hooks_see_and_change_what_is_loaded() -> None:
     assert all(not entry["exp_avg"].any() and entry["exp_avg_sq"].any() for entry in mine)
 
 
-# -- what is refused, and what is left behind --------------------------------------------------------------------------
+# -- errors, and references that remain --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["supports_sparse", "supports_complex"])
@@ -209,7 +209,7 @@ def test_an_optimizer_that_is_gone_is_gone() -> None:
 
 
 def test_lookahead_style_wrappers_find_an_optimizer_like_any_other() -> None:
-    """Groups, state and defaults are torch's own: what swaps parameters in and out finds them."""
+    """Groups, state and defaults are torch's own, so wrappers that swap parameters can use them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opt = CTROptimizer(nn.Linear(2, 2).parameters(), lr=0.1)

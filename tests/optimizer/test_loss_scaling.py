@@ -1,4 +1,4 @@
-"""Storms of overflowed steps, and an optimizer that is closed."""
+"""Series of overflowed steps, and a closed optimizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketc
 
 @pytest.mark.parametrize("clear", ["optimizer", "model", "zeros"])
 def test_a_storm_of_overflows_leaves_no_trace(clear: str) -> None:
-    """Skipped steps are as if their batches had not been, whoever clears the gradients."""
+    """A skipped step has the effect of no batch, for every way to clear the gradients."""
     model, reference = net(), net()
     opt, other = (optimizer(m, max_kl=1e-3, factor_interval=2) for m in (model, reference))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
@@ -61,7 +61,7 @@ def test_a_storm_of_overflows_leaves_no_trace(clear: str) -> None:
 
 
 def test_micro_batches_are_not_mistaken_for_dropped_gradients() -> None:
-    """Gradients that are there, also those set to zero, go on being accumulated; so do two forwards of one backward."""
+    """Statistics accumulate over micro-batches, also with gradients set to zero and two forward passes per backward."""
     found = []
     for joint in (False, True):
         model = net()
@@ -74,11 +74,11 @@ def test_micro_batches_are_not_mistaken_for_dropped_gradients() -> None:
     assert_factors(found[0], found[1], 1e-12)
 
 
-# -- an optimizer that is closed ---------------------------------------------------------------------------------------
+# -- a closed optimizer ------------------------------------------------------------------------------------------------
 
 
 def test_a_closed_optimizer_stays_closed() -> None:
-    """No hook, no tap armed, no rank event, no complaint: steps with the factors and the ranks that it has."""
+    """A closed optimizer has no hooks, rank events or warnings; it steps with its last factors and ranks."""
     model = net()
     opt = optimizer(model, max_kl=1e-3, calibration_interval=2, rank_scheduler=RANKS)
     train(model, opt, 2)

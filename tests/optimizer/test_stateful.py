@@ -1,8 +1,8 @@
-"""Whatever a user does, in whatever order: a machine that does all of it at random, and what must hold after each act.
+"""A state machine performs user actions in random order, and checks invariants after each of them.
 
-Two PEFT adapters on a small network, ranks that move, and hypothesis to choose among stepping, accumulating,
-evaluating, saving, loading, adding a parameter group, freezing, switching adapters, changing the learning rate,
-copying, and gradients that are not finite.
+A small network has two PEFT adapters whose ranks change. Hypothesis chooses among stepping, accumulating, evaluating,
+saving, loading, adding a parameter group, freezing, switching adapters, changing the learning rate, copying, and
+gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RANKS: dict[str, Any] = dict(interval=3, window=2, hysteresis=0.0, sketch_rank=3
 
 
 class Base(nn.Module):
-    """Ids to logits through two linear maps."""
+    """Model that maps token ids to logits through two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Base(nn.Module):
 
 
 def build() -> nn.Module:
-    """The network with the adapters ``default`` and ``other``; their B away from zero."""
+    """Return the network with the adapters ``default`` and ``other``, with B different from zero."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["up", "down"], init_lora_weights=False)
     with warnings.catch_warnings():
@@ -66,14 +66,14 @@ def optimizer_for(model: nn.Module) -> CTROptimizer:
 
 
 def hooks(model: nn.Module) -> int:
-    """Hooks that do anything: those that a copy of a model has taken along are asleep."""
+    """Return the number of active hooks; those of a copied model are inactive."""
     found = [(m, hook) for m in model.modules() for kind in HOOKS for hook in getattr(m, kind).values()]
-    inner = [(m, getattr(hook, "hook", hook)) for m, hook in found]  # torch wraps those on loading
+    inner = [(m, getattr(hook, "hook", hook)) for m, hook in found]  # torch wraps the hooks for loading.
     return sum(getattr(hook, "owner", id(m)) == id(m) for m, hook in inner)
 
 
 def continuous(resize: Callable[..., None]) -> Callable[..., None]:
-    """A rank event's change of layers: growth is no change of the function; a cut takes the least energy away."""
+    """Check a rank event: growth does not change the function, and a cut removes the least energy."""
 
     def energy(factors: dict[str, Tensor]) -> Tensor:
         return factors["rank_output"].double() @ factors["rank_input"].double()
@@ -92,7 +92,7 @@ def continuous(resize: Callable[..., None]) -> Callable[..., None]:
 
 
 class Machine(RuleBasedStateMachine):
-    """The model, its optimizer, and what has been saved of them."""
+    """State machine with a model, its optimizer and saved checkpoints."""
 
     @initialize()
     def begin(self) -> None:
@@ -127,7 +127,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(count=st.integers(2, 3), clear=st.booleans())
     def accumulate(self, count: int, clear: bool) -> None:
-        if clear:  # gradients that come to nothing
+        if clear:  # The gradients are cleared without a step.
             self.backward()
             self.model.zero_grad()
         for _ in range(count):
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
     def bad_gradient(self, bad: float) -> None:
         before = snapshot(self.model)
         self.backward(bad)
-        with mock.patch.object(self.opt._ranks, "event", return_value=[]):  # an event may follow a skipped step
+        with mock.patch.object(self.opt._ranks, "event", return_value=[]):  # A rank event may follow a skipped step.
             self.step()
         assert same(before, snapshot(self.model))
 
@@ -178,7 +178,7 @@ class Machine(RuleBasedStateMachine):
         loaded = self.opt.state_dict()
         assert str(loaded["param_groups"]) == str(saved["optimizer"]["param_groups"])
         assert all(str(loaded["state"][key]) == str(entry) for key, entry in saved["optimizer"]["state"].items())
-        self.stepped = False  # what the last step did is no part of a checkpoint
+        self.stepped = False  # Checkpoints do not contain the metrics of the last step.
 
     @precondition(lambda self: not self.grown)
     @rule()
@@ -260,7 +260,7 @@ TestMachine = Machine.TestCase
 
 
 def test_live_memory_is_flat_over_all_of_it() -> None:
-    """The same acts over and over leave no tensor behind."""
+    """Repeated actions do not accumulate tensors."""
     machine = Machine()
     machine.begin()
     counts = []

@@ -1,4 +1,4 @@
-"""Training that goes nowhere is told: no gradients, or a learning rate that never reaches the bound."""
+"""Warnings for training without gradients, and for a learning rate that never reaches the bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coupling is measured exactly, on the model itself."""
+"""The measured coupling is exact."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_moved_parameters_come_back_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 def repeated(data: dict[str, Tensor], times: int = 4) -> dict[str, Tensor]:
-    """The same sequence over and over, so that any slice of the batch says what all of it would."""
+    """Return one sequence several times, so that every slice of the batch gives the batch's result."""
     return {key: value[:1].repeat(times, *[1] * (value.dim() - 1)) for key, value in data.items()}
 
 
@@ -122,13 +122,13 @@ def test_the_coupling_is_the_ratio_of_measured_and_block_diagonal_kl() -> None:
 
 
 def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
-    """By their square roots, with weights of 1, 5/6, 5/7, ..., 5/23 for the newest; no drift of slopes comes in."""
+    """The average is over square roots; the newest has weights 1, 5/6, ..., 5/23. A drift of slopes has no effect."""
     model = net()
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1, factor_decay=0.0, factor_structure="dense")
     ids, labels = batch(3)
     ids, labels = ids[:1].repeat(8, 1), labels[:1].repeat(8, 1)
     level = 0.0
-    for step in range(19):  # later the one row is learned, and the KL is no longer quadratic
+    for step in range(19):  # In later steps the model has learned the row, and the KL is not quadratic.
         weights, before = weights_of(opt), snapshot(model)
         with torch.no_grad():
             logits = model(ids)[labels != -100]
@@ -145,7 +145,7 @@ def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
         level = ((1 - weight) * level**0.5 + weight * (2 * measured / form / explained) ** 0.5) ** 2
         state = opt._trust.coupling.state
         assert state.coupling / state.alignment**SLOPE_EXPONENT == pytest.approx(level, rel=0.05)
-        # a step that was measured has at least its own, at the length at which it was measured
+        # A measured step uses at least its own coupling, measured at about its final length.
         assert opt.metrics()["trust/coupling"] == pytest.approx(max(level * explained, 2 * measured / form), rel=0.1)
 
 
@@ -168,7 +168,7 @@ def test_the_kl_from_the_base_model_is_measured_too() -> None:
 
 
 def test_only_loss_tokens_count() -> None:
-    """Sequences whose prompts differ and whose loss tokens do not: the same coupling, in a net without attention."""
+    """Without attention, the prompts of the sequences do not change the coupling."""
     found = []
     for seed in (0, 1):
         ids, labels = batch(0, ignored=3)
@@ -194,9 +194,10 @@ def test_what_the_training_said_is_used_where_a_second_forward_would_say_the_sam
     probe = opt._trust.coupling.prober
     again, calls = probe.logits(), []
     assert again is not None
-    assert probe._call.sequences == (1 if kind in ("dropout", "norm") else 2)  # two passes of half as much
+    assert probe._call.sequences == (1 if kind in ("dropout", "norm") else 2)  # two passes of half the sequences
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(probe.logits_in_training(), again)  # dropout: the random state is the same
+    # The re-run restores the random state, so dropout is equal.
+    torch.testing.assert_close(probe.logits_in_training(), again)
     assert bool(calls) == (kind in ("dropout", "norm"))
 
 

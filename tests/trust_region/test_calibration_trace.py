@@ -1,4 +1,4 @@
-"""A measurement of the coupling leaves no trace, and says where it cannot be done."""
+"""A measurement of the coupling has no side effects, and gives a reason if it is not possible."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("a_token_is_enough")
 
 
 def repeated(data: dict[str, Tensor], times: int = 4) -> dict[str, Tensor]:
-    """The same sequence over and over, so that any slice of the batch says what all of it would."""
+    """Return one sequence several times, so that every slice of the batch gives the batch's result."""
     return {key: value[:1].repeat(times, *[1] * (value.dim() - 1)) for key, value in data.items()}
 
 
 def noisy(interval: int | None, steps: int) -> dict[str, Any]:
-    """Train a model with dropout and batch norm; everything that a measurement could disturb."""
+    """Train a model with dropout and batch norm; return everything that a measurement could change."""
     model = net(dropout=0.3, norm=True, dtype=torch.float32)
     opt = optimizer(model, lr=1e-2, max_kl=None, calibration_interval=interval)
     torch.manual_seed(7)
@@ -61,7 +61,7 @@ def noisy(interval: int | None, steps: int) -> dict[str, Any]:
     }
 
 
-# -- no trace ----------------------------------------------------------------------------------------------------------
+# -- no side effects ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -117,7 +117,7 @@ def test_measurements_under_autocast_run_under_autocast() -> None:
 
 
 def test_measurements_happen_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coupling, "_EXPECTED", (0.0, math.inf))  # no surprises
+    monkeypatch.setattr(coupling, "_EXPECTED", (0.0, math.inf))  # No measurement is unexpected.
     model, calls = net(), []
     model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     opt = optimizer(model, calibration_interval=4, lr=1e-3)
@@ -126,23 +126,24 @@ def test_measurements_happen_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         train(model, opt, 1, step)
         counts.append(calls.count(False))
-    assert [step for step, count in enumerate(counts) if count] == [0, 1, 4, 8, 12, 16]  # squares, then every fourth
-    assert set(counts[3:]) == {0, 1, 2}  # at theta + delta; now and then without the adapter
+    # square numbers, then every fourth step
+    assert [step for step, count in enumerate(counts) if count] == [0, 1, 4, 8, 12, 16]
+    assert set(counts[3:]) == {0, 1, 2}  # one pass at theta + delta, sometimes one without the adapter
 
 
 def fused(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """What Liger makes of a forward that is trained on: no logits."""
+    """Remove the logits from a training forward pass, as Liger does."""
     if module.training and torch.is_grad_enabled() and (kwargs.keys() & {"labels", "shift_labels"}):
         output["logits"] = None
     return output
 
 
-# -- where the training's forward says no logits -----------------------------------------------------------------------
+# -- training forward passes without logits ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_models_that_give_a_loss_or_logits_are_asked_again(shifted: bool) -> None:
-    """The last layer fused with the loss changes nothing; prompts still count for nothing."""
+    """A last layer fused with the loss gives the same coupling, and prompt tokens still do not count."""
     found = []
     for fuse in (False, True):
         model, data = tiny_llama(), repeated(llama_batch())
@@ -210,7 +211,7 @@ def test_a_model_that_cannot_do_without_labels_is_left_alone() -> None:
 
 
 class LossOnly(nn.Module):
-    """Returns a loss and nothing else."""
+    """Model that returns only a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class LossOnly(nn.Module):
 
 
 class Stream(nn.Module):
-    """Reads its batch from an iterator: a second forward would get another batch."""
+    """Model that reads its batch from an iterator, so that a re-run would use another batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +233,7 @@ class Stream(nn.Module):
         return self.net.head(self.net.down(self.net.up(self.net.embed(x)).tanh()))
 
 
-# -- where it cannot be done -------------------------------------------------------------------------------------------
+# -- measurements that are not possible --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["no logits", "iterator"])
@@ -265,7 +266,7 @@ def test_a_model_may_return_a_tuple_a_dict_or_chunks_of_logits() -> None:
 
         def forward(self, ids: Tensor) -> Any:
             logits = self.net(ids)
-            if self.kind == "chunks":  # the first one holds no loss token
+            if self.kind == "chunks":  # The first chunk contains no loss token.
                 return list(logits.split(2, 1))
             return {"logits": logits} if self.kind == "dict" else (logits, None)
 
@@ -286,7 +287,7 @@ def test_a_model_may_return_a_tuple_a_dict_or_chunks_of_logits() -> None:
 
 def test_a_model_that_shapes_its_output_by_the_batch_is_measured_on_the_whole_batch() -> None:
     class Trimmed(nn.Module):
-        """Cuts the batch to its longest sequence (0 is padding)."""
+        """Model that trims the batch to its longest sequence (0 is padding)."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -297,7 +298,7 @@ def test_a_model_that_shapes_its_output_by_the_batch_is_measured_on_the_whole_ba
 
     model, (ids, labels) = Trimmed(), batch(ignored=0)
     ids = ids.clamp_min(1)
-    ids[0, 3:] = 0  # the slice is the first sequence
+    ids[0, 3:] = 0  # The slice is the first sequence.
     opt = optimizer(model, lr=1.0, max_kl=1e-3, calibration_interval=1)
     loss_of(model(ids), labels).backward()
     opt.step()
@@ -320,7 +321,7 @@ def test_a_measurement_that_is_no_number_is_dropped(what: str, monkeypatch: pyte
 
 
 def test_a_fresh_adapter_is_the_base_model() -> None:
-    """B = 0: there is no way from the base to measure in the first step, and there is one in the second."""
+    """With B = 0 the KL from the base model is 0 in the first step; the second step can measure it."""
     model = net(b_std=0.0)
     opt = optimizer(model, lr=1e-2, max_kl=1e-3, calibration_interval=1)
     train(model, opt, 1)

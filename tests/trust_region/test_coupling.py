@@ -1,4 +1,4 @@
-"""The coupling's own decisions: steps that were measured, surprises, and falls."""
+"""The estimator of the coupling: measured steps, unexpected measurements, and limited decreases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMIT = 0.1
 
 @dataclass
 class Straight:
-    """A step of quadratic form 1 whose slope is always the same."""
+    """Step with a quadratic form of 1 and a constant slope."""
 
     q: Tensor
     slope: Tensor
@@ -28,7 +28,7 @@ class Straight:
 
 
 class Model:
-    """A prober whose KL is exactly ``kappa / 2`` times the square of the push."""
+    """Prober whose KL is exactly ``kappa / 2`` times the squared displacement."""
 
     enabled, refused, ready = False, None, True
 
@@ -48,7 +48,7 @@ class Model:
         return torch.tensor(0.5 * self.kappa * self.factor**2), torch.tensor(1.0)
 
     def release(self) -> None:
-        """There is no batch."""
+        """Do nothing: no batch is stored."""
 
 
 class Whole:
@@ -72,7 +72,7 @@ def coupling(model: Model) -> Coupling:
 
 
 def step(coupling: Coupling, index: int) -> float:
-    """kappa of a step."""
+    """Return kappa of a step."""
     coupling.arm(index)
     taken = Straight(torch.tensor(1.0), torch.tensor(-1.0))
     coupling.measure(taken, LIMIT, Whole())
@@ -80,12 +80,12 @@ def step(coupling: Coupling, index: int) -> float:
 
 
 def test_a_measured_step_has_at_least_the_coupling_that_was_measured(coupling: Coupling, model: Model) -> None:
-    """The average lags behind: at step 1, a coupling of 10 that has grown to 13 was taken for 12.5."""
+    """The average lags: after a growth from 10 to 13 at step 1, it was 12.5."""
     assert step(coupling, 0) == pytest.approx(10)
     model.kappa = 13.0
     assert step(coupling, 1) == pytest.approx(13)
     assert coupling.state.coupling is not None and 10 < coupling.state.coupling < 13
-    assert step(coupling, 2) == pytest.approx(coupling.state.coupling)  # not measured: the average again
+    assert step(coupling, 2) == pytest.approx(coupling.state.coupling)  # A step without a measurement uses the average.
 
 
 def test_after_a_surprise_the_next_steps_are_measured(coupling: Coupling, model: Model) -> None:
@@ -98,7 +98,7 @@ def test_after_a_surprise_the_next_steps_are_measured(coupling: Coupling, model:
         kappa = step(coupling, index)
         due.append(coupling.due)
         assert not coupling.due or kappa >= 40 * (1 - 1e-6)
-    assert due == [True] * 3 + [False, True, False, False]  # 9 was due anyway, and 4 to 7 told all
+    assert due == [True] * 3 + [False, True, False, False]  # Step 9 is due anyway; steps 4 to 7 gave expected values.
 
 
 def test_without_a_surprise_the_schedule_stays(coupling: Coupling, model: Model) -> None:
@@ -115,5 +115,5 @@ def test_one_measurement_lowers_the_coupling_fourfold_at_most(coupling: Coupling
     model.kappa = 1e-3
     step(coupling, 1)
     assert coupling.state.coupling == pytest.approx(10 / 4)
-    step(coupling, 2)  # a surprise: measured again, so that a true fall is followed soon
+    step(coupling, 2)  # The unexpected value causes another measurement, so that the average follows a real decrease.
     assert coupling.due and coupling.state.coupling == pytest.approx(10 / 16)

@@ -1,4 +1,4 @@
-"""The KL measured on the model stays near the bound, whatever is trained and however its layers compute."""
+"""The measured KL stays near the bound for all kinds of trained parameters and layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def largest_ratio(model: nn.Module, steps: int = 20, **options: Any) -> tuple[float, CTROptimizer]:
-    """Median over steps of the measured KL per loss token over the bound, in training on a repeated pattern."""
+    """Train on a repeated pattern; return the median ratio of the measured KL per loss token to the bound."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opt = CTROptimizer(trainable(model), max_kl=BOUND, kl_schedule="constant", **options)
@@ -76,7 +76,7 @@ def only(half: str) -> nn.Module:
 
 
 def bypassed() -> nn.Module:
-    """LoRA layers that compute from the weights themselves, as fused kernels do: no hook on A or B runs."""
+    """Return a model whose LoRA layers use the weights directly, as fused kernels do: no hook on A or B runs."""
     model = tiny_llama(torch.float32)
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
@@ -112,13 +112,13 @@ def test_a_measured_bound_for_every_kind_of_parameter(build: Callable[[], nn.Mod
     assert metrics["trust/source"] == "measured" and metrics["trust/unbounded"] == 0
     assert worst < (
         8 if build is bare else 3
-    )  # a whole tiny model on eight rows: kappa changes tenfold from step to step
+    )  # On a whole tiny model with eight rows, kappa changes by a factor of ten between steps.
     assert metrics["trust/predicted_kl"] <= BOUND * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("quiet", [1, 9])
 def test_the_first_gradient_that_is_not_zero_counts_in_full(quiet: int) -> None:
-    """Zero gradients before it, of a gate that is shut: Adam's second moment is ``g^2 / (quiet + 1)`` then."""
+    """After ``quiet`` zero gradients, such as those of a closed gate, Adam's second moment is ``g^2 / (quiet + 1)``."""
     late, early = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(()))
     opt = CTROptimizer(
         [late, early], curvature="gradient", calibration_interval=None, max_kl=1e-6, kl_schedule="constant"
@@ -142,7 +142,7 @@ def test_the_gradient_metric_can_be_chosen() -> None:
 
 
 def test_layers_without_factors_count_by_their_gradients() -> None:
-    """One layer's forward bypasses its hooks: the form has that layer's gradient term, the others keep K-FAC's."""
+    """A layer that bypasses its hooks adds its gradient term to the form; the other layers add K-FAC's."""
     model = net()
     layer = model.up
     layer.forward = lambda x: (
@@ -157,7 +157,7 @@ def test_layers_without_factors_count_by_their_gradients() -> None:
     assert 0 < opt.metrics()["trust/scale"] < 1
     tokens = float((labels != -100).sum())
     halves = [(unseen.a, layer.lora_A), (unseen.b, layer.lora_B)]
-    # after one step Adam's direction is the sign in its basis, so that v^ delta^2 is (lr g)^2
+    # Adam's first direction is the sign of the gradient in its basis, so v^ delta^2 is (lr g)^2.
     expected = tokens * sum(float((0.08 * m.weight.grad).square().sum()) for _, m in halves)
     steps = {stack: -0.08 * stack.tensors["exp_avg"] / stack.tensors["exp_avg"].abs() for stack, _ in halves}
     got = unseen.quadratic(steps, torch.tensor(tokens))
@@ -207,7 +207,7 @@ def test_steps_that_cannot_be_measured_are_as_short_as_adamws() -> None:
 
 
 class Contrastive(nn.Module):
-    """Embeddings of pairs of sequences, and the loss that each finds its other half."""
+    """Model that embeds pairs of sequences, with a contrastive loss over the pairs."""
 
     def __init__(self, scores: bool) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Contrastive(nn.Module):
 
 
 def trained(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 20) -> float:
-    """Loss of the last steps, on pairs that share their first half."""
+    """Train on pairs that share their first half; return the loss of the last steps."""
     losses = []
     for step in range(steps):
         ids = ids_and_labels(step % 4)[0]
@@ -237,14 +237,14 @@ def trained(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 20) -> fl
 
 @pytest.mark.filterwarnings("ignore:CTROptimizer cannot measure")
 def test_embeddings_alone_train_as_with_adamw() -> None:
-    """The assumed bound on top of AdamW's rate made steps a hundred times shorter than AdamW's."""
+    """An assumed bound in addition to AdamW's rate made steps a hundred times shorter than AdamW's."""
     ours, theirs = Contrastive(False), Contrastive(False)
     adamw = torch.optim.AdamW(trainable(theirs), lr=2e-4, betas=(0.8, 0.999), weight_decay=0.0)
     start = [p.detach().clone() for p in trainable(ours)]
-    opt = CTROptimizer(trainable(ours), model=ours, kl_schedule="lr")  # the same rows, over and over
+    opt = CTROptimizer(trainable(ours), model=ours, kl_schedule="lr")  # All batches have the same rows.
     reached, aim = trained(ours, opt), trained(theirs, adamw)
     assert opt.metrics()["trust/source"].startswith("assumed")
-    assert reached < 1.15 * aim  # our betas are others
+    assert reached < 1.15 * aim  # The betas differ from AdamW's.
     way = [
         torch.stack([(p - s).detach().norm() for p, s in zip(trainable(m), start, strict=True)]).norm()
         for m in (ours, theirs)
@@ -260,7 +260,7 @@ def test_similarities_that_are_named_logits_are_measured() -> None:
 
 
 def test_a_forward_that_no_hook_sees_keeps_the_whole_bound() -> None:
-    """Its loss tokens are not known; the bound shrinks for few tokens, not for unknown ones."""
+    """The number of loss tokens is unknown then; the bound must shrink only for a known small number."""
     model = bypassed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -271,4 +271,4 @@ def test_a_forward_that_no_hook_sees_keeps_the_whole_bound() -> None:
         loss_of(model(input_ids=ids).logits, labels).backward()
         opt.step()
         assert opt.metrics()["trust/max_kl"] == pytest.approx(BOUND / (1 + step / 25))
-        opt.load_state_dict(opt.state_dict())  # and a checkpoint knows no more
+        opt.load_state_dict(opt.state_dict())  # A checkpoint must not change that.

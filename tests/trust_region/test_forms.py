@@ -1,4 +1,4 @@
-"""The trust region's quadratic form, the scale of a step, and the penalty on the way from the base model."""
+"""The quadratic form, the scale of a step, and the penalty on the KL from the base model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def root(x: Tensor) -> Tensor:
 
 
 def layers(seed: int) -> dict[str, Any]:
-    """Random layers whose H and D are those of C and S."""
+    """Return random layers whose H and D are consistent with C and S."""
     torch.manual_seed(seed)
     C, S = spd(LAYERS, D_IN), spd(LAYERS, D_OUT)
     a, b = torch.randn(LAYERS, R, D_IN, dtype=torch.float64), torch.randn(LAYERS, D_OUT, R, dtype=torch.float64)
@@ -52,7 +52,7 @@ def layers(seed: int) -> dict[str, Any]:
 
 
 def change_of_product(d: dict[str, Any], da: Tensor, db: Tensor) -> Tensor:
-    """``|S^1/2 (B dA + dB A) C^1/2|^2`` layer by layer: the first-order change of BA in the K-FAC metric."""
+    """Return ``|S^1/2 (B dA + dB A) C^1/2|^2`` per layer: the first-order change of BA in the K-FAC metric."""
     change = d["b"] @ da + db @ d["a"]
     return (root(d["S"].to_dense()) @ change @ root(d["C"].to_dense())).square().sum((-2, -1))
 
@@ -71,7 +71,7 @@ def test_quadratic_is_the_kronecker_form_of_the_change_of_the_product(seed: int,
 
 
 def test_quadratic_vanishes_where_the_product_does_not_change() -> None:
-    """``A <- T A, B <- B T^-1`` moves nothing, to first order: the cross term cancels the squares."""
+    """``A <- T A, B <- B T^-1`` changes BA only at second order, so the cross term cancels the squares."""
     d = layers(0)
     X = torch.randn(LAYERS, R, R, dtype=torch.float64)
     still = quadratic(X @ d["a"], -d["b"] @ X, **d)
@@ -81,7 +81,7 @@ def test_quadratic_vanishes_where_the_product_does_not_change() -> None:
 
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(list(STRUCTURES)), lie=st.floats(0.0, 10.0))
 def test_quadratic_is_never_negative_and_homogeneous(seed: int, name: str, lie: float) -> None:
-    """Also where C and S are estimates that H and D contradict."""
+    """This also holds if H and D contradict the estimates C and S."""
     d = layers(seed)
     structure = STRUCTURES[name]
     for key, width in (("C", D_IN), ("S", D_OUT)):
@@ -144,11 +144,12 @@ def test_penalty_gradients_are_those_of_the_fisher_norm_of_the_adapter(seed: int
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_penalty_is_part_of_what_is_minimized(structure: str, reduction: str) -> None:
-    """Its step is Adam's on the gradient of ``L + lambda (tr(D A C A^T) + tr(B^T S B H)) / 2`` at given D and H."""
+    """The step is Adam's on the gradient of ``L + lambda (tr(D A C A^T) + tr(B^T S B H)) / 2`` with fixed D and H."""
     weight, ends, start, tokens = 0.3, [], net(), 16 if reduction == "sum" else 1
     for penalty in (0.0, weight):
         model = net()
-        options = dict(lr=1e-2, betas=(0.0, 0.0), eps=1e3, max_kl=None)  # Adam's step nearly is the gradient then
+        # With these options, Adam's step is almost the gradient.
+        options = dict(lr=1e-2, betas=(0.0, 0.0), eps=1e3, max_kl=None)
         opt = optimizer(model, trust_penalty=penalty, factor_structure=structure, loss_reduction=reduction, **options)
         backward(model, batch(0), reduction)
         opt.step()
@@ -188,10 +189,10 @@ def test_kl_from_base_is_half_the_trace_of_the_factors() -> None:
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["frozen", "gradient-zero"])
 def test_a_layer_that_starts_late_counts_from_its_first_step(zeros: bool) -> None:
-    """Its gradients bound it until the taps are open; from then on its factors do."""
+    """The layer counts by its gradients until the hooks collect its factors."""
 
     def tenth_step(joins: bool) -> tuple[bool, dict[str, Any]]:
-        """Whether the late layer moved in the tenth step, and the metrics of that step."""
+        """Return whether the late layer changed in the tenth step, and the metrics of that step."""
         model, rare = net(), net(seed=1)
         opt = CTROptimizer(
             [*trainable(model), *trainable(rare)], lr=0.05, max_kl=1e-5, factor_interval=8, calibration_interval=None
@@ -208,20 +209,20 @@ def test_a_layer_that_starts_late_counts_from_its_first_step(zeros: bool) -> Non
 
     (stays, without), (moves, metrics) = tenth_step(False), tenth_step(True)
     assert moves and not stays and metrics["trust/max_kl"] == without["trust/max_kl"]
-    # Adam's second moments average the zeros too: one gradient after nine zeros counts a tenth
+    # Adam's second moments also average zeros: one gradient after nine zeros counts a tenth.
     assert metrics["trust/scale"] < (0.95 if zeros else 0.9) * without["trust/scale"]
     assert metrics["trust/predicted_kl"] <= metrics["trust/max_kl"] * (1 + 1e-6)
 
 
 def test_a_layer_that_is_never_seen_need_not_wait() -> None:
-    """Kernels may read the weights without calling the halves as modules; the layer trains as under Adam."""
+    """Fused kernels may use A and B without calling them as modules; the layer trains as with Adam."""
     model = net()
     up = model.up
     up.forward = lambda x: up.base(x) + up.scaling * x @ up.lora_A.weight.mT @ up.lora_B.weight.mT
     opt = optimizer(model, lr=0.05, max_kl=1e-3, factor_interval=8)
     train(model, opt, 3)
     before = snapshot(model)
-    train(model, opt, 1, start=3)  # a step in which the taps are closed
+    train(model, opt, 1, start=3)  # In this step the hooks collect no statistics.
     assert not any(torch.equal(before[f"up.lora_{half}.weight"], getattr(up, f"lora_{half}").weight) for half in "AB")
     opt.close()
     train(model, opt, 1)

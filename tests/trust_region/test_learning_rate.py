@@ -1,4 +1,4 @@
-"""Where the trust region sets the length of steps, only the schedule of the learning rate matters."""
+"""If the trust region sets the length of steps, only the learning rate's schedule matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that cannot be cut, and re-runs that fail: the measurement falls back, and never raises."""
+"""For inputs that cannot be cut and re-runs that fail, the measurement falls back and never raises an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = dict(lr=1.0, max_kl=1e-3, calibration_interval=1)
 
 
 class Images(nn.Module):
-    """Adds an image to each sequence that has one; as many images as ``has_image`` says, in one tensor."""
+    """Model that adds images to some sequences; one tensor contains the images of all rows with ``has_image``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ def test_inputs_that_cannot_be_cut_are_run_whole(kind: str) -> None:
     loss_of(model(**inputs), labels).backward()
     opt.step()
     assert opt.metrics()["trust/source"] == "measured"
-    if kind != "as many images as rows":  # those can be cut
+    if kind != "as many images as rows":  # Such inputs can be cut.
         assert kl_of(model, before, inputs, labels) == pytest.approx(1e-3, rel=0.2)
 
 
 def test_a_cut_that_fails_gives_way_to_the_whole_batch_in_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tensors agree about dimension 0, and a slice is refused all the same."""
+    """The model rejects a slice although all tensors have the same first dimension."""
     monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
 
     class Four(nn.Module):
@@ -77,7 +77,7 @@ def test_a_cut_that_fails_gives_way_to_the_whole_batch_in_the_same_step(monkeypa
 
 
 def test_a_slice_that_says_something_else_gives_way_to_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that see each other: nothing fails, and a slice is no part of the batch."""
+    """If rows affect each other, a slice runs without an error but gives other logits than the batch."""
     monkeypatch.setattr(kept, "LEAST_TOKENS", 1)
 
     class Mixed(nn.Module):
@@ -87,7 +87,7 @@ def test_a_slice_that_says_something_else_gives_way_to_the_whole_batch(monkeypat
 
         def forward(self, ids: Tensor) -> Tensor:
             logits = self.net(ids)
-            return 3 * (logits - logits.mean(0))  # of one row: nothing is left
+            return 3 * (logits - logits.mean(0))  # Zero for a single row.
 
     model, (ids, labels) = Mixed(), batch()
     opt = optimizer(model, **OPTIONS)
@@ -111,7 +111,7 @@ def test_what_can_be_cut() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError, torch.OutOfMemoryError, AssertionError])
 def test_no_re_run_raises_and_three_failures_end_it(error: type[Exception]) -> None:
-    """Every parameter is where the step puts it, and one warning tells why nothing is measured."""
+    """The step is applied to every parameter, and one warning gives the reason of the failed measurement."""
 
     class Once(nn.Module):
         def __init__(self) -> None:
@@ -152,7 +152,7 @@ def exhausted(*_: Any) -> None:
 
 @pytest.mark.parametrize("part", ["Moved", "kl_divergence"])
 def test_a_measurement_without_memory_is_left_out(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the copies of the displaced parameters nor the comparison of logits raises into the user's loop."""
+    """Running out of memory for displaced parameters or logits raises no error in the user's loop."""
     model = net()
     opt = optimizer(model, **OPTIONS)
 
@@ -194,7 +194,7 @@ def test_parameters_that_cannot_be_displaced_stay(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("kind", ["numpy", "python"])
 def test_both_passes_see_the_same_chance_and_leave_it_alone(kind: str) -> None:
-    """SpecAugment draws its masks from NumPy."""
+    """SpecAugment draws its masks from NumPy's generator."""
 
     class Augmented(nn.Module):
         def __init__(self) -> None:
@@ -220,7 +220,8 @@ def test_both_passes_see_the_same_chance_and_leave_it_alone(kind: str) -> None:
         streams.append((np.random.random(), random.random()))
         if interval:
             assert opt.metrics()["trust/source"] == "measured"
-            assert 0.1 < opt.metrics()["trust/coupling"] < 100  # passes that differ by chance give 1e4 and more
+            # Two passes with different random numbers give 1e4 and more.
+            assert 0.1 < opt.metrics()["trust/coupling"] < 100
     assert streams[0] == streams[1]
 
 
@@ -237,7 +238,7 @@ def test_nothing_is_kept_after_a_measurement() -> None:
 
 
 def test_a_few_loss_tokens_ask_for_more_of_the_batch() -> None:
-    """A row holds one loss token: a quarter of the batch would hold four."""
+    """Each row has one loss token, so a quarter of the batch has only four."""
     model, (ids, labels) = net(), batch(n=16, length=6, ignored=5)
     opt = optimizer(model, **OPTIONS)
     probe = opt._trust.coupling.prober
@@ -259,7 +260,7 @@ def test_a_batch_changed_in_place_is_not_enlarged() -> None:
 
 
 def test_of_few_loss_tokens_among_many_none_is_missed() -> None:
-    """One target at the end of long rows: rows at even spacing would pass it by."""
+    """Evenly spaced tokens would miss a single target at the end of long rows."""
     model, (ids, labels) = net(), batch(n=2, length=1500, ignored=1499)
     opt = optimizer(model, **OPTIONS, max_tokens=None)
     loss_of(model(ids), labels).backward()

@@ -1,4 +1,4 @@
-"""What is taken for logits, and where the mask of the loss tokens comes from."""
+"""Which outputs are logits, and how the probe finds the loss tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = dict(lr=1.0, max_kl=1e-3, calibration_interval=1)
 
 
 class WithLoss(nn.Module):
-    """A causal model that computes its own loss, as transformers' do, and gives logits in one of several ways."""
+    """Causal model that returns its loss, as those of transformers do, and its logits in one of several forms."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class WithLoss(nn.Module):
 
 
 def measured_kl(model: nn.Module, ids: Tensor, labels: Tensor, step: Any) -> float:
-    """The KL per loss token of what ``step`` does."""
+    """Return the KL per loss token of the change that ``step`` makes."""
     counts = labels[:, 1:] != -100
     with torch.no_grad():
         before = model(ids)["logits"][:, :-1][counts]
@@ -65,7 +65,7 @@ def test_without_gradient_and_labels_nothing_is_measured() -> None:
 
 
 def _ddp(rank: int, folder: Path, first: str, kind: str) -> Any:
-    """One process's training; ``first``: what is built first."""
+    """Train in one process; ``first`` names the object that is built first."""
     model = WithLoss(kind)
     if first == "optimizer":
         opt = plain_bound(trainable(model), **OPTIONS)
@@ -93,7 +93,7 @@ def test_ddp_that_looks_for_unused_parameters(tmp_path: Path, first: str, kind: 
 
 
 def _one_fails(rank: int, folder: Path) -> Any:
-    """A re-run that fails in one process only."""
+    """Run a measurement whose re-run fails in only one process."""
 
     class Once(nn.Module):
         def __init__(self) -> None:
@@ -122,7 +122,7 @@ def test_a_failure_in_one_process_is_everyones(tmp_path: Path) -> None:
     assert first.startswith("assumed (") and "not here" in second
 
 
-# -- what is no logits ------------------------------------------------------------------------------------------------
+# -- outputs that are not logits --------------------------------------------------------------------------------------
 
 
 def train(model: nn.Module, loss: Any) -> str:
@@ -176,7 +176,7 @@ def test_log_probabilities_are_logits() -> None:
 
 def test_outputs_that_hardly_move_are_not_believed() -> None:
     class Constant(nn.Module):
-        """Called logits, and not what the loss looks at."""
+        """Model whose output named logits is not used by the loss."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The sample of tokens turns: no position of the sequences stays unseen."""
+"""The sampled tokens shift between measurements, so that every position is sampled."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OPTIONS: dict[str, Any] = dict(max_kl=None, factor_decay=0.0)
 
 
 def test_every_position_of_every_row_is_seen_in_turn() -> None:
-    """128 positions, one token in 16: with a fixed phase, 0, 16, ... of every row."""
+    """With 128 positions and one token in 16, a fixed phase would always sample 0, 16, ... of every row."""
     seen = torch.zeros(16, 128)
     for step in range(64):
         picked = sample(16 * 128, 16, torch.tensor(step * 0.7548776662 % 1))
         assert len(picked) == 128 and picked.unique().numel() == 128 and picked.diff().gt(0).all()
         seen.view(-1)[picked] += 1
     assert (seen.sum(0) > 0).all() and float((seen > 0).float().mean()) > 0.95
-    # each position of the rows as often as another: 64 times in the mean
+    # Each position is sampled about equally often: 64 times on average.
     assert seen.sum(0).min() > 32 and seen.sum(0).max() < 128
 
 
@@ -33,7 +33,7 @@ def test_a_last_part_that_is_short_stays_within_the_tokens() -> None:
 
 
 def test_a_lone_target_at_the_end_of_every_row_is_seen() -> None:
-    """With a fixed phase and a stride that divides the rows, no factor was ever known."""
+    """With a fixed phase and a stride that divides the row length, the layers never got factors."""
     model = net()
     opt = optimizer(model, max_tokens=32, **OPTIONS)
     for step in range(12):

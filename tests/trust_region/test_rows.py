@@ -1,4 +1,4 @@
-"""Rows that are seen again are counted on the device, and shrink the default bound."""
+"""Repeated rows are counted on the device, and shrink the default bound."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_mean_number_of_passes_is_right_to_seven_percent(n: int, epochs: int
     data, rows = torch.randint(0, 50000, (n, 12)), Rows()
     for _ in range(epochs):
         passes = count(rows, data[torch.randperm(n)])
-    assert passes == pytest.approx(epochs, rel=0.07)  # three standard deviations of 2048 registers
+    assert passes == pytest.approx(epochs, rel=0.07)  # three standard deviations with 2048 registers
 
 
 @pytest.mark.parametrize("passes", [2, 4, 8])
@@ -93,8 +93,8 @@ def test_padding_does_not_change_a_key(tokens: list[int], pads: int, left: bool,
 
 
 def test_keys_tell_rows_apart() -> None:
-    data = torch.cartesian_prod(*[torch.arange(12)] * 4)  # every row of four tokens, in every order
-    data = data[(data[:, 1:] != data[:, :-1]).all(1)]  # but for runs, which count as one token
+    data = torch.cartesian_prod(*[torch.arange(12)] * 4)  # all rows of four tokens
+    data = data[(data[:, 1:] != data[:, :-1]).all(1)]  # without runs of equal tokens, which count as one token
     keys = row_keys((data,), {})
     assert keys is not None and len(keys.unique()) > 0.999 * len(data)
     labels = torch.zeros(2, 1, dtype=torch.long)
@@ -164,7 +164,8 @@ def _count_in_two(rank: int, folder: Path) -> float:
     data, rows = torch.randint(0, 50000, (256, 12)), Rows()
     for epoch in range(2):
         order = torch.randperm(256, generator=torch.Generator().manual_seed(epoch))
-        passes = count(rows, data[order[rank::2]], 8)  # as a DistributedSampler shuffles: other rows in every epoch
+        # As with DistributedSampler, a process gets other rows in every epoch.
+        passes = count(rows, data[order[rank::2]], 8)
     return passes
 
 

@@ -1,4 +1,4 @@
-"""The bound that every step keeps, between measurements and on whole runs."""
+"""No step exceeds its bound, between measurements and in whole runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_alignment_puts_the_slope_into_the_form(slope: float, q: float, typical:
     s, form = (torch.tensor(x, dtype=torch.float64) for x in (slope, q))
     got = float(alignment(s, form, typical))
     assert got == pytest.approx(min(max(slope**2 / (q * typical), 1 / 9), 9.0) ** SLOPE_EXPONENT)
-    # the prediction stays quadratic in the step's length, whatever the exponent
+    # The prediction is quadratic in the step's length for every exponent.
     assert float(alignment(scale * s, scale**2 * form, typical)) == pytest.approx(got)
 
 
@@ -44,13 +44,13 @@ def test_alignment_of_a_step_that_goes_nowhere() -> None:
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> None:
-    """Momentum, decay: the slope is that of the step that the parameters really take."""
+    """The slope is that of the applied step, momentum and weight decay included."""
     model = net()
     opt = optimizer(
         model, lr=0.1, weight_decay=0.1, max_kl=1e-4, calibration_interval=50, factor_interval=1, maximize=maximize
     )
     typical = coupling = None
-    for step in range(3, 8):  # measured at the first of these only
+    for step in range(3, 8):  # Only the first of these steps is measured.
         opt.zero_grad()
         backward(model, batch(step))
         before, weights = snapshot(model), weights_of(opt)
@@ -66,11 +66,11 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
         expected = coupling * min(max(ratio / typical, 1 / 9), 9) ** SLOPE_EXPONENT
         assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
         saved = opt.state_dict()
-        saved["param_groups"][0]["ctr"]["steps"] = 101  # no measurement is due
+        saved["param_groups"][0]["ctr"]["steps"] = 101  # At this step, no measurement is due.
         opt.load_state_dict(saved)
 
 
-# -- the constraint on whole runs --------------------------------------------------------------------------------------
+# -- the bound in whole runs -------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=100)
@@ -90,7 +90,7 @@ def test_no_step_ever_leaves_the_trust_region(
     lr: float, max_kl: float, beta: float, weight_decay: float, penalty: float, structure: str, schedule: str,
     calibration: int | None, free_head: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Momentum, decay, penalty and all: the KL predicted for what the parameters really did is within the bound."""
+    """The predicted KL of the applied change is within the bound, with momentum, weight decay and penalty."""
     model = net(seed)
     model.head.requires_grad_(free_head)
     opt = optimizer(
@@ -102,9 +102,10 @@ def test_no_step_ever_leaves_the_trust_region(
         before, heads_before = weights_of(opt), [p.detach().clone() for p in heads]
         train(model, opt, 1, seed + step)
         found = opt.metrics()
-        tokens = float((batch(seed + step)[1] != -100).sum())  # every batch has as many
+        tokens = float((batch(seed + step)[1] != -100).sum())  # the same in every batch
         form = kl_of_step(factors_of(opt), before, weights_of(opt))
-        for p, b in zip(heads, heads_before, strict=True):  # no factors: Adam's second moments over N tokens
+        # The heads have no factors; they count by Adam's second moments times N tokens.
+        for p, b in zip(heads, heads_before, strict=True):
             state = opt.state[p]
             second = torch.maximum(state["exp_avg_sq"] / (1 - 0.99 ** state["step"]), p.grad.square())
             form += 0.5 * tokens * float((second * (p.detach() - b).square()).sum())
