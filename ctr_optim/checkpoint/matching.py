@@ -106,8 +106,8 @@ def resize_on_load(
         masked = resize == "masked" or (resize == "auto" and world_size() > 1)
         if rank != pair.rank and not moves:
             raise RuntimeError(
-                f"{pair.name}: the weights to load have rank {rank}, and the model's layer has rank {pair.rank}. Ranks "
-                "moved in the run that saved them: call ctr_optim.match_ranks(model, weights) before loading them, or "
+                f"{pair.name}: the weights to load have rank {rank}, but the model's layer has rank {pair.rank}. "
+                "The run that saved them changed its ranks: call ctr_optim.match_ranks(model, weights) before loading, or "
                 "pass callbacks=[CTRCallback()] to the trainer (ctr_optim.integrations.transformers, .lightning)"
             )
         if rank > pair.rank and masked:
