@@ -97,7 +97,7 @@ class LoRAPair:
         if a.shape != (rank, d_in) or b.shape != (d_out, rank) or rank > room:
             raise ValueError(
                 f"{self.name}: cannot take A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, {d_in}) and "
-                f"({d_out}, r) with r <= {room}, the allocated rank"
+                f"({d_out}, r) with r <= {room}, the rank that was allocated"
             )
         for parameter, new in ((self.A, sized(a, (0,), room)), (self.B, sized(b, (1,), room))):
             parameter.grad = None
