@@ -159,8 +159,8 @@ def _restored_bound(saved: float | None, settings: Settings) -> float | None:
         return float(saved)
     if saved != own and not adapts:
         warnings.warn(
-            f"checkpoint: a run with max_kl={saved!r} wrote it, but this optimizer has max_kl={own!r} and keeps that. "
-            "To continue the same run, build the optimizer with the checkpoint's value.",
+            f"checkpoint: max_kl={saved!r} in the run that wrote it, but this optimizer has max_kl={own!r} and keeps "
+            "this value. To continue the same run, build the optimizer with the checkpoint's value.",
             stacklevel=users_line(),
         )
     return own
