@@ -1,9 +1,9 @@
 """A bound on the model's total distance from its base: ``KL(base || model) <= kl_budget``, in nats per token.
 
 Near the base model, this KL is quadratic in the displacement of the weights. Its square root is therefore a distance,
-and one step adds at most the step's own length. The length of a step is the square root of its KL on the training
-batch. The path is the sum of these lengths. ``rate`` is the distance on the measured tokens per unit of path; every
-measurement updates it.
+and one step adds at most the step's own length. The length of a step is the square root of its KL bound, or without a
+bound, of its predicted KL. The path is the sum of these lengths. ``rate`` is the distance on the measured tokens per
+unit of path; every measurement updates it.
 
 - Between measurements, the distance is predicted to grow by ``rate`` times the path.
 - A measurement follows once this product reaches half of the remaining distance. Measurements therefore become more
@@ -42,7 +42,7 @@ class BudgetState:
     Attributes:
         budget_used: last measured KL from the base model, in nats per token; None before the first measurement.
         budget_rate: distance on the measured tokens per unit of path.
-        budget_path: sum of the square roots of the steps' KL since the last measurement.
+        budget_path: sum of the steps' lengths since the last measurement.
         budget_age: steps since the last measurement.
     """
 
@@ -82,7 +82,7 @@ class Budget:
         return {"retain/kl": self.state.budget_used, **used} if self.meter.on_text else used
 
     def due(self, length: float) -> bool:
-        """Return whether to measure after a step whose KL has the square root ``length``."""
+        """Return whether to measure after a step of this length."""
         s = self.state
         if s.budget_used is None or s.budget_age + 1 >= _INTERVAL:
             return True
@@ -112,7 +112,7 @@ class Budget:
         self.state.budget_age = _INTERVAL
 
     def factor(self, length: float) -> float:
-        """Return the factor in (0, 1] that shortens a step whose KL has the square root ``length``."""
+        """Return the factor in (0, 1] by which to shorten a step of this length."""
         distance = self.state.budget_rate * length
         most = max(self.left, _STRIDE * self.reach)
         return min(1.0, most / distance) if distance > 0 else 1.0
@@ -121,7 +121,7 @@ class Budget:
         """Count a step; if ``measure``, measure the KL and shrink the adapter if the KL exceeds the budget.
 
         Args:
-            length: square root of the step's KL.
+            length: length of the step.
             measure: whether to measure.
 
         Raises:
