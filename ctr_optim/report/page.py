@@ -17,8 +17,8 @@ from ctr_optim.report.table import compared, summary, top
 from ctr_optim.report.verdict import verdict
 
 _CAPTIONS = {
-    "curves": "Logged values. Dashed lines: loss on evaluation data. Dotted lines: hold-out loss, and its factor on the "
-    "bound. Vertical lines: rank events. The logarithmic axis shows four decades.",
+    "curves": "Logged values. Dashed lines: loss on evaluation data. Dotted lines: hold-out loss, and its factor on "
+    "the bound. Vertical lines: rank events. The logarithmic axis shows four decades.",
     "layers": "Ranks at the end, and each layer's share in the KL from the base model and in the utility. "
     "Blue: below the mean rank at the start; orange: above it.",
     "ranks over time": "One map for each kind of module, with one row for each block of the model.",
