@@ -70,9 +70,7 @@ def _nystrom(sketch: Tensor, test: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inner = test.mT @ sketch
     values, turn = torch.linalg.eigh(0.5 * (inner + inner.mT))
     floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * len(values) * torch.finfo(dtype).eps
-    roots = torch.where(
-        values > floor, values.clamp_min(floor).rsqrt(), 0
-    )  # drop directions that consist of rounding errors
+    roots = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0)  # drop directions of pure rounding error
     vectors, singular, _ = torch.linalg.svd(sketch @ (turn * roots), full_matrices=False)
     return singular[:rank].square().to(dtype), vectors[:, :rank].to(dtype).contiguous()
 
