@@ -124,8 +124,8 @@ def _checked_groups(
     missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - OPTIONAL
     if missing:
         raise ValueError(
-            f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version or other options wrote "
-            "it. Build the optimizer with the options that wrote it"
+            f"checkpoint: no {', '.join(sorted(missing))} among its numbers, since another version or other options "
+            "wrote it; build the optimizer with the options that wrote it"
         )
     for name, value in shared.items():
         if name == "rows_sketch":
