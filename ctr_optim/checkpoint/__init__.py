@@ -1,1 +1,1 @@
-"""Checkpoints: written whole, validated field by field, loaded exactly."""
+"""Checkpoints: atomic writing, validation field by field, and exact resumption."""

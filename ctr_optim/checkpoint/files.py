@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running code."""
+"""Checkpoint files: written completely or not at all, and read without running code from the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Any) -> None:
-    """``torch.save`` that cannot leave half a file: ``path`` holds the old checkpoint or the new one, come what may.
+    """Save a checkpoint atomically: at any time, ``path`` holds either the complete old file or the complete new file.
 
-    The file is written under another name beside it (``.<name>.<pid>.tmp``, which a killed process leaves behind),
-    flushed to the disk, and renamed.
+    The function writes to ``.<name>.<pid>.tmp`` in the same directory, flushes that file to the disk and renames it. A
+    killed process may leave the temporary file behind.
 
     Args:
         path: the file; its directory must exist.
-        checkpoint: what :func:`load_checkpoint` can read: tensors, numbers, strings, and lists and dicts of them.
+        checkpoint: tensors, numbers and strings, and lists and dicts of them; :func:`load_checkpoint` reads only these.
+
+    Raises:
+        OSError: if the file cannot be written; the old file stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,7 +34,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Any) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name is durable once its directory is
+    if os.name == "posix":  # the rename is durable only after the directory is flushed
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -40,14 +43,21 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Any) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """``torch.load`` that runs no code of the file's (``weights_only=True``) and says what is wrong with it.
+    """Load a checkpoint without running code from the file (``weights_only=True``), and check it for damage.
+
+    Args:
+        path: the file.
+        map_location: as in ``torch.load``.
+
+    Returns:
+        the saved object.
 
     Raises:
-        FileNotFoundError: no file there.
-        ValueError: it is truncated or corrupted, or holds more than tensors and plain values.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or corrupted, or holds other objects than tensors and plain values.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch writes checksums and does not look at them
+        if zipfile.is_zipfile(path):  # torch writes checksums, but does not verify them
             with zipfile.ZipFile(path) as file:
                 if (damaged := file.testzip()) is not None:
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
@@ -57,6 +67,6 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ValueError(
-            f"{os.fspath(path)}: cannot be loaded; expected a checkpoint of tensors and plain values, whole and "
-            f"unchanged since it was saved ({reason[0]})"
+            f"{os.fspath(path)}: cannot be loaded ({reason[0]}); expected an undamaged checkpoint of tensors and plain "
+            "values, as save_checkpoint writes it"
         ) from error

@@ -1,4 +1,4 @@
-"""Bring a model's ranks in line with a checkpoint's, so that it loads."""
+"""Resizing of a model's LoRA layers to the ranks in a checkpoint, so that the checkpoint can be loaded."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors",
 def match_ranks(
     model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | None = None
 ) -> dict[str, int]:
-    """Resize every LoRA layer of ``model`` to the rank that it has in ``checkpoint``; call it before loading.
+    """Resize every LoRA layer of ``model`` to its rank in ``checkpoint``; call this before loading the checkpoint.
 
-    Only needed where the optimizer is built after the model is loaded: an optimizer with a ``rank_scheduler`` does
-    this by itself, whenever its model loads a state dict.
+    You only need it if you load the model before you build the optimizer. An optimizer with a ``rank_scheduler``
+    resizes the layers automatically when its model loads a state dict.
 
     Args:
-        model: with LoRA layers.
-        checkpoint: a state dict, or a directory (or file) with adapter weights.
-        adapter: the adapter that weights belong to whose names lack one, such as those of PEFT's files; None for the
-            model's only or active adapter. Only needed where a model carries several.
+        model: a model with LoRA layers.
+        checkpoint: a state dict, or the path of a file or directory with adapter weights.
+        adapter: the adapter of weights whose names contain no adapter name, as in PEFT's files; None for the model's
+            only or active adapter. Only needed if the model carries several adapters.
 
     Returns:
-        the ranks of the layers that changed.
+        the new rank of each resized layer, by the layer's name.
 
     Raises:
-        FileNotFoundError: no weights there.
-        ValueError: the checkpoint names none of the model's LoRA layers, or its weights could be those of several
-            adapters.
+        FileNotFoundError: if there are no adapter weights at this path.
+        ValueError: if the checkpoint holds no weights of the model's LoRA layers, or it is ambiguous to which adapter
+            they belong.
     """
     weights = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
     incoming: dict[str, dict[str | None, Tensor]] = {}
@@ -65,13 +65,19 @@ def match_ranks(
             changed[pair.name] = pair.rank
     if not matched:
         raise ValueError(
-            "match_ranks: the checkpoint has weights for none of the model's LoRA layers; is it another model's?"
+            "match_ranks: the checkpoint has no weights for the model's LoRA layers; check that it belongs to this "
+            "model and not to another model"
         )
     return changed
 
 
 def make_room(pair: LoRAPair, rank: int) -> None:
-    """Give a pair another rank, its weights to be loaded next: what is there is cut or filled with zeros."""
+    """Change the rank of a LoRA layer in place, by cutting its weights or padding them with zeros.
+
+    Args:
+        pair: the LoRA layer.
+        rank: the new rank.
+    """
     a, b = pair.A.detach(), pair.B.detach()
     keep = min(rank, pair.rank)
     new_a, new_b = a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
@@ -85,16 +91,17 @@ def resize_on_load(
     loaded: Callable[[LoRAPair, bool], None] | None = None,
     moves: bool = True,
 ) -> list[Any]:
-    """Hooks that let ``pair`` load weights of any rank.
+    """Register hooks that let a LoRA layer load weights of another rank, and return their handles.
 
-    Weights that cannot be loaded are refused with a remedy; torch would list a size mismatch for every layer.
+    The hooks raise an error with a remedy for weights that cannot be loaded; torch would only report size mismatches.
 
     Args:
-        resize: as the optimizer's: with ``"masked"``, and with ``"auto"`` in several processes, layers keep their
-            shapes; fewer directions are then filled up with zeros, and more do not load. Elsewhere the layer takes
-            the rank of the weights.
-        loaded: called with the pair and whether its shapes changed.
-        moves: whether ranks may move here; if not, weights of another rank are refused.
+        pair: the LoRA layer.
+        resize: the optimizer's option. With ``"masked"``, and with ``"auto"`` in several processes, the layer keeps its
+            shapes: weights of smaller rank are padded with zeros, and larger ranks raise an error. Otherwise the layer
+            takes the rank of the weights.
+        loaded: function to call with the pair and whether its shapes changed.
+        moves: whether ranks may change; if False, weights of another rank raise an error.
     """
 
     def fit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -106,15 +113,15 @@ def resize_on_load(
         masked = resize == "masked" or (resize == "auto" and world_size() > 1)
         if rank != pair.rank and not moves:
             raise RuntimeError(
-                f"{pair.name}: the weights to load have rank {rank}, and the model's layer has rank {pair.rank}. Ranks "
-                "moved in the run that saved them: call ctr_optim.match_ranks(model, weights) before loading them, or "
+                f"{pair.name}: the weights to load have rank {rank}, but the model's layer has rank {pair.rank}. "
+                "The run that saved them changed its ranks: call ctr_optim.match_ranks(model, weights) first, or "
                 "pass callbacks=[CTRCallback()] to the trainer (ctr_optim.integrations.transformers, .lightning)"
             )
         if rank > pair.rank and masked:
             raise RuntimeError(
-                f"{pair.name}: the weights to load have rank {rank}, and the layer keeps its {pair.rank} directions "
+                f"{pair.name}: the weights to load have rank {rank}, but the layer keeps its {pair.rank} directions "
                 "(several processes, or resize='masked'). Build the adapter with a larger r, or call "
-                "ctr_optim.match_ranks(model, weights) before the optimizer is built and the model is wrapped"
+                "ctr_optim.match_ranks(model, weights) before you build the optimizer and wrap the model"
             )
         changes = rank != pair.rank and not masked
         if changes:
@@ -129,7 +136,7 @@ def resize_on_load(
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """A parameter's name without adapter and wrappers, and the adapter's name: PEFT's files leave the latter out."""
+    """Return a parameter's name without adapter and wrapper names, and the adapter's name (None in PEFT's files)."""
     parts = [part for part in _PREFIX.sub("", key).split(".") if part != "_orig_mod"]
     owner = None
     for half in ("lora_A", "lora_B"):
@@ -143,18 +150,19 @@ def _split(key: str) -> tuple[str, str | None]:
 def _weight_of(
     pair: LoRAPair, alike: Sequence[LoRAPair], incoming: Mapping[str | None, Tensor], adapter: str | None
 ) -> Tensor | None:
-    """The checkpoint's A for a pair; None where there is none.
+    """Return the checkpoint's A for a pair; None if the checkpoint has none.
 
     Args:
+        pair: the LoRA layer.
         alike: all pairs of the same layer, one for each adapter.
-        incoming: the layer's A in the checkpoint, by the adapter's name; None stands for a name without an adapter.
-        adapter: the adapter that weights without one belong to.
+        incoming: the layer's A in the checkpoint, by adapter name; key None if the weight's name contains no adapter.
+        adapter: the adapter of weights whose names contain no adapter name; None for the active one.
     """
     if pair.adapter in incoming and (pair.adapter is not None or len(alike) == 1):
         return incoming[pair.adapter]
     nameless = incoming.get(None)
     if len(alike) == 1:
-        # The names of a layer's only adapter may differ: libraries load one adapter's weights into another.
+        # A layer's only adapter may have another name in the checkpoint: libraries allow to rename it on loading.
         return nameless if nameless is not None else next(iter(incoming.values())) if len(incoming) == 1 else None
     if nameless is None:
         return None
@@ -162,8 +170,7 @@ def _weight_of(
     if len(active) != 1:
         raise ValueError(
             f"match_ranks: {pair.name} carries the adapters {[p.adapter for p in alike]}, of which {active} are "
-            "active, and the names in the checkpoint do not say which adapter they belong to; pass "
-            "match_ranks(..., adapter=name)"
+            "active, and the names in the checkpoint contain no adapter name; pass match_ranks(..., adapter=name)"
         )
     return nameless if pair.adapter == active[0] else None
 
@@ -171,7 +178,7 @@ def _weight_of(
 def _read(path: Path) -> Mapping[str, Tensor]:
     files = [path] if path.is_file() else [path / name for name in _FILES if (path / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"match_ranks: found none of {', '.join(_FILES)} in {path}")
+        raise FileNotFoundError(f"match_ranks: found no weights in {path}; expected one of {', '.join(_FILES)}")
     if files[0].suffix == ".safetensors":
         from safetensors.torch import load_file
 

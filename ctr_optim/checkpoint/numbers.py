@@ -1,4 +1,4 @@
-"""Plain numbers of an optimizer as one flat dict for checkpoints, gathered from the objects that own them."""
+"""The optimizer's plain numbers as one flat dict for checkpoints; several dataclasses own these numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-FORMAT = 2  # version of the dict; 1 had no version
+FORMAT = 2  # version of this dict; format 1 has no "version" key
 
 
 def pack(owners: Iterable[Any]) -> dict[str, Any]:
-    """Fields of several dataclasses in one dict, and the version of the format."""
+    """Return the fields of several dataclasses in one dict, together with the version of the format."""
     numbers: dict[str, Any] = {"version": FORMAT}
     for owner in owners:
         numbers |= asdict(owner)
@@ -18,7 +18,7 @@ def pack(owners: Iterable[Any]) -> dict[str, Any]:
 
 
 def unpack(numbers: Mapping[str, Any], owners: Iterable[Any]) -> None:
-    """Write a packed dict back to its owners; fields that the dict lacks keep their value."""
+    """Write a packed dict back to the dataclasses that own its numbers; missing fields keep their values."""
     for owner in owners:
         for field in fields(owner):
             if field.name in numbers:

@@ -1,4 +1,4 @@
-"""A checkpoint's state, checked field by field before anything is loaded."""
+"""Validation of a checkpoint's optimizer state, field by field, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from ctr_optim.trust_region.rows import REGISTERS
 State = dict[nn.Parameter, dict[str, Tensor]]
 
 Groups = list[dict[str, Any]]
-# what runs without kl_budget, holdout, or a bound that looks at rows lack, and checkpoints of earlier versions
+# Numbers that a checkpoint may lack: it comes from an earlier version, or its run had no kl_budget, no holdout, or a
+# bound that does not count rows.
 OPTIONAL = {"budget_used", "budget_rate", "budget_path", "budget_age", "rows_seen", "rows_sketch"} | {
     "holdout_loss", "holdout_best", "holdout_best_step", "holdout_factor", "watched",
     "window_seen", "window_distinct", "next_seen", "next_distinct",
 }  # fmt: skip
-LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that checkpoints of format 1 may lack
+LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that only checkpoints of format 1 may lack
 
 
 def checked(
@@ -44,23 +45,25 @@ def checked(
     curvature: Curvature,
     numbers: dict[str, Any],
 ) -> tuple[State, Groups, dict[str, Any]]:
-    """State, groups and numbers to load, as copies that share nothing with ``state_dict``; changes nothing itself.
+    """Return the state, parameter groups and numbers to load, as copies that share no memory with ``state_dict``.
+
+    The function changes nothing in the optimizer.
 
     Args:
-        state_dict: what ``CTROptimizer.state_dict()`` returned once.
-        groups: the optimizer's own groups.
+        state_dict: a result of ``CTROptimizer.state_dict()``.
+        groups: the optimizer's own parameter groups.
         pairs: its LoRA layers.
         settings: its options.
         curvature: its curvature.
-        numbers: its own numbers, which tell the types.
+        numbers: its own numbers, for comparison of the types.
 
     Raises:
-        ValueError: if it is another optimizer's or another model's, or if something is missing, of another type or
-            shape than it must be, or not a number.
+        ValueError: if the checkpoint belongs to another optimizer or model, an entry is missing, or an entry has the
+            wrong type, shape or value.
     """
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not (isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), kind)):
-            raise ValueError(f"checkpoint: no {key!r} in it; expected what CTROptimizer.state_dict() returns")
+            raise ValueError(f"checkpoint: no {key!r} in it; expected a result of CTROptimizer.state_dict()")
     new_groups, loaded = _checked_groups(state_dict["param_groups"], groups, numbers)
     loaded["max_kl"] = _restored_bound(loaded["max_kl"], settings)
     pair_of = {p: pair for pair in pairs for p in (pair.A, pair.B)}
@@ -75,7 +78,10 @@ def checked(
     ours = {p for group in groups for p in group["params"]}
     halved = any({pair.A, pair.B} <= ours and (pair.A in state) != (pair.B in state) for pair in pairs)
     if halved or (pairs and not state and loaded["steps"]):
-        raise ValueError("checkpoint: the state of parameters that have been trained is missing in it")
+        raise ValueError(
+            "checkpoint: the state of trained parameters is missing in it; expected the complete result of "
+            "CTROptimizer.state_dict()"
+        )
     return state, new_groups, loaded
 
 
@@ -85,20 +91,22 @@ def _checked_groups(
     for group in theirs:
         params = group.get("params") if isinstance(group, Mapping) else None
         if not (isinstance(params, list) and all(isinstance(key, (int, str)) for key in params)):
-            raise ValueError("checkpoint: a parameter group without its list of parameters")
+            raise ValueError("checkpoint: a parameter group has no list of parameter keys; the file is damaged")
     sizes, expected = [len(g["params"]) for g in theirs], [len(g["params"]) for g in ours]
     if sizes != expected:
-        raise ValueError(f"checkpoint: got parameter groups of {sizes} parameters, expected {expected}")
+        raise ValueError(f"checkpoint: got parameter groups with {sizes} parameters, expected {expected}")
     if not isinstance(theirs[0].get("ctr"), Mapping):
-        raise ValueError("checkpoint: another optimizer wrote it; expected what CTROptimizer.state_dict() returns")
+        raise ValueError("checkpoint: another optimizer wrote it; expected a result of CTROptimizer.state_dict()")
     keys = [key for group in theirs for key in group["params"]]
     if len(set(keys)) < len(keys):
-        raise ValueError("checkpoint: a parameter that is in it twice")
+        raise ValueError("checkpoint: a parameter occurs twice in its parameter groups; the file is damaged")
     groups = []
     for mine, group in zip(ours, theirs, strict=True):
         missing = {"lr", "betas", "eps", "weight_decay", "maximize", "foreach"} - group.keys()
         if missing:
-            raise ValueError(f"checkpoint: a parameter group without {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"checkpoint: a parameter group without {', '.join(sorted(missing))}; another optimizer wrote it"
+            )
         try:
             check_group(dict(group))
         except (TypeError, ValueError) as error:
@@ -117,8 +125,8 @@ def _checked_groups(
     missing = numbers.keys() - shared.keys() - (LATER if version == 1 else set()) - OPTIONAL
     if missing:
         raise ValueError(
-            f"checkpoint: no {', '.join(sorted(missing))} among its numbers; another version wrote it, or other "
-            "options: build the optimizer with the options that wrote it"
+            f"checkpoint: no {', '.join(sorted(missing))} among its numbers, since another version or other options "
+            "wrote it; build the optimizer with the options that wrote it"
         )
     for name, value in shared.items():
         if name == "rows_sketch":
@@ -132,7 +140,7 @@ def _checked_groups(
 
 def _check_sketch(value: Any) -> None:
     if not (isinstance(value, str) and len(value) in (0, 2 * REGISTERS) and set(value) <= set("0123456789abcdef")):
-        raise ValueError(f"checkpoint: rows_sketch is damaged, expected {2 * REGISTERS} hexadecimal digits")
+        raise ValueError(f"checkpoint: rows_sketch is damaged, expected a string of {2 * REGISTERS} hexadecimal digits")
 
 
 def _check_number(name: str, value: Any, whole: bool = False) -> None:
@@ -141,19 +149,19 @@ def _check_number(name: str, value: Any, whole: bool = False) -> None:
     right = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
     signed = name in ("holdout_loss", "holdout_best")
     if not (right and math.isfinite(number) and (signed or number >= 0)):
-        raise ValueError(f"checkpoint: {name} is {value!r}, expected {kind} of at least 0")
+        raise ValueError(f"checkpoint: {name} is {value!r}, expected {kind} (at least 0, unless it is a loss)")
 
 
 def _restored_bound(saved: float | None, settings: Settings) -> float | None:
-    """The bound to continue with: the live one where it adapts, else the constructor's."""
+    """Return the bound to continue with: the saved one if the schedule adapts it, else the constructor's."""
     own = settings.max_kl
     adapts = BOUNDS[settings.kl_schedule].needs_closure and own is not None
     if adapts and saved is not None:
         return float(saved)
     if saved != own and not adapts:
         warnings.warn(
-            f"checkpoint: max_kl={saved!r} wrote it, and this optimizer has max_kl={own!r}: the optimizer's own "
-            "holds. Build the optimizer with the checkpoint's to continue the same run.",
+            f"checkpoint: max_kl={saved!r} in the run that wrote it, but this optimizer has max_kl={own!r} and keeps "
+            "this value. To continue the same run, build the optimizer with the checkpoint's value.",
             stacklevel=users_line(),
         )
     return own
@@ -162,13 +170,16 @@ def _restored_bound(saved: float | None, settings: Settings) -> float | None:
 def _expected_entry(
     p: nn.Parameter, entry: Any, pair: LoRAPair | None, settings: Settings, curvature: Curvature
 ) -> dict[str, Tensor]:
-    """Shapes and dtypes of one parameter's state, one at a time: a model's base weights may be large.
+    """Return tensors with the expected shapes and dtypes of one parameter's state.
 
     Args:
-        entry: the checkpoint's, which tells the number of columns of sketches.
-        pair: the LoRA layer that p is A or B of; None for other parameters.
+        p: the parameter.
+        entry: the checkpoint's state of this parameter; sketches are expected with its number of columns.
+        pair: the LoRA layer whose A or B is ``p``; None for other parameters.
+        settings: the optimizer's options.
+        curvature: its curvature.
     """
-    # Without storage: the parameter may be as large as a model's embedding.
+    # The meta device allocates no memory: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
     best = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
     if pair is not None and isinstance(curvature, KFAC):
@@ -189,7 +200,7 @@ def _sketches_like(entry: Any, pair: LoRAPair) -> dict[str, Tensor]:
 
 
 def _retained_like(entry: Any, bare: Tensor, pair: LoRAPair | None) -> dict[str, Tensor]:
-    """The coordinates of retained text that the checkpoint has of an A; nothing for other parameters."""
+    """Return empty retention coordinates in the shapes of the checkpoint's, if ``bare`` is an A that has them."""
     vectors = entry.get(VECTORS) if isinstance(entry, Mapping) else None
     is_a = pair is not None and bare.shape == pair.A.shape and SCALES in (entry if isinstance(entry, Mapping) else ())
     return empty(bare, len(vectors)) if is_a and isinstance(vectors, Tensor) and vectors.dim() == 2 else {}
@@ -198,16 +209,16 @@ def _retained_like(entry: Any, bare: Tensor, pair: LoRAPair | None) -> dict[str,
 def _checked_entry(
     key: Any, entry: Any, expected: dict[str, Tensor], p: nn.Parameter, settings: Settings
 ) -> dict[str, Tensor]:
-    """One parameter's state on its device, each tensor in the dtype that it must have."""
+    """Return a checked copy of one parameter's state, on the parameter's device and in the expected dtypes."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"checkpoint: the state of parameter {key} is a {type(entry).__name__}, expected a dict")
     if entry.keys() != expected.keys():
         lacking = sorted(map(str, expected.keys() - entry.keys()))
         beyond = sorted(map(str, entry.keys() - expected.keys()))
         raise ValueError(
-            f"checkpoint: the state of parameter {key} lacks {lacking or 'nothing'} and has {beyond or 'nothing'} too "
-            f"much for curvature={settings.curvature!r}, factor_structure={settings.factor_structure!r}; build the "
-            "optimizer with the options that wrote it, for the same model"
+            f"checkpoint: the state of parameter {key} does not fit curvature={settings.curvature!r}, "
+            f"factor_structure={settings.factor_structure!r} (missing: {lacking or 'nothing'}; unexpected: "
+            f"{beyond or 'nothing'}); build the optimizer with the options that wrote it, for the same model"
         )
     checked = {}
     for name, value in entry.items():
@@ -215,15 +226,19 @@ def _checked_entry(
         if name == "step" and isinstance(value, (int, float)):
             tensor = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided):
-            raise ValueError(f"checkpoint: {name} of parameter {key} is not a dense tensor of real numbers")
+            raise ValueError(
+                f"checkpoint: {name} of parameter {key} is not a dense floating-point tensor; the file is damaged"
+            )
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"checkpoint: {name} of parameter {key} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(expected[name].shape)} for a parameter of shape {tuple(p.shape)}; load the model's weights "
-                "first, and check that it is the same model. If ranks moved in the run that wrote it: call "
-                "ctr_optim.match_ranks(model, weights) before loading them, or pass CTRCallback to the trainer"
+                "first, and check that it is the same model. If ranks changed in the run that wrote it, call "
+                "ctr_optim.match_ranks(model, weights) before you load the weights, or pass CTRCallback to the trainer"
             )
         if not bool(tensor.isfinite().all()) or (name in ("step", "exp_avg_sq") and bool((tensor < 0).any())):
-            raise ValueError(f"checkpoint: {name} of parameter {key} holds values that it cannot have; it is damaged")
+            raise ValueError(
+                f"checkpoint: {name} of parameter {key} holds NaN, infinite or negative values; the file is damaged"
+            )
         checked[name] = tensor.detach().to(p.device, expected[name].dtype, copy=True)
     return checked

@@ -1,1 +1,1 @@
-"""The trained part of the user's model: LoRA pairs, the libraries that define them, and refusals."""
+"""The trained part of the user's model: LoRA layers, the libraries that define them, and checks of the set-up."""

@@ -1,7 +1,8 @@
 """Coordinates in which A learns: ``A = A' P`` with ``P = a I + U diag(w) U^T``, symmetric, from retained text.
 
-Gradients in A' are ``g_A P``, and a step of A' moves A by ``Delta_A' P``: two thin products each. P acts on A's input
-side and ranks on the other, so they commute. The state of A holds P as two tensors, by which checkpoints carry it.
+The gradient in A' is ``g_A P``, and a step of A' moves A by ``Delta_A' P``; each is two thin products. P acts on the
+input dimension of A and a rank change acts on the rank dimension, so the two commute. The optimizer's state of A holds
+P as two tensors, so that checkpoints contain it.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-VECTORS, SCALES = "retain_vectors", "retain_scales"  # U^T (k, d) and (a, w) (k + 1,) in the state of A
+VECTORS, SCALES = "retain_vectors", "retain_scales"  # keys in the state of A: U^T (k, d), and (a, w) (k + 1,)
 
 
 def product(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return ``x P`` for x ``(..., r, d)``; P may have leading dimensions of its own, one layer each."""
+    """Return ``x P`` for x ``(..., r, d)``.
+
+    Args:
+        x: rows to multiply.
+        state: P as :data:`VECTORS` ``(..., k, d)`` and :data:`SCALES` ``(..., k + 1)``; leading dimensions are layers.
+    """
     return _product(x, state[SCALES][..., :1], state[SCALES][..., 1:], state[VECTORS])
 
 
 def solve(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return ``x P^-1`` for x ``(..., r, d)``."""
+    """Return ``x P^-1`` for x ``(..., r, d)``; ``state`` as in :func:`product`."""
     base, weights = state[SCALES][..., :1], state[SCALES][..., 1:]
     return _product(x, 1 / base, 1 / (base + weights) - 1 / base, state[VECTORS])
 
 
 def empty(like: Tensor, columns: int) -> dict[str, Tensor]:
-    """Return what the state of an A like this one has for ``columns`` eigenpairs."""
+    """Return zeros in the shapes that the state of A has for ``columns`` eigenpairs.
+
+    Args:
+        like: an A, ``(r, d)``; gives d, the device, and the dtype (at least float32).
+        columns: k, the number of eigenpairs.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     vectors = torch.zeros(columns, like.shape[1], dtype=dtype, device=like.device)
     return {VECTORS: vectors, SCALES: torch.zeros(columns + 1, dtype=dtype, device=like.device)}

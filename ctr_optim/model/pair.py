@@ -1,4 +1,4 @@
-"""LoRAPair, one LoRA-adapted linear map: the type that all parts exchange."""
+"""LoRAPair, one LoRA layer: the type by which all packages refer to layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ctr_optim.runtime.distributed import whole, write_
 
 
 class Library(Protocol):
-    """Bookkeeping of one LoRA library: the scaling of a layer, and its attributes after the rank changed."""
+    """Interface to the layers of one LoRA library: reads the scaling, and updates attributes after a rank change."""
 
     def scaling(self, pair: LoRAPair) -> float:
         """Return the factor ``s`` in ``y = W0 x + s B A x``."""
 
     def rank_changed(self, pair: LoRAPair, old_scaling: float) -> None:
-        """Set the layer's attributes to the shapes of A and B; ``s`` stays ``old_scaling``."""
+        """Set the layer's attributes to the new shapes of A and B, and keep ``s`` at ``old_scaling``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,12 @@ class LoRAPair:
     """One adapted linear map ``y = W0 x + s B A x``.
 
     Attributes:
-        name: the adapted layer's dotted name in its base model.
+        name: dotted name of the adapted layer in the base model.
         down: the module whose ``weight`` is A, shape ``(rank, d_in)``.
         up: the module whose ``weight`` is B, shape ``(d_out, rank)``.
-        layer: the module that owns both (a PEFT ``LoraLayer``, a torchtune ``LoRALinear``, ...).
-        adapter: the adapter's name in libraries that allow several, else ``None``.
-        library: keeps ``layer``'s bookkeeping.
+        layer: the module that owns ``down`` and ``up`` (a PEFT ``LoraLayer``, a torchtune ``LoRALinear``, ...).
+        adapter: name of the adapter in libraries that allow several adapters, else ``None``.
+        library: reads and updates the attributes of ``layer``.
     """
 
     name: str
@@ -55,36 +55,43 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
-        """Rows of A: the allocated rank (:func:`ranks_in_use` counts the directions in use)."""
+        """The allocated rank, the number of rows of A; :func:`ranks_in_use` counts the directions in use."""
         return self.A.shape[0]
 
     @property
     def max_rank(self) -> int:
-        """``min(d_in, d_out)``: more directions than this add nothing."""
+        """The largest useful rank, ``min(d_in, d_out)``."""
         return min(self.A.shape[1], self.B.shape[0])
 
     @property
     def cost(self) -> int:
-        """Parameters of one direction."""
+        """Number of parameters of one direction, ``d_in + d_out``."""
         return self.A.shape[1] + self.B.shape[0]
 
     @property
     def scaling(self) -> float:
-        """The factor ``s``; it stays what it was when the rank changes."""
+        """The factor ``s``; a rank change does not alter it."""
         return self.library.scaling(self)
 
     def weights(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The first ``rank`` directions: A ``(rank, d_in)`` and B ``(d_out, rank)``, detached."""
+        """Return the first ``rank`` directions, detached: A ``(rank, d_in)`` and B ``(d_out, rank)``.
+
+        Under FSDP2 this gathers the weights, so all processes must call it.
+        """
         return whole(self.A.detach())[:rank], whole(self.B.detach())[:, :rank]
 
     @torch.no_grad()
     def fill(self, a: Tensor, b: Tensor) -> None:
-        """Overwrite the weights, in place and in their shapes: what ``a (k, d_in)`` and ``b (d_out, k)`` lack is zero.
+        """Overwrite the weights in place with k directions, and set all other directions to zero.
 
-        Directions whose row of A and column of B are zero have no gradient: they stay zero, exactly.
+        The shapes stay. A direction whose row of A and column of B are both zero has a zero gradient, so it stays zero.
+
+        Args:
+            a: new A, ``(k, d_in)``.
+            b: new B, ``(d_out, k)``.
 
         Raises:
-            ValueError: if k exceeds the allocated rank.
+            ValueError: if the shapes do not belong to this layer, or k exceeds the allocated rank.
         """
         rank, (room, d_in), d_out = a.shape[0], self.A.shape, self.B.shape[0]
         if a.shape != (rank, d_in) or b.shape != (d_out, rank) or rank > room:
@@ -98,10 +105,10 @@ class LoRAPair:
 
     @torch.no_grad()
     def resize(self, a: Tensor, b: Tensor) -> None:
-        """Give the layer new weights of another rank, in place.
+        """Replace the weights in place by weights of another rank.
 
-        The Parameters stay the same objects, so that every list, hook and optimizer that holds them stays right;
-        ``set_`` (not ``.data``) also replaces the stale gradient accumulator of the old shape.
+        The Parameters stay the same objects, so parameter groups, hooks and other references stay valid. ``set_``,
+        unlike ``.data``, also replaces the gradient accumulator, which has the old shape.
 
         Args:
             a: new A, ``(new_rank, d_in)``.
@@ -126,9 +133,10 @@ class LoRAPair:
 
 @torch.no_grad()
 def ranks_in_use(pairs: Sequence[LoRAPair]) -> list[int]:
-    """For each layer, its directions up to the last one that is not zero in both A and B; waits for the device once.
+    """Return the rank in use of each layer: the position of its last direction that is not zero in both A and B.
 
-    The weights themselves say which directions are in use, so that nothing else has to be saved and restored.
+    The weights themselves show which directions are in use, so checkpoints need no extra entry. Synchronises with the
+    device once.
     """
     counts = []
     for pair in pairs:

@@ -1,7 +1,7 @@
-"""Hugging Face PEFT: ``LoraLayer`` keeps ``lora_A``/``lora_B`` in ModuleDicts, one entry per adapter.
+"""LoRA layers of Hugging Face PEFT: ``LoraLayer`` keeps ``lora_A`` and ``lora_B`` in ModuleDicts, by adapter.
 
-Also right for rsLoRA (only ``lora_alpha``'s meaning changes), DoRA (its magnitude has no rank axis) and for
-every quantised or plain base layer, since only the adapter's own linear maps are looked at.
+This code also handles rsLoRA (only the meaning of ``lora_alpha`` changes) and DoRA (its magnitude has no rank
+dimension). It reads only the adapter's own linear modules, so the base layer may be quantised.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ _PREFIX = re.compile(r"^(?:.*\.)?base_model\.model\.")
 
 
 class PeftLibrary:
-    """Bookkeeping of one PEFT model."""
+    """The :class:`~ctr_optim.model.pair.Library` of one PEFT model: layer attributes and the adapters' configs.
+
+    Args:
+        root: the model.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self._configs = [m for m in root.modules() if isinstance(getattr(m, "peft_config", None), dict)]
-        self.layers: list[tuple[str, nn.Module]] = []  # every LoRA layer, those whose rank cannot move included
-        self._written: list[tuple[Any, Any]] = []  # patterns that are ours
+        self.layers: list[tuple[str, nn.Module]] = []  # all LoRA layers, also those whose rank cannot change
+        self._written: list[tuple[Any, Any]] = []  # rank and alpha patterns that this object wrote
 
     def scaling(self, pair: LoRAPair) -> float:
         return float(pair.layer.scaling[pair.adapter])  # type: ignore[index,operator]
@@ -44,7 +48,7 @@ class PeftLibrary:
             self._name(config, _exactly(pair.name), rank, layer.lora_alpha[adapter])
 
     def tidy(self, adapter: str) -> None:
-        """Make the most frequent rank and alpha the config's own, so that its patterns name only other layers."""
+        """Set the config's rank and alpha to the most frequent ones; its patterns then list only the other layers."""
         config = self._config(adapter)
         if config is None or not self.layers:
             return
@@ -57,10 +61,10 @@ class PeftLibrary:
         return next((m.peft_config[adapter] for m in self._configs if adapter in m.peft_config), None)  # type: ignore
 
     def _write_patterns(self, config: Any, adapter: str | None) -> None:
-        """Replace the patterns by one exact entry for each layer that differs from the config.
+        """Replace the config's patterns by one exact entry for each layer that differs from the config.
 
-        PEFT takes the first key that matches and may sort the keys, so a broader pattern of the user could hide an
-        exact entry. From the first change on, this object owns the whole dict.
+        PEFT uses the first matching key and may sort the keys, so a broader pattern of the user could match before an
+        exact entry. This method therefore rewrites both dicts at the first rank change.
         """
         if any(config.rank_pattern is ranks and config.alpha_pattern is alphas for ranks, alphas in self._written):
             return
@@ -72,7 +76,7 @@ class PeftLibrary:
 
     @staticmethod
     def _name(config: Any, key: str, rank: int, alpha: float) -> None:
-        """Write one layer into the patterns, or take it out where the config's own rank and alpha are right."""
+        """Add one layer to the patterns, or remove it if it has the config's own rank or alpha."""
         for pattern, value, usual in (
             (config.rank_pattern, rank, config.r),
             (config.alpha_pattern, alpha, config.lora_alpha),
@@ -84,19 +88,19 @@ class PeftLibrary:
 
 
 def _exactly(name: str) -> str:
-    """The pattern that matches one layer."""
+    """Return the pattern that matches one layer."""
     return "^" + re.escape(name)
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
-    """Pairs of every PEFT LoRA layer below ``root``: one for each adapter whose halves are both linear."""
+    """Yield the pairs of every PEFT LoRA layer below ``root``, one for each adapter whose A and B are ``nn.Linear``."""
     library = PeftLibrary(root)
     pairs = []
     for name, module in root.named_modules():
         downs, ups = module._modules.get("lora_A"), module._modules.get("lora_B")
         if not (isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict)):
             continue
-        if type(module).__name__ == "ParamWrapper":  # adapts a bare parameter: A and B are never called as modules
+        if type(module).__name__ == "ParamWrapper":  # never calls A and B as modules, so hooks see nothing
             continue
         plain_name = _PREFIX.sub("", name)
         if isinstance(getattr(module, "r", None), dict) and isinstance(getattr(module, "lora_alpha", None), dict):

@@ -1,4 +1,4 @@
-"""Hand-written layers: a module with linear submodules ``lora_A`` and ``lora_B``, and ``scaling`` (or none)."""
+"""Hand-written LoRA layers: modules with linear submodules ``lora_A`` and ``lora_B``, and an optional ``scaling``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ctr_optim.model.pair import LoRAPair
 
 
 class PlainLibrary:
-    """Bookkeeping of plain layers: an optional float ``scaling`` and optional ``r``/``rank``."""
+    """The :class:`~ctr_optim.model.pair.Library` of plain layers: optional ``scaling``, ``r`` and ``rank``."""
 
     def scaling(self, pair: LoRAPair) -> float:
         return float(getattr(pair.layer, "scaling", 1.0))  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ _LIBRARY = PlainLibrary()
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
-    """Pairs of every plain LoRA layer below ``root``."""
+    """Yield the pairs of every plain LoRA layer below ``root``."""
     for name, module in root.named_modules():
         down, up = module._modules.get("lora_A"), module._modules.get("lora_B")
         if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):

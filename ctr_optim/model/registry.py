@@ -1,4 +1,4 @@
-"""LoRA pairs of a model, found by every library that this package knows."""
+"""Registry of the supported LoRA libraries, and the search for LoRA layers in all of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LIBRARIES: dict[str, Callable[[nn.Module], Iterable[LoRAPair]]] = {
     "peft": peft.find,
     "torchtune": torchtune.find,
     "plain": plain.find,
-}  # each finds the pairs of one library below a module
+}  # by library: a function that yields its LoRA layers below a module
 
 
 def find_pairs(root: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> list[LoRAPair]:
-    """LoRA pairs below ``root``, in the order of ``root.named_modules()`` for each library.
+    """Return the LoRA layers below ``root``, library by library, in the order of ``root.named_modules()``.
+
+    If one layer carries several adapters, each pair's name ends with the adapter's name in square brackets.
 
     Args:
         root: the model.
-        parameters: keep only pairs with A or B among these; ``None`` keeps all pairs.
-
-    Where one layer carries several adapters, each name is followed by its adapter's in brackets.
+        parameters: keep only pairs whose A or B is among these; ``None`` keeps all pairs.
     """
     pairs = [pair for find in LIBRARIES.values() for pair in find(root)]
     if parameters is not None:

@@ -1,6 +1,6 @@
-"""torchtune and torchtitan: ``LoRALinear`` with submodules ``lora_a`` and ``lora_b``.
+"""LoRA layers of torchtune and torchtitan: ``LoRALinear`` with submodules ``lora_a`` and ``lora_b``.
 
-torchtune computes ``s = alpha / rank`` in every forward; torchtitan keeps ``s`` as ``_lora_scaling``.
+torchtune computes ``s = alpha / rank`` in every forward pass; torchtitan stores ``s`` as ``_lora_scaling``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ctr_optim.model.pair import LoRAPair
 
 
 class TorchtuneLibrary:
-    """Bookkeeping of torchtune-style layers: ``rank`` and ``alpha`` attributes."""
+    """The :class:`~ctr_optim.model.pair.Library` of torchtune's layers: attributes ``rank`` and ``alpha``."""
 
     def scaling(self, pair: LoRAPair) -> float:
         layer: Any = pair.layer
@@ -29,7 +29,7 @@ class TorchtuneLibrary:
 
 
 class TorchtitanLibrary:
-    """Bookkeeping of torchtitan's layers, which know neither rank nor alpha."""
+    """The :class:`~ctr_optim.model.pair.Library` of torchtitan's layers, which store neither rank nor alpha."""
 
     def scaling(self, pair: LoRAPair) -> float:
         layer: Any = pair.layer
@@ -44,7 +44,7 @@ _TORCHTUNE, _TORCHTITAN = TorchtuneLibrary(), TorchtitanLibrary()
 
 
 def find(root: nn.Module) -> Iterator[LoRAPair]:
-    """Pairs of every torchtune or torchtitan LoRA layer below ``root``."""
+    """Yield the pairs of every torchtune or torchtitan LoRA layer below ``root``."""
     for name, module in root.named_modules():
         down, up = module._modules.get("lora_a"), module._modules.get("lora_b")
         if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):

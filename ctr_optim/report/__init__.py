@@ -1,4 +1,4 @@
-"""Reports on a run from its event log: a table for the terminal, a picture, and a page."""
+"""Reports on a run from its event log: a table for the terminal, an image, and an HTML page."""
 
 from ctr_optim.report.figures import save_picture
 from ctr_optim.report.follow import follow

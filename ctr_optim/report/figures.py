@@ -1,4 +1,4 @@
-"""The figures of a report, in matplotlib: the same drawing serves a PNG and, as SVG, the page."""
+"""The figures of a report, in matplotlib; image files and the HTML page (as SVG) use the same figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# the page replaces these by its own colours, light or dark
+# The HTML page replaces these colours by those of its light or dark scheme.
 INK, PAPER, ACCENT, SECOND = "#24292f", "#fefefe", "#c2410c", "#2563eb"
-_LESS, _SAME, _MORE = "#2f6db5", "#d6d5d0", "#c2410c"  # ranks against where they began
-_RAMP = ["#f3ece2", "#e9b384", "#c2410c", "#5b1a05"]  # amounts
+_LESS, _SAME, _MORE = "#2f6db5", "#d6d5d0", "#c2410c"  # ranks below, at and above the mean rank at the start
+_RAMP = ["#f3ece2", "#e9b384", "#c2410c", "#5b1a05"]  # shares, from 0 to the largest
 _STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.edgecolor": INK, "axes.labelcolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -26,11 +26,11 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 Draw = Callable[[Any], None]
-Part = tuple[str, Draw, float]  # a name, the drawing, and its height in inches at a width of 12
+Part = tuple[str, Draw, float]  # name, drawing function, and height in inches at a width of 12 inches
 
 
 def curves(canvas: Any, runs: Sequence[Run]) -> None:
-    """Losses, KL from base, the steps' predicted KL against the bound, and the factor that the bound left of them."""
+    """Draw the losses, the KL from the base model, each step's predicted KL with its bound, and the trust scale."""
     panels: list[tuple[str, Callable[[Axes], None]]] = []
     several = len(runs) > 1
     colors = [ACCENT, SECOND][: len(runs)]
@@ -40,7 +40,9 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
             for index, (what, key, other, style) in enumerate(_losses(run)):
                 steps, values = run.series(key)
                 shade = color if several or what == "training" else other
-                name = what if not several else run.name if index == 0 else f"_{what}"  # "_": not in the legend
+                name = (
+                    what if not several else run.name if index == 0 else f"_{what}"
+                )  # matplotlib's legend omits labels with "_"
                 _line(axis, steps, values, shade, name, style)
         if len(axis.get_legend_handles_labels()[1]) > 1:
             axis.legend(loc="best")
@@ -55,7 +57,7 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
             axis.legend(loc="best")
 
     def step_kl(axis: Axes) -> None:
-        # at the end of a schedule the bound is next to nothing: four decades say enough
+        # At the end of a schedule the bound is close to zero, so show four decades only.
         top = 0.0
         for run, color in zip(runs, colors, strict=True):
             bounds, predicted = run.series("trust/max_kl"), run.series("trust/predicted_kl")
@@ -96,7 +98,7 @@ def curves(canvas: Any, runs: Sequence[Run]) -> None:
 
 
 def _losses(run: Run) -> Iterator[tuple[str, str, str, str]]:
-    """The losses that a run logged: a name, the key, the colour beside the training loss, and the style of its line."""
+    """Yield the losses that a run logged, each as name, key, colour and line style."""
     for what, key, color, style in (
         ("training", "loss", ACCENT, "-"),
         ("evaluation", run.eval_key or "eval_loss", SECOND, "o--"),
@@ -107,7 +109,7 @@ def _losses(run: Run) -> Iterator[tuple[str, str, str, str]]:
 
 
 def layers(canvas: Any, run: Run) -> None:
-    """Module by block: ranks at the end, KL from base, and utility where ranks move."""
+    """Draw maps of modules by blocks: ranks at the end, shares in the KL from base, and shares in the utility."""
     utility, shares = run.last.get("utility") or {}, run.last.get("kl_from_base/layer") or {}
     panels: list[tuple[str, Mapping[str, float], bool]] = [("rank at the end", run.last_ranks, True)]
     panels += [("share in KL from base", _shares(shares), False)] if shares else []
@@ -121,7 +123,7 @@ def layers(canvas: Any, run: Run) -> None:
 
 
 def ranks_over_time(canvas: Any, run: Run) -> None:
-    """One heat map for each module, block by step: where ranks went, and when."""
+    """Draw one heat map of ranks for each module, with blocks as rows and steps as columns."""
     grid = run.grid
     edges = sorted({step for h in run.history.values() for step, _ in h} | {run.last_step})
     edges = edges if len(edges) > 1 else [edges[0], edges[0] + 1]
@@ -149,7 +151,7 @@ def ranks_over_time(canvas: Any, run: Run) -> None:
 
 
 def figures(*runs: Run) -> list[Part]:
-    """The figures of one run, or of two: curves in one figure, layers in a figure each."""
+    """Return the figures of one run or of two: one figure with the curves of all runs, then the figures of each run."""
     found: list[Part] = []
     if any(run.logs for run in runs):
         found += [("curves", partial(curves, runs=runs), 2.6)]
@@ -165,10 +167,10 @@ def figures(*runs: Run) -> list[Part]:
 
 
 def drawn(parts: Sequence[Part]) -> Figure:
-    """The figures one below the other, as one.
+    """Draw several figures into one, one below the other.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
@@ -185,20 +187,22 @@ def drawn(parts: Sequence[Part]) -> Figure:
 
 
 def save_picture(run: Run, file: str | os.PathLike[str], *others: Run) -> None:
-    """All figures in one file of any format that matplotlib writes, by its ending.
+    """Save all figures of a run to one image file.
 
     Args:
         run: the run.
-        file: the file to write.
-        others: another run, drawn beside the first.
+        file: the file to write; its extension selects the format, any that matplotlib supports.
+        others: at most one other run, drawn beside the first.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
-        ValueError: an ending that it does not know, or a run in which there is nothing to draw.
+        ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if matplotlib does not know the extension, or the run has neither LoRA layers nor log entries.
     """
     parts = figures(run, *others)
     if not parts:
-        raise ValueError(f"{file}: nothing to draw; the run has neither LoRA layers nor log entries")
+        raise ValueError(
+            f"{file}: nothing to draw, since the run has neither LoRA layers nor log entries; log with EventLog.log()"
+        )
     drawn(parts).savefig(file, dpi=150)
 
 
@@ -206,13 +210,13 @@ def save_picture(run: Run, file: str | os.PathLike[str], *others: Run) -> None:
 
 
 def _line(axis: Axes, steps: list[int], values: list[float], color: str, label: str = "", style: str = "-") -> None:
-    """A curve; with marks where points are few."""
+    """Draw a curve, with markers if it has at most 30 points."""
     style = "o-" if style == "-" and len(steps) <= 30 else style
     axis.plot(steps, values, style, color=color, markersize=3, label=label)
 
 
 def _rank_colors(run: Run) -> dict[str, Any]:
-    """Blue for less rank than at the start on average, orange for more."""
+    """Return a colour map for ranks: blue below the mean rank at the start, orange above it."""
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
     first = list(run.first_ranks.values())
@@ -226,7 +230,7 @@ def _rank_colors(run: Run) -> dict[str, Any]:
 
 
 def _matrix(axis: Axes, run: Run, values: Mapping[str, float], are_ranks: bool) -> None:
-    """Modules down, blocks across, a colour for each value; ranks are written into their cells."""
+    """Draw a map of one value per layer, with modules as rows and blocks as columns; ranks are also written as text."""
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     colors = _rank_colors(run) if are_ranks else {
@@ -255,13 +259,13 @@ def _matrix(axis: Axes, run: Run, values: Mapping[str, float], are_ranks: bool) 
 
 
 def _bare(bar: Any) -> None:
-    """A colour bar without a frame, and without seams between its colours in an SVG."""
+    """Remove the frame of a colour bar, and the gaps that an SVG shows between its colours."""
     bar.outline.set_visible(False)
     bar.solids.set_rasterized(True)
 
 
 def _on(mesh: Any, value: float) -> str:
-    """A colour to write with on that of ``value``."""
+    """Return a text colour that is readable on the cell colour of ``value``."""
     r, g, b, _ = mesh.cmap(mesh.norm(value))
     return "#111111" if 0.3 * r + 0.6 * g + 0.1 * b > 0.5 else "#fafafa"
 
@@ -271,12 +275,12 @@ def _edges(count: int) -> list[float]:
 
 
 def _number_blocks(axis: Any, run: Run) -> None:
-    """Ticks on some of the blocks, where there are many."""
+    """Label the blocks on an axis, with at most 12 ticks."""
     every = -(-len(run.grid.blocks) // 12)
     axis.set_ticks(range(0, len(run.grid.blocks), every), [str(b) for b in run.grid.blocks[::every]])
 
 
 def _shares(values: Mapping[str, float]) -> dict[str, float]:
-    """Each one's part of their sum."""
+    """Return each value divided by the sum of all values."""
     total = sum(values.values())
     return {name: value / total if total > 0 else 0.0 for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""A run while it trains: a line of text for each entry of its event log."""
+"""Live view of a run: one line of text for each entry of its event log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ctr_optim.report.log import event_file
 
 
 def follow(path: str | os.PathLike[str], wait: Callable[[], bool]) -> Iterator[str]:
-    """Lines for the entries of a log, those that are there and those that come.
+    """Yield a line of text for each existing and each new entry of an event log.
 
     Args:
-        path: a directory or the log itself, which may not be there yet.
-        wait: called when there is nothing new; False ends the lines.
+        path: the log file or its directory; it need not exist yet.
+        wait: function that waits for new entries, called when there are none; it returns False to stop.
     """
     file, place, rest = event_file(path), 0, ""
     while True:
@@ -24,14 +24,14 @@ def follow(path: str | os.PathLike[str], wait: Callable[[], bool]) -> Iterator[s
                 events.seek(place)
                 new = events.read()
                 place = events.tell()
-            *lines, rest = (rest + new).split("\n")  # a process may be in the middle of its last line
+            *lines, rest = (rest + new).split("\n")  # the last line may be incomplete
             yield from (line for line in map(_line, lines) if line)
         if not wait():
             return
 
 
 def _line(text: str) -> str:
-    """An entry of the log as one line; empty for entries that say nothing by themselves."""
+    """Return one line of text for a log entry; empty for invalid and unknown entries."""
     if not text.strip():
         return ""
     try:

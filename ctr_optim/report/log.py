@@ -1,8 +1,8 @@
-"""The event log of a run: one JSON object a line, and the source of truth for every report.
+"""The event log of a run, the source of all reports: a file with one JSON object per line.
 
-A line has an ``"event"`` and the ``"step"`` at which it was written. ``"start"`` carries the ranks that the run starts
-or resumes with, ``"rank"`` one :class:`~ctr_optim.RankEvent`, ``"log"`` the optimizer's metrics, and ``"eval"`` the
-figures of an evaluation, such as ``eval_loss``.
+Each object has the keys ``"event"`` and ``"step"``. A ``"start"`` event holds the ranks at the start or resumption of
+the run, and a ``"rank"`` event holds one :class:`~ctr_optim.RankEvent`. A ``"log"`` event holds the optimizer's
+metrics, and an ``"eval"`` event holds evaluation results, such as ``eval_loss``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FILE_NAME = "events.jsonl"
 
 
 class EventLog:
-    """Writes a run's events: ranks as they move, metrics whenever :meth:`log` is called.
+    """Writes the events of a run to a file: each rank change, and metrics at each call of :meth:`log`.
 
-    A run that resumes appends to its file; readers drop what an interrupted run wrote beyond the step it resumed from.
-    Only the first of several processes writes.
+    A resumed run appends to its file. Readers drop entries of an interrupted run after the step of resumption. Only the
+    first of several processes writes.
 
     Args:
-        optimizer: whose run it is.
-        path: a directory, for ``events.jsonl`` in it, or a file that ends in ``.jsonl``.
+        optimizer: the optimizer of the run.
+        path: a directory, in which the file is named ``events.jsonl``, or a file that ends in ``.jsonl``.
     """
 
     def __init__(self, optimizer: CTROptimizer, path: str | os.PathLike[str]) -> None:
@@ -40,48 +40,57 @@ class EventLog:
             optimizer.on_rank_event(partial(_rank_moved, self._append))
 
     def log(self, **values: Any) -> dict[str, Any]:
-        """Write the optimizer's metrics and ``values``, such as the loss; returns the metrics."""
+        """Write the optimizer's metrics together with ``values``, such as the loss, and return the metrics."""
         metrics = self.optimizer.metrics()
         self._append("log", self.optimizer.steps, **values, **metrics)
         return metrics
 
     def evaluated(self, **values: float) -> None:
-        """Write figures of an evaluation, such as ``eval_loss``, in nats per token."""
+        """Write the results of an evaluation, such as ``eval_loss`` in nats per token."""
         self._append("eval", self.optimizer.steps, **values)
 
 
 def event_file(path: str | os.PathLike[str]) -> Path:
-    """The log's own path, given its directory or itself."""
+    """Return the path of the log file, for its directory or for itself."""
     return Path(path) if Path(path).suffix == ".jsonl" else Path(path) / FILE_NAME
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """A run's events, without what came to nothing because the run resumed from an earlier step.
+    """Return the events of a run, without those that a later resumption from an earlier step has replaced.
+
+    Args:
+        path: the log file or its directory.
 
     Raises:
-        FileNotFoundError: no log there.
-        ValueError: the file holds no start event, or a line that is no event.
+        FileNotFoundError: if there is no log file.
+        ValueError: if the file has no start event, or a line that is not an event.
     """
     file = event_file(path)
     events: list[dict[str, Any]] = []
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no event log; CTRCallback and EventLog write one")
+        raise FileNotFoundError(f"{file}: no event log found; use CTRCallback or EventLog to write one")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             event = json.loads(line)
             kind, step = event["event"], event["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: not an event of this log ({error})") from None
+            raise ValueError(
+                f"{file}, line {number}: expected a JSON object with the keys 'event' and 'step' ({error})"
+            ) from None
         if kind == "start":
             events = [e for e in events if e["step"] <= step] if step else []
         events.append(event)
     if not events or events[0]["event"] != "start":
-        raise ValueError(f"{file}: no start event in it")
+        raise ValueError(f"{file}: no start event in it, expected one in the first line; EventLog writes it")
     return events
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics that a logger can plot: those of the whole run, and the mean, smallest and largest rank."""
+    """Return the metrics that a logger can plot: scalars of the whole run, and the mean, smallest and largest rank.
+
+    Args:
+        metrics: a result of ``opt.metrics()``.
+    """
     shown = ("kl_from_base", "trust/predicted_kl", "trust/max_kl", "trust/scale", "trust/coupling", "skipped_steps")
     ranks = metrics["ranks"].values()
     sometimes = ("budget/used", "budget/limit", "retain/kl", "holdout/loss", "trust/factor/holdout")

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: figures as SVG, colours of the reader's light or dark scheme."""
+"""A report as one self-contained HTML file, with SVG figures in the reader's light or dark colour scheme."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ctr_optim.report.table import compared, summary, top
 from ctr_optim.report.verdict import verdict
 
 _CAPTIONS = {
-    "curves": "The logged figures. Dashed: loss on evaluation data. Dotted: hold-out loss and its factor of the bound. "
-    "Upright lines mark rank events. The log axis shows four decades.",
+    "curves": "Logged values. Dashed lines: loss on evaluation data. Dotted lines: hold-out loss, and its factor on "
+    "the bound. Vertical lines: rank events. The logarithmic axis shows four decades.",
     "layers": "Ranks at the end, and each layer's share in the KL from the base model and in the utility. "
-    "Blue: less rank than at the start on average; orange: more.",
-    "ranks over time": "One map for each kind of module, a row for each block of the model.",
+    "Blue: below the mean rank at the start; orange: above it.",
+    "ranks over time": "One map for each kind of module, with one row for each block of the model.",
 }
 _HEAD = "<thead><tr><th>layer</th><th>rank</th><th>KL from base</th><th>utility</th></tr></thead>"
 
 
 def save_page(run: Run, file: str | os.PathLike[str], title: str, *others: Run) -> None:
-    """Write a run's report to one HTML file: no scripts, no network.
+    """Write a run's report to one HTML file, without scripts and external resources.
 
     Args:
         run: the run.
         file: the file to write.
         title: heading of the page.
-        others: another run, shown beside the first.
+        others: at most one other run, shown beside the first.
 
     Raises:
-        ModuleNotFoundError: without matplotlib.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
     runs = (run, *others)
     template = Template((files(__package__) / "page.html").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def save_page(run: Run, file: str | os.PathLike[str], title: str, *others: Run) 
 
 
 def _named(run: Run, runs: tuple[Run, ...]) -> str:
-    """The run's name, where there are several."""
+    """Return the run's name as HTML; empty if there is only one run."""
     return f"<b>{escape(run.name)}.</b> " if len(runs) > 1 else ""
 
 
@@ -65,7 +65,7 @@ def _figure(part: Part) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """The run as a whole: a tile for each figure."""
+    """Return the summary of one run as HTML, with a tile for each value."""
     tiles = "".join(
         f"<div><dt>{escape(what)}</dt><dd>{escape(value.replace('->', '→'))}<small>{escape(more)}</small></dd></div>"
         for what, value, more in summary(run)
@@ -74,7 +74,7 @@ def _tiles(run: Run) -> str:
 
 
 def _comparison(runs: tuple[Run, ...]) -> str:
-    """The runs as a whole: a column each, headed in the colour of the run's curves."""
+    """Return the summary of two runs as an HTML table, with a column for each, headed in the colour of its curves."""
     head, rows = compared(runs)
     colors = ["accent", "second"]
     heads = "".join(
@@ -87,15 +87,17 @@ def _comparison(runs: tuple[Run, ...]) -> str:
 
 
 def _svg(part: Part) -> str:
-    """One figure as an SVG element in the page's colours."""
+    """Return one figure as an SVG element in the page's colours."""
     from matplotlib import rc_context
 
     out = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": part[0]}):  # text stays text; the same file each time
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": part[0]}
+    ):  # text is not drawn as paths; ids are reproducible
         drawn([part]).savefig(out, format="svg", transparent=True, metadata={"Date": None}, dpi=200)
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)  # the page sets its size
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)  # the page's CSS sets the size
     label = escape(part[0], quote=True).replace("\\", r"\\")
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
     for color, name in ((INK, "ink"), (ACCENT, "accent"), (SECOND, "second"), (PAPER, "card")):
@@ -104,17 +106,17 @@ def _svg(part: Part) -> str:
 
 
 def _layers(run: Run, runs: tuple[Run, ...]) -> str:
-    """The layers that moved the predictions most; all of them behind a line to click."""
+    """Return HTML tables of a run: the layers with the most KL from the base model, and, folded, all layers."""
     first, every = top(run), list(run.history)
     heading = f"<h2>Layers{f' of {escape(run.name)}' if len(runs) > 1 else ''}</h2>"
     if len(first) == len(every):
         return heading + _table(run, every)
     more = f"<details><summary>All {len(every)} layers</summary>{_table(run, every)}</details>"
-    return f"{heading}<p>The {len(first)} layers of most KL from the base model.</p>{_table(run, first)}{more}"
+    return f"{heading}<p>The {len(first)} layers with the most KL from the base model.</p>{_table(run, first)}{more}"
 
 
 def _table(run: Run, names: Iterable[str]) -> str:
-    """Layers, one table row each."""
+    """Return an HTML table with a row for each named layer."""
     shares, utility = run.last.get("kl_from_base/layer") or {}, run.last.get("utility") or {}
     most = max(shares.values(), default=0.0) or 1.0
     rows = []

@@ -1,4 +1,4 @@
-"""A run's event log, sorted out: ranks over time, curves, and where each layer stands in the model."""
+"""Contents of a run's event log: ranks over time, curves, and each layer's position in the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _EVAL_LOSS = re.compile(r"(eval|val|valid|validation|test)[_/](.*[_/])?loss$")
 
 @dataclass(frozen=True)
 class Grid:
-    """Layers as a table: a row for each module, a column for each block.
+    """The layers of a model as a table, with a row for each kind of module and a column for each block.
 
     Attributes:
         modules: labels of the rows, such as ``"self_attn.q_proj"``.
-        blocks: numbers of the columns.
-        names: the layer in each cell that has one, by ``(row, column)``.
+        blocks: block numbers of the columns.
+        names: layer names by cell ``(row, column)``; a cell without a layer has no entry.
     """
 
     modules: Sequence[str]
@@ -31,20 +31,24 @@ class Grid:
     names: Mapping[tuple[int, int], str]
 
     def matrix(self, values: Mapping[str, float]) -> list[list[float]]:
-        """One value a cell; NaN where there is no layer, or no value for it."""
+        """Return one value per cell, as a list of rows; NaN in cells without a layer or without a value.
+
+        Args:
+            values: values by layer name.
+        """
         at = {cell: values.get(name, float("nan")) for cell, name in self.names.items()}
         return [[at.get((r, c), float("nan")) for c in range(len(self.blocks))] for r in range(len(self.modules))]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's event log, sorted out.
+    """Contents of a run's event log.
 
     Attributes:
-        history: for each layer its ranks, as ``(step, rank)`` from the first on, one entry a change.
-        logs: the entries of the training log.
-        evals: the figures of evaluations.
-        name: heading of the run.
+        history: ranks by layer name, as ``(step, rank)`` for the start and for each change.
+        logs: the ``"log"`` events.
+        evals: the ``"eval"`` events.
+        name: name of the run, for headings.
     """
 
     history: Mapping[str, Sequence[tuple[int, int]]]
@@ -54,23 +58,23 @@ class Run:
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """The last entry of the training log; empty where there is none."""
+        """The last ``"log"`` event; empty if there is none."""
         return self.logs[-1] if self.logs else {}
 
     @property
     def last_step(self) -> int:
-        """The last step that left a trace."""
+        """The last step in the event log."""
         written = [entry["step"] for entries in (self.logs, self.evals) for entry in entries[-1:]]
         return max(written + [h[-1][0] for h in self.history.values()], default=0)
 
     @property
     def event_steps(self) -> list[int]:
-        """Steps at which some layer changed."""
+        """Steps at which any rank changed."""
         return sorted({step for h in self.history.values() for step, _ in h[1:]})
 
     @property
     def first_ranks(self) -> dict[str, int]:
-        """Every layer's rank at the start."""
+        """Rank of every layer at the start of the run."""
         return {name: h[0][1] for name, h in self.history.items()}
 
     @property
@@ -79,29 +83,29 @@ class Run:
         return {name: h[-1][1] for name, h in self.history.items()}
 
     def rank(self, layer: str, step: int) -> int:
-        """A layer's rank after ``step`` steps."""
+        """Return a layer's rank after ``step`` steps."""
         return [rank for at, rank in self.history[layer] if at <= max(step, self.history[layer][0][0])][-1]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a logged number, where it was logged; the last value of a step counts."""
+        """Return the steps and values of a logged number; a step with several values has its last one."""
         entries = [*self.logs, *self.evals]
         found = {entry["step"]: entry[key] for entry in entries if isinstance(entry.get(key), (int, float))}
         return sorted(found), [found[step] for step in sorted(found)]
 
     @cached_property
     def eval_key(self) -> str | None:
-        """The name under which the loss on evaluation data was logged, such as ``"eval_loss"``."""
+        """The key of the loss on evaluation data, such as ``"eval_loss"``; None if there is none."""
         names = (name for entry in [*self.evals, *self.logs] for name in entry)
         return next((name for name in names if _EVAL_LOSS.match(name)), None)
 
     def best(self, key: str) -> tuple[int, float] | None:
-        """Step and value at which a logged number was lowest; None where it was not logged."""
+        """Return step and value at the minimum of a logged number; None if it has no finite value."""
         found = [(value, step) for step, value in zip(*self.series(key), strict=True) if math.isfinite(value)]
         return min(found)[::-1] if found else None
 
     @cached_property
     def grid(self) -> Grid:
-        """The layers, by module and block."""
+        """The layers as a table of modules and blocks."""
         places = {name: place(name) for name in self.history}
         several = len({stem for stem, block, _ in places.values() if block is not None}) > 1
         labels = {
@@ -115,11 +119,14 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read the event log at ``path``, a directory or the file itself.
+    """Read the event log of a run.
+
+    Args:
+        path: the log file or its directory.
 
     Raises:
-        FileNotFoundError: no log there.
-        ValueError: the file is no event log.
+        FileNotFoundError: if there is no log file.
+        ValueError: if the file is not an event log.
     """
     history: dict[str, list[tuple[int, int]]] = {}
     events = read_events(path)
@@ -135,15 +142,18 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
-    """A run's heading: the name of its directory."""
+    """Return the name of a run: the name of its directory."""
     whole = Path(path).resolve()
     return (whole.parent if whole.suffix == ".jsonl" else whole).name
 
 
 def place(name: str) -> tuple[str, int | None, str]:
-    """Stem, block and module of a layer: ``model.layers.3.attn.q`` is ``("model.layers", 3, "attn.q")``.
+    """Return stem, block and module of a layer's name, such as ``("model.layers", 3, "attn.q")``.
 
-    The block is None for a layer that stands in no numbered one.
+    The block is None if the name contains no number.
+
+    Args:
+        name: the layer's name, such as ``model.layers.3.attn.q``.
     """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     if found is None:

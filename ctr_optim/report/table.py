@@ -1,4 +1,4 @@
-"""A run as text for the terminal."""
+"""Reports as text for the terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from ctr_optim.report.run import Run
 from ctr_optim.report.verdict import verdict
 
-TOP = 10  # layers that a report lists, unless it is asked for all
+TOP = 10  # number of layers that a report lists by default
 
 
 def table(run: Run, every: bool = False) -> str:
-    """Layers with their ranks and KL from the base model; then the run as a whole, and the verdict.
+    """Return a table of layers with their ranks and KL from the base model, the run's summary, and its verdict.
 
     Args:
         run: the run.
-        every: all layers in the model's order, not only the ten that moved the predictions most.
+        every: True to list all layers in the model's order; False to list the ten with the most KL.
     """
     shares = run.last.get("kl_from_base/layer") or {}
     names = list(run.history) if every else top(run)
@@ -25,33 +25,33 @@ def table(run: Run, every: bool = False) -> str:
     ]
     lines = columns(("layer", "first", "", "last", "changes", "KL from base"), rows) if rows else []
     if len(names) < len(run.history):
-        lines += [f"{len(names)} of {len(run.history)} layers, most KL from base first; --all lists every layer"]
+        lines += [f"{len(names)} of {len(run.history)} layers, sorted by KL from base; --all lists every layer"]
     whole = [f"{what:<13} {value}{', ' if more else ''}{more}" for what, value, more in summary(run)]
     return "\n".join([*lines, "", *whole, "", verdict(run)])
 
 
 def top(run: Run) -> list[str]:
-    """The layers of most KL from the base model, at most :data:`TOP` of them; the first ones where none was logged."""
+    """Return at most :data:`TOP` layers, those with the most KL from base, or the first ones if no KL was logged."""
     shares = run.last.get("kl_from_base/layer") or {}
     return sorted(run.history, key=lambda name: -shares.get(name, 0.0))[:TOP]
 
 
 def side_by_side(runs: Sequence[Run]) -> str:
-    """Several runs as a whole, a column each; then their verdicts."""
+    """Return a table of several runs' summaries, with a column for each run, followed by their verdicts."""
     head, rows = compared(runs)
     lines = columns(head, rows)
     return "\n".join([*lines, "", *(f"{run.name}: {verdict(run)}" for run in runs)])
 
 
 def compared(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """A head and rows: what there is to say of each run, and a dash where another run has more to say."""
+    """Return head and rows of a table of several runs' summaries; a dash marks a value that a run does not have."""
     found = [{what: value for what, value, _ in summary(run)} for run in runs]
     whats = dict.fromkeys(what for values in found for what in values)
     return ["", *(run.name for run in runs)], [[what, *(values.get(what, "-") for values in found)] for what in whats]
 
 
 def summary(run: Run) -> list[tuple[str, str, str]]:
-    """Return the rows that describe the whole run: name, value and remark."""
+    """Return the rows of a run's summary, each as name, value and remark."""
     lines = [("steps", str(run.last_step), "")]
     first, now = list(run.first_ranks.values()), list(run.last_ranks.values())
     if first:
@@ -78,12 +78,12 @@ def summary(run: Run) -> list[tuple[str, str, str]]:
             (
                 "trust scale",
                 f"{sum(scales) / len(scales):.3f} on average",
-                f"least {min(scales):.3f}; below 1 in {short:.0%} of {_count(len(scales), 'logged step')}",
+                f"minimum {min(scales):.3f}; below 1 in {short:.0%} of {_count(len(scales), 'logged step')}",
             ),
             ("coupling", f"{run.last['trust/coupling']:.4g}", run.last["trust/source"]),
         ]
         if run.last["skipped_steps"]:
-            lines += [("skipped", _count(run.last["skipped_steps"], "step"), "gradients that were not finite")]
+            lines += [("skipped", _count(run.last["skipped_steps"], "step"), "gradients were not finite")]
     return lines
 
 
@@ -92,7 +92,7 @@ def _count(number: int, what: str) -> str:
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned text: the first column to the left, the others to the right."""
+    """Return the lines of a text table, with the first column aligned to the left and the others to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return [
         "  ".join(

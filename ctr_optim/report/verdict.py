@@ -1,4 +1,4 @@
-"""A run in one sentence."""
+"""The verdict on a run: one line of text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from ctr_optim.report.run import Run
 
 
 def verdict(run: Run) -> str:
-    """A run in one line: the bound, the way from the base model, the best evaluation."""
+    """Return one line on a run: how often the bound acted, the KL from the base model, and the best losses."""
     if not run.logs:
-        return "Nothing was logged: with CTRCallback, lower logging_steps; in a loop, call EventLog.log(loss=...)."
+        return (
+            "Nothing was logged. With CTRCallback, lower logging_steps; in your own loop, call EventLog.log(loss=...)."
+        )
     return "; ".join([*_bound(run), *_way(run), *_losses(run), *_skipped(run)]) + "."
 
 
@@ -25,7 +27,7 @@ def _bound(run: Run) -> Iterator[str]:
         yield f"The KL was not measured ({source})"
     acted = sum(scale < 1 for scale in scales)
     logged = f"{acted} of {len(steps)} logged steps"
-    yield f"The bound acted in {logged}" if acted else f"The bound acted in {logged}: lr alone set their length"
+    yield f"The bound acted in {logged}" if acted else f"The bound acted in {logged}: lr alone set the step length"
 
 
 def _way(run: Run) -> Iterator[str]:
@@ -50,4 +52,4 @@ def _losses(run: Run) -> Iterator[str]:
 def _skipped(run: Run) -> Iterator[str]:
     skipped = run.last.get("skipped_steps", 0)
     if skipped:
-        yield f"{skipped} {'step' if skipped == 1 else 'steps'} skipped, since gradients were not finite"
+        yield f"{skipped} {'step' if skipped == 1 else 'steps'} skipped because gradients were not finite"

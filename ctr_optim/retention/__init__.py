@@ -1,4 +1,4 @@
-"""Retention: statistics of retained text, and the coordinates in which an adapter learns without forgetting."""
+"""Retention: statistics of retained text, coordinates that protect its predictions, and a KL budget."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""A bound on how far the model moves from its base in all: ``KL(base || model) <= kl_budget``, nats per token.
+"""A bound on the model's total distance from its base: ``KL(base || model) <= kl_budget``, in nats per token.
 
-Near the base model, that KL is quadratic in the way from it: its root is a distance, and one step adds at most its own
-length to it. Lengths of steps are known, as the root of each step's KL on the training batch; how much of them is
-distance on the retained tokens (``rate``) is learned from one measurement to the next. So:
+Near the base model, this KL is quadratic in the displacement of the weights. Its square root is therefore a distance,
+and one step adds at most the step's own length. The length of a step is the square root of its KL bound, or without a
+bound, of its predicted KL. The path is the sum of these lengths. ``rate`` is the distance on the measured tokens per
+unit of path; every measurement updates it.
 
-- between measurements, the distance is predicted by ``rate`` times the path;
-- a measurement comes when the path may have used half of what is left, so ever more often as the budget fills;
-- a step is shortened where it is longer than what is left, and than a share of the whole (`_STRIDE`);
-- if a measurement exceeds the budget, every B shrinks until the KL is within it. The KL is quadratic in B. In that
-  metric the nearest point within the budget lies on the straight line to the base model, so the shrink removes the
-  step's component along the budget's gradient, and the rest moves along the boundary.
+- Between measurements, the distance is predicted to grow by ``rate`` times the path.
+- A measurement follows once this product reaches half of the remaining distance. Measurements therefore become more
+  frequent as the budget fills.
+- A step is shortened if it is longer than the remaining distance and also longer than ``_STRIDE`` of the total.
+- If a measurement exceeds the budget, every B shrinks until the KL is within the budget. Since the KL is quadratic
+  in B, the nearest point within the budget lies on the straight line to the base model. Shrinking removes the step's
+  component along the gradient of the budget; the other components move along the boundary.
 """
 
 from __future__ import annotations
@@ -25,22 +27,22 @@ from ctr_optim.model.pair import LoRAPair
 from ctr_optim.retention.meter import CannotMeasure, Meter
 from ctr_optim.runtime import distributed
 
-TOLERANCE = 0.02  # of the budget, by which a measurement may exceed it
-_INTERVAL = 50  # most steps between measurements
-_STRIDE = 0.3  # of the whole distance: what a step may always have, lest training stops at the boundary
-_FINEST = 0.01  # of the whole distance: below, the path between two measurements does not matter
-_LEAST_RATE, _MEMORY = 0.05, 0.7  # of `rate`: its floor, and the share that it keeps of a larger one before
-_TRIES = 8
+TOLERANCE = 0.02  # relative excess over the budget that is allowed at the start
+_INTERVAL = 50  # largest number of steps between measurements
+_STRIDE = 0.3  # share of the total distance that every step may use; without it, training would stop at the boundary
+_FINEST = 0.01  # share of the total distance; a shorter path needs no measurement
+_LEAST_RATE, _MEMORY = 0.05, 0.7  # smallest `rate`, and smallest ratio of a new `rate` to the old one
+_TRIES = 8  # largest number of attempts to shrink
 
 
 @dataclass(slots=True)
 class BudgetState:
-    """Numbers of a budget that a checkpoint carries.
+    """Numbers of a budget that checkpoints contain.
 
     Attributes:
-        budget_used: last measured KL from the base model, nats per token; None before the first measurement.
-        budget_rate: distance on the measured tokens over the path, both roots of nats.
-        budget_path: sum of the roots of the steps' KL since the last measurement.
+        budget_used: last measured KL from the base model, in nats per token; None before the first measurement.
+        budget_rate: distance on the measured tokens per unit of path.
+        budget_path: sum of the steps' lengths since the last measurement.
         budget_age: steps since the last measurement.
     """
 
@@ -51,10 +53,10 @@ class BudgetState:
 
 
 class Budget:
-    """Holds a model within a KL from its base.
+    """Keeps ``KL(base || model)`` below a limit.
 
     Args:
-        limit: nats per token.
+        limit: the limit, in nats per token.
         meter: measures the KL.
         pairs: the LoRA layers.
     """
@@ -65,22 +67,22 @@ class Budget:
 
     @property
     def reach(self) -> float:
-        """The root of the limit: the distance that the model may have from its base."""
+        """The allowed distance from the base model: the square root of the limit."""
         return math.sqrt(self.limit)
 
     @property
     def left(self) -> float:
-        """Predicted distance that remains within the budget, at least 0."""
+        """The remaining distance within the budget, predicted from the last measurement and the path; at least 0."""
         used = math.sqrt(max(self.state.budget_used or 0.0, 0.0))
         return max(self.reach - used - self.state.budget_rate * self.state.budget_path, 0.0)
 
     def metrics(self) -> dict[str, float | None]:
-        """Return the last measurement; ``retain/kl`` only if it was made on retained text."""
+        """Return the last measurement and the limit; ``retain/kl`` only if retained text was measured."""
         used = {"budget/used": self.state.budget_used, "budget/limit": self.limit}
         return {"retain/kl": self.state.budget_used, **used} if self.meter.on_text else used
 
     def due(self, length: float) -> bool:
-        """Whether a step of this length, the root of its KL, needs a measurement after it."""
+        """Return whether to measure after a step of this length."""
         s = self.state
         if s.budget_used is None or s.budget_age + 1 >= _INTERVAL:
             return True
@@ -89,38 +91,41 @@ class Budget:
         return s.budget_rate * (s.budget_path + length) >= max(0.5 * (self.reach - used), least)
 
     def begin(self) -> None:
-        """Measure before the first step, if that was not done.
+        """Measure once before the first step.
 
         Raises:
-            CannotMeasure: if it cannot be measured.
-            ValueError: if the budget is exceeded already.
+            CannotMeasure: if the KL cannot be measured.
+            ValueError: if the KL already exceeds the budget.
         """
         if self.state.budget_used is not None:
             return
         used = self._measured()
         if used > self.limit * (1 + TOLERANCE):
             raise ValueError(
-                f"kl_budget: the model is {used:.4g} nats per token from its base model (B = 0) already, and "
+                f"kl_budget: the model is already {used:.4g} nats per token from its base model (B = 0), more than "
                 f"kl_budget={self.limit:g}; start from a fresh adapter (B = 0; not PiSSA or OLoRA), or raise kl_budget"
             )
         self.state.budget_used = used
 
     def doubt(self) -> None:
-        """The weights were replaced: measure at the next step."""
+        """Make the next step measure, because something else has replaced the weights."""
         self.state.budget_age = _INTERVAL
 
     def factor(self, length: float) -> float:
-        """Return what a step of this length is to be multiplied by."""
+        """Return the factor in (0, 1] by which to shorten a step of this length."""
         distance = self.state.budget_rate * length
         most = max(self.left, _STRIDE * self.reach)
         return min(1.0, most / distance) if distance > 0 else 1.0
 
     def moved(self, length: float, measure: bool) -> None:
-        """Count a step that was taken; measure, and shrink the adapter until the budget holds.
+        """Count a step; if ``measure``, measure the KL and shrink the adapter if the KL exceeds the budget.
 
         Args:
-            length: root of the step's KL.
-            measure: whether to.
+            length: length of the step.
+            measure: whether to measure.
+
+        Raises:
+            CannotMeasure: if the KL cannot be measured.
         """
         s = self.state
         s.budget_path, s.budget_age = s.budget_path + length, s.budget_age + 1
@@ -129,7 +134,7 @@ class Budget:
         self.meter.release()
 
     def _learn(self, used: float) -> None:
-        """Take a measurement: shrink the adapter where it is too large, and set the rate right."""
+        """Update the state with a measurement, and shrink the adapter if the measurement exceeds the budget."""
         s = self.state
         if s.budget_path > 0:
             gone = abs(math.sqrt(max(used, 0.0)) - math.sqrt(max(s.budget_used or 0.0, 0.0)))
@@ -139,11 +144,11 @@ class Budget:
 
     @torch.no_grad()
     def _within(self, used: float) -> float:
-        """Shrink every B until the budget holds; returns the KL then."""
+        """Shrink every B until the KL is within the budget, and return that KL."""
         weights = [distributed.local(pair.B.detach()) for pair in self.pairs]
         full, share = [weight.clone() for weight in weights], 1.0
         for _ in range(_TRIES):
-            # quadratic in B; a little more than that, lest the last percent takes a pass of its own
+            # The KL is quadratic in B. Aim slightly below the limit, so that one attempt usually suffices.
             share *= math.sqrt(self.limit * (1 - TOLERANCE / 2) / used)
             torch._foreach_copy_(weights, torch._foreach_mul(full, share))
             used = self._measured()
@@ -155,8 +160,8 @@ class Budget:
         used = self.meter.measure()
         if not math.isfinite(used):
             raise CannotMeasure(
-                "kl_budget: the model's predictions are not finite, so that its distance from the base model cannot be "
-                "measured; look for a model that overflows in half precision"
+                "kl_budget: the model's predictions are not finite, so its distance from the base model cannot be "
+                "measured; check whether the model overflows in half precision"
             )
         return used
 
@@ -164,24 +169,28 @@ class Budget:
 def check_budget(
     limit: object, pairs: Sequence[LoRAPair], parameters: Sequence[Tensor], unmeasured: str | None
 ) -> None:
-    """Check the option, and that the model with B = 0 is the base model.
+    """Check the option ``kl_budget``, and that setting B = 0 gives the base model.
 
     Args:
-        limit: the option.
+        limit: value of the option.
         pairs: the LoRA layers.
         parameters: all parameters of the optimizer.
-        unmeasured: name of a curvature that gives steps no length; None for other curvatures.
+        unmeasured: name of a curvature that cannot compute the KL of a step; None for other curvatures.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what was expected.
+        TypeError: if the option is not a number.
+        ValueError: if it is not a finite number above 0, the curvature is not suitable, or other parameters than LoRA
+            layers train.
     """
-    expected = "expected a finite number > 0 (nats per token that the model may move from its base in all)"
+    expected = "expected a finite number > 0 (largest KL from the base model, in nats per token)"
     if isinstance(limit, bool) or not isinstance(limit, (int, float)):
         raise TypeError(f"kl_budget: got {limit!r} of type {type(limit).__name__}, {expected}")
     if not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"kl_budget: got {limit!r}, {expected}")
     if unmeasured is not None:
-        raise ValueError(f"kl_budget: curvature={unmeasured!r} gives steps no length; choose another curvature")
+        raise ValueError(
+            f"kl_budget: curvature={unmeasured!r} cannot compute the KL of a step; choose another curvature"
+        )
     lora = {id(p) for pair in pairs for p in (pair.A, pair.B)}
     others = sum(1 for p in parameters if p.requires_grad and id(p) not in lora)
     if others or not pairs:

@@ -1,4 +1,4 @@
-"""How far the model is from its base, in nats per token: ``KL(base || model)``, measured by forward passes."""
+"""Measurement of ``KL(base || model)``, the model's distance from its base in nats per token, by forward passes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ctr_optim.model.pair import LoRAPair
 from ctr_optim.retention.passes import IDS, Batch, adapter_off, batches_of, mask_of, run, untouched
 from ctr_optim.runtime import distributed
 
-TOKENS = 1024  # of retained text that are looked at
-_TEXTS = 4  # batches that they are taken from
-_BYTES = 160 * 2**20  # for the base model's predictions, which are kept in half precision
-_PIECE = 256  # tokens at a time: vocabularies are large
+TOKENS = 1024  # tokens of retained text to measure on
+_TEXTS = 4  # largest number of batches to take these tokens from
+_BYTES = 160 * 2**20  # largest memory of the base model's stored predictions, which have half precision
+_PIECE = 256  # tokens per piece: with a large vocabulary, all tokens at once would need too much memory
 
 
 Text = Callable[[nn.Module], Sequence[Any]]
 
 
 class CannotMeasure(RuntimeError):
-    """The distance from the base model cannot be measured; the message says why, and what to do."""
+    """Raised if the distance from the base model cannot be measured; the message says why and what to do."""
 
 
 class Meter(Protocol):
-    """Measures the model's distance from its base.
+    """Interface: measures the model's distance from its base.
 
     Attributes:
-        on_text: whether it is measured on retained text.
+        on_text: whether the measurement uses retained text.
     """
 
     on_text: ClassVar[bool]
@@ -43,16 +43,16 @@ class Meter(Protocol):
         """
 
     def release(self) -> None:
-        """Forget what was kept for this step."""
+        """Free the memory that is only needed for this step."""
 
 
 class TextMeter:
-    """On a fixed part of the retained text. The base model's predictions are computed once and kept.
+    """Meter on a fixed part of the retained text; it computes the base model's predictions once and stores them.
 
     Args:
-        model: runs the text.
-        text: gives the retained text, for a model.
-        pairs: the LoRA layers; with B = 0 they are the base model.
+        model: the model to run.
+        text: function that returns the retained text for a model.
+        pairs: the LoRA layers; with every B = 0, the model is the base model.
     """
 
     on_text: ClassVar[bool] = True
@@ -74,10 +74,10 @@ class TextMeter:
         return float(distributed.mean((total, count), total))
 
     def release(self) -> None:
-        """Keep everything: the text stays the same."""
+        """Do nothing: all stored tensors are needed again, since the text stays the same."""
 
     def _logits(self) -> list[Tensor]:
-        """Logits ``(n, V)`` of each batch's tokens, without padding and evenly spaced."""
+        """Return logits ``(n, V)`` for each batch, at evenly spaced tokens that are not padding."""
         found = []
         with untouched(self._model):
             for batch in self._batches:
@@ -86,8 +86,8 @@ class TextMeter:
                 logits = getattr(output, "logits", output)
                 if not isinstance(logits, Tensor) or logits.dim() < 2:
                     raise CannotMeasure(
-                        "kl_budget: the model gives no logits for retained text, so that its distance from the base "
-                        "model cannot be measured; leave kl_budget out"
+                        "kl_budget: the model returns no logits for retained text, so its distance from the base "
+                        "model cannot be measured; let forward() return logits, or leave kl_budget out"
                     )
                 rows, mask = logits.flatten(0, -2), mask_of(batch)
                 rows = rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten()]
@@ -97,7 +97,12 @@ class TextMeter:
 
 
 def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
-    """Return ``()`` KL(base || model), summed over tokens; ``base``: log-probabilities in half precision."""
+    """Return ``()`` KL(base || model), summed over tokens.
+
+    Args:
+        base: the base model's log-probabilities ``(n, V)``, in any floating-point dtype.
+        logits: the model's logits ``(n, V)``.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     sums = []
     for p, q in zip(torch.split(base, _PIECE), torch.split(logits, _PIECE), strict=True):
@@ -108,7 +113,7 @@ def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
 
 
 def _first_rows(batch: Batch | Tensor, tokens: int) -> Batch | Tensor:
-    """The first sequences of a batch, some ``tokens`` in all."""
+    """Return the first sequences of a batch, with about ``tokens`` tokens in total."""
     ids = batch if isinstance(batch, Tensor) else batch.get(IDS)
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         return batch
@@ -122,31 +127,35 @@ def _first_rows(batch: Batch | Tensor, tokens: int) -> Batch | Tensor:
 
 
 class Prober(Protocol):
-    """Runs the model again on a slice of the last training batch (:mod:`ctr_optim.trust_region.probe`)."""
+    """Interface: runs the model again on a slice of the last training batch (:mod:`ctr_optim.trust_region.probe`).
+
+    Attributes:
+        refused: why the batch cannot be run again; None if it can.
+    """
 
     refused: str | None
 
     @property
     def ready(self) -> bool:
-        """Whether there is a batch to run again."""
+        """Whether a batch is stored that can be run again."""
 
     def release(self) -> None:
-        """Forget the batch."""
+        """Free the stored batch."""
 
     def logits(self) -> Tensor | None:
-        """``(n, V)`` logits with the parameters as they are now."""
+        """Return logits ``(n, V)`` with the current parameters; None if the model returns none."""
 
     def loss_tokens(self, logits: Tensor) -> Tensor:
-        """``(n,)`` whether the loss looks at each token."""
+        """Return ``(n,)`` whether each token counts in the loss."""
 
 
 class BatchMeter:
-    """On the loss tokens of the last training batch, where no retained text is given.
+    """Meter on the loss tokens of the last training batch, for use without retained text.
 
     Args:
-        model: holds the layers.
-        prober: runs it again.
-        quiet: makes a context in which forward passes leave no statistics.
+        model: the model that holds the LoRA layers.
+        prober: runs the model again on the batch.
+        quiet: returns a context in which the hooks collect no statistics.
         pairs: the LoRA layers.
     """
 
@@ -175,7 +184,7 @@ class BatchMeter:
             raise CannotMeasure(
                 "kl_budget: the distance from the base model cannot be measured on the training batch "
                 f"({self._prober.refused or 'no forward pass of the model was seen'}); pass retain=batches to measure "
-                "it on retained text, or leave kl_budget out"
+                "on retained text, or leave kl_budget out"
             )
         counts = self._prober.loss_tokens(here)
         total = _summed_kl(base[counts].log_softmax(-1), here[counts])
@@ -189,16 +198,23 @@ def meter_of(
     prober: Prober | None,
     quiet: Callable[[], AbstractContextManager[None]],
 ) -> Meter:
-    """Return a meter on retained text, or without text on the batch.
+    """Return a meter on retained text, or on the training batch if there is no text.
+
+    Args:
+        model: the model that holds all LoRA layers; None if no single model does.
+        pairs: the LoRA layers.
+        text: function that returns the retained text for a model; None without text.
+        prober: runs the training batch again; None without one.
+        quiet: returns a context in which the hooks collect no statistics.
 
     Raises:
-        ValueError: if there is nothing to measure on.
+        ValueError: if there is no model, or neither text nor prober.
     """
     if model is not None and text is not None:
         return TextMeter(model, text, pairs)
     if model is not None and prober is not None:
         return BatchMeter(model, prober, quiet, pairs)
-    missing = "no single model holds all the layers" if model is None else "nothing is measured on the batch"
+    missing = "no single model holds all the layers" if model is None else "nothing is measured on the training batch"
     raise ValueError(
         f"kl_budget: the distance from the base model cannot be measured: {missing}; pass model=... and "
         "retain=batches, set calibration_interval, or leave kl_budget out"

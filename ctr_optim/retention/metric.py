@@ -1,11 +1,11 @@
-"""The whitener P of retained text: the coordinates in which an adapter learns without forgetting.
+"""The whitener P of retained text: coordinates in which an adapter changes the predictions on this text less.
 
-Notation: ``C`` (d, d) is the second moment E[x x^T] of a layer's input x over retained text, ``m`` its mean eigenvalue,
-and ``P = c (C + eps m I)^(-p)`` with c such that ``tr(P C P) = tr(C)``. The adapter reads its input through P, as
-``A = A' P``, so that directions which retained text uses strongly become expensive.
+Notation: ``C`` (d, d) is the second moment E[x x^T] of a layer's input x over retained text, and ``m`` is its mean
+eigenvalue. ``P = c (C + eps m I)^(-p)``, with c such that ``tr(P C P) = tr(C)``. The adapter learns A' in ``A = A' P``.
+P makes steps small along input directions that are strong on retained text.
 
-C is held in low-rank form: its k largest eigenpairs, and the mean of the other eigenvalues. P then is
-``a I + U diag(w) U^T``, and a product with P costs two thin products.
+C is stored in low-rank form: its k largest eigenpairs, and the mean of the other eigenvalues. This gives
+``P = a I + U diag(w) U^T``, and a product with P costs two thin products.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-POWER = 0.5  # p: 0 leaves the coordinates alone, 1/2 whitens
+POWER = 0.5  # p: 0 does not change the coordinates, 1/2 whitens
 DAMPING = 0.03  # eps, relative to the mean eigenvalue
-RANK = 16  # k: eigenpairs that are kept
+RANK = 16  # k, the number of eigenpairs to keep
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """``P = a I + U diag(w) U^T``, symmetric positive definite; any number of leading dimensions, one layer each.
+    """The matrix ``P = a I + U diag(w) U^T``, symmetric positive definite; leading dimensions are layers.
 
     Attributes:
         base: a, ``(...)``.
@@ -37,7 +37,7 @@ class Metric:
 
     @property
     def width(self) -> int:
-        """d, the layer's input features."""
+        """d, the number of the layer's input features."""
         return self.vectors.shape[-2]
 
     def apply(self, x: Tensor) -> Tensor:
@@ -59,32 +59,32 @@ class Metric:
 
     @staticmethod
     def stack(metrics: Sequence[Metric]) -> Metric:
-        """Return metrics of one width and k as one, with a new leading dimension."""
+        """Return metrics of equal d and k as one metric with a new leading dimension."""
         fields = ([m.base for m in metrics], [m.weights for m in metrics], [m.vectors for m in metrics])
         return Metric(*(torch.stack(tensors) for tensors in fields))
 
 
 def metric_of(values: Tensor, vectors: Tensor, rest: Tensor, power: float = POWER, damping: float = DAMPING) -> Metric:
-    """Return P of a second moment in low-rank form.
+    """Return the whitener P of a second moment in low-rank form; the identity if the second moment is zero.
+
+    The trace identity also holds for the full second moment, since P is a multiple of I outside of the span of U.
 
     Args:
-        values: k largest eigenvalues, ``(..., k)``.
+        values: the k largest eigenvalues, ``(..., k)``.
         vectors: their eigenvectors in columns, ``(..., d, k)``.
-        rest: mean of the other d - k eigenvalues, ``(...)``; 0 where k = d.
-        power, damping: p and eps.
-
-    The trace identity holds for the second moment itself, too: P treats the space beyond U alike in every direction.
-    A second moment of zero gives the identity.
+        rest: mean of the other d - k eigenvalues, ``(...)``; 0 if k = d.
+        power: p.
+        damping: eps.
     """
     width, rank = vectors.shape[-2:]
     values, rest = values.clamp_min(0), rest.clamp_min(0)
-    if rank == width:  # no direction is left: any positive number serves, and this one rounds least
+    if rank == width:  # No other direction exists, so any value is right; this one keeps rounding errors small.
         rest = values.amin(-1)
     others = width - rank
     trace = values.sum(-1) + others * rest
     shift = damping * trace / width
     seen = trace > 0
-    shift = torch.where(seen, shift, 1.0)  # of nothing: every factor is one number, and c makes it 1
+    shift = torch.where(seen, shift, 1.0)  # zero second moment: all factors are equal, and c makes them 1
     along = (values + shift.unsqueeze(-1)) ** -power
     beyond = (rest + shift) ** -power
     passed = (values * along.square()).sum(-1) + others * rest * beyond.square()

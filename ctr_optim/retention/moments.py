@@ -1,4 +1,4 @@
-"""Sums over the inputs of LoRA layers, by hooks: a layer's Gram matrix, or a sketch of it where the layer is wide."""
+"""Hooks that sum the inputs of LoRA layers: the Gram matrix of a layer, or a sketch of it for a wide layer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.devices import exact
 from ctr_optim.runtime.hooks import Hook
 
-EXACT_WIDTH = 1024  # up to here the Gram matrix is held whole
-EXACT_BYTES = 256 * 2**20  # and where the matrices of all layers together need no more
-OVERSAMPLED = 8  # columns of a sketch beyond twice the rank
-_PRINT = 256  # entries by which two inputs are compared
+EXACT_WIDTH = 1024  # largest number of input features for which the Gram matrix is always stored whole
+EXACT_BYTES = 256 * 2**20  # if the Gram matrices of all layers need no more memory, all are stored whole
+OVERSAMPLED = 8  # a sketch has twice the rank plus this number of columns
+_PRINT = 256  # number of entries by which two inputs are compared
 
 
 class Sum:
-    """``sum_t x_t x_t^T`` over tokens, times the columns of ``test`` (Nystrom sketch), or whole where that is None.
+    """The Gram matrix ``sum_t x_t x_t^T`` over tokens, stored whole or as a Nystrom sketch.
+
+    Args:
+        width: d, the number of input features.
+        columns: n, the number of columns of the sketch; None to store the whole matrix.
+        device: device of the sums.
+        dtype: dtype of ``product``.
 
     Attributes:
-        product: ``(d, n)``, the sum times the test matrix ``(d, n)``.
-        trace: ``()`` its trace, exact.
+        test: random test matrix ``(d, n)``; None for a whole matrix.
+        product: the Gram matrix times ``test``, ``(d, n)``, or the whole Gram matrix ``(d, d)``.
+        trace: ``()`` trace of the Gram matrix, exact also for a sketch.
         tokens: ``()`` number of tokens.
     """
 
@@ -48,7 +55,7 @@ class Sum:
             self.tokens += rows.shape[0]
 
     def eigenpairs(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the largest eigenvalues ``(k,)``, falling, and their vectors ``(d, k)``."""
+        """Return the ``rank`` largest eigenvalues ``(k,)`` in descending order, and their eigenvectors ``(d, k)``."""
         with exact([self.product.device]):
             if self.test is None:
                 values, vectors = torch.linalg.eigh(0.5 * (self.product + self.product.mT))
@@ -57,23 +64,27 @@ class Sum:
 
 
 def _nystrom(sketch: Tensor, test: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017, arXiv 1706.05736), in float64: sketches are thin."""
+    """Return eigenpairs of ``Y (Omega^T Y)^+ Y^T`` (Tropp et al., 2017, arXiv 1706.05736), computed in float64."""
     dtype = sketch.dtype
     sketch, test = sketch.double(), test.double()
     inner = test.mT @ sketch
     values, turn = torch.linalg.eigh(0.5 * (inner + inner.mT))
     floor = values[-1].clamp_min(torch.finfo(values.dtype).tiny) * len(values) * torch.finfo(dtype).eps
-    roots = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0)  # directions of rounding alone are left out
+    roots = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0)  # drop directions of pure rounding error
     vectors, singular, _ = torch.linalg.svd(sketch @ (turn * roots), full_matrices=False)
     return singular[:rank].square().to(dtype), vectors[:, :rank].to(dtype).contiguous()
 
 
 class Moments:
-    """Hooks on the layers of one model, while it reads retained text; a context manager.
+    """Context manager that adds hooks to the LoRA layers of a model and sums their inputs.
 
-    Layers that read one tensor (query, key and value) share one sum. That is decided when a layer is first reached:
-    by the identity of the LoRA layer's input, and, since a library may cast its own copy for every layer, by the
-    entries that reach A.
+    Layers with the same input (such as query, key and value) share one sum. The first forward pass of a layer decides
+    this. The LoRA layers' inputs must be the same tensor. A library may cast this tensor separately for each layer, so
+    the inputs of their A modules are compared by entries.
+
+    Args:
+        pairs: the LoRA layers.
+        rank: k, the number of eigenpairs that will be computed.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair], rank: int) -> None:
@@ -82,8 +93,8 @@ class Moments:
         self._columns = [None if whole or pair.A.shape[1] <= EXACT_WIDTH else 2 * rank + OVERSAMPLED for pair in pairs]
         self._leader: dict[int, int] = {}
         self._sums: dict[int, Sum] = {}
-        self._inputs: dict[int, Tensor] = {}  # of the LoRA layers that are running
-        self._read: dict[int, tuple[Any, int, Tensor]] = {}  # by id(input): weak reference, who read it first, entries
+        self._inputs: dict[int, Tensor] = {}  # by layer: input of a LoRA layer whose forward pass is running
+        self._read: dict[int, tuple[Any, int, Tensor]] = {}  # by id(input): weak reference, first layer, entries
         self._mask: Tensor | None = None
         self._counts = True
 
@@ -101,18 +112,27 @@ class Moments:
         self._read.clear()
 
     def begin(self, mask: Tensor | None, counts: bool = True) -> None:
-        """Begin a forward pass; ``mask``: ``(B, T)`` which tokens count; ``counts``: whether any of them do."""
+        """Prepare for a forward pass.
+
+        Args:
+            mask: ``(B, T)`` which tokens count; None if all do.
+            counts: False to ignore the whole pass.
+        """
         self._mask, self._counts = mask, counts
         self._inputs.clear()
         self._read.clear()
 
     def summed(self) -> tuple[dict[str, str], dict[str, Sum]]:
-        """Return for each layer that was reached the name of its sum, and the sums over all processes."""
+        """Return the sums over all processes.
+
+        Returns:
+            for each layer that any token has reached, the name of its sum; and the sums by name.
+        """
         leaders: dict[int, int] = {}
         for found in reversed(distributed.of_all(self._leader)):
             leaders.update(found)
         needed = sorted({leader for found in distributed.of_all(self._leader) for leader in found.values()})
-        for leader in needed:  # experts that no token of this process reached
+        for leader in needed:  # In this process, a layer may have had no tokens, such as an expert of a mixture.
             if leader not in self._sums:
                 self._sums[leader] = self._new(leader, self._pairs[leader].A)
         sums = [self._sums[leader] for leader in needed]
@@ -155,7 +175,7 @@ class Moments:
         return index
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Tokens ``(n, d)`` of an input ``(..., d)``, without padding."""
+        """Return the tokens ``(n, d)`` of an input ``(..., d)``, without padding."""
         rows, mask = x.detach().flatten(0, -2), self._mask
         if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
             return rows
@@ -163,5 +183,5 @@ class Moments:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that a module reads."""
+    """Return the first floating-point tensor among a module's arguments."""
     return next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()), None)

@@ -1,4 +1,4 @@
-"""Forward passes over retained text that leave no trace in the user's model."""
+"""Forward passes over retained text that do not change the user's model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _FOR_THE_LOSS = ("labels", "label", "label_ids", "shift_labels", "num_items_in_b
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and eager execution; modes, random state and ``use_cache`` are restored exactly.
+    """Run a block in evaluation mode, without gradients, caches and compiled code.
 
-    The modes are set module by module: ``model.eval()`` of some libraries merges the adapter into the base model.
+    Afterwards, the modules' modes, all random state and ``use_cache`` are restored. The mode is set module by module,
+    because ``model.eval()`` of some libraries merges the adapter into the base model.
     """
     modes = [(module, module.training) for module in model.modules()]
     caching = [config for config in _configs(model) if getattr(config, "use_cache", None)]
     wrapped = distributed.fsdp_modules([model])
-    distributed.reshard(wrapped)  # a forward may have left gathered copies that are older than the parameters
+    distributed.reshard(wrapped)  # an earlier forward pass may have left outdated gathered copies
     try:
         for module, _ in modes:
             module.training = False
@@ -51,7 +52,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_off(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[None]:
-    """The base model: every B is zero for a while, and restored bit for bit."""
+    """Run a block with the base model: set every B to zero, and restore the exact values afterwards."""
     wrapped = distributed.fsdp_modules([model])
     distributed.reshard(wrapped)
     weights = [distributed.local(pair.B.detach()) for pair in pairs]
@@ -67,12 +68,12 @@ def adapter_off(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[None]:
 
 
 def batches_of(batches: Any, model: nn.Module, name: str) -> list[Batch | Tensor]:
-    """Return retained text in the form that :func:`run` takes, on the model's device and without labels.
+    """Return retained text as batches for :func:`run`, on the model's device and without labels.
 
     Args:
         batches: an iterable of dicts for ``model(**batch)``, or of tensors of token ids ``(B, T)`` or ``(T,)``.
-        model: the model that will read them.
-        name: the argument that error messages name.
+        model: the model that will read the batches.
+        name: the name of the argument, for error messages.
 
     Raises:
         TypeError: if a batch is of another type.
@@ -88,17 +89,19 @@ def batches_of(batches: Any, model: nn.Module, name: str) -> list[Batch | Tensor
     device, vocabulary = device_of(model), vocabulary_of(model)
     found = [_batch(batch, device, f"{name}: batch {index}") for index, batch in enumerate(batches)]
     if not found:
-        raise ValueError(f"{name}: got no batches; expected some 16000 tokens of text whose predictions should stay")
+        raise ValueError(
+            f"{name}: got no batches; expected about 16000 tokens of text whose predictions should not change"
+        )
     for index, batch in enumerate(found):
         ids = batch if isinstance(batch, Tensor) else batch.get(IDS)
         if isinstance(ids, Tensor) and ids.numel() == 0:
-            raise ValueError(f"{name}: batch {index} is empty (shape {tuple(ids.shape)}); leave empty texts out")
+            raise ValueError(f"{name}: batch {index} is empty (shape {tuple(ids.shape)}); remove empty texts")
         if not isinstance(ids, Tensor) or vocabulary is None or ids.is_floating_point():
             continue
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= vocabulary:
             raise ValueError(
-                f"{name}: batch {index} holds token id {high if high >= vocabulary else low}, and the model's "
+                f"{name}: batch {index} holds token id {high if high >= vocabulary else low}, but the model's "
                 f"vocabulary has ids 0 to {vocabulary - 1}; tokenise the text with this model's own tokenizer"
             )
     return found
@@ -110,26 +113,26 @@ def run(model: nn.Module, batch: Batch | Tensor) -> Any:
 
 
 def mask_of(batch: Batch | Tensor) -> Tensor | None:
-    """Return ``(B, T)`` whether each token is text, not padding; None where all tokens are."""
+    """Return ``(B, T)`` whether each token is text and not padding; None if the batch has no such mask."""
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that takes the model's inputs."""
+    """Return the device of the model's inputs, that of its input embedding."""
     embedding = _embedding(model)
     weights = embedding.parameters() if embedding is not None else model.parameters()
     return next(iter(weights), torch.zeros(0)).device
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Return the number of token ids that the model embeds; None where the model does not tell."""
+    """Return the number of token ids in the model's input embedding; None if no such embedding is found."""
     size = getattr(_embedding(model), "num_embeddings", None)
     return size if isinstance(size, int) else None
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():  # the outermost module that knows: wrappers do not
+    for module in model.modules():  # wrappers of the model may not have get_input_embeddings()
         try:
             found = getattr(module, "get_input_embeddings", lambda: None)()
         except (NotImplementedError, AttributeError):
@@ -162,7 +165,7 @@ def _batch(batch: Any, device: torch.device, where: str) -> Batch | Tensor:
 
 
 def _row(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch is one row of a dataset: its token ids have no batch dimension."""
+    """Return whether a batch is one row of a dataset, whose token ids have no batch dimension."""
     ids = batch.get(IDS)
     return ids.dim() == 1 if isinstance(ids, Tensor) else isinstance(ids, list) and all(isinstance(i, int) for i in ids)
 
@@ -177,7 +180,7 @@ def _value(value: Any, device: torch.device, row: bool) -> Any:
 
 @contextmanager
 def _random_state() -> Iterator[None]:
-    """Restore the generators of torch, Python and, where it is imported, NumPy."""
+    """Restore the random state of torch, Python and, if it is imported, NumPy after the block."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     state = None if numpy is None else numpy.random.get_state()
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

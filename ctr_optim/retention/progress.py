@@ -1,4 +1,4 @@
-"""A progress bar for what takes longer than a few seconds."""
+"""A progress bar for operations that take longer than a few seconds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 
 from ctr_optim.runtime import distributed
 
-PATIENCE = 3.0  # seconds without a bar
+PATIENCE = 3.0  # seconds before the bar appears
 
 
 def progress(total: int, what: str) -> Iterator[int]:
-    """Yield 0 to ``total - 1``; after three seconds, and where tqdm is installed, the first process shows a bar."""
+    """Yield 0 to ``total - 1``; after three seconds, the first process shows a bar if tqdm is installed.
+
+    Args:
+        total: number of items.
+        what: label of the bar.
+    """
     start, bar = time.monotonic(), None
     for index in range(total):
         yield index

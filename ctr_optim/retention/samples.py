@@ -1,4 +1,4 @@
-"""Retained text that needs no data: the base model's own samples, or random tokens."""
+"""Retained text without data: samples from the base model itself, or random tokens."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ctr_optim.retention.passes import adapter_off, device_of, untouched, vocabu
 from ctr_optim.retention.progress import progress
 from ctr_optim.runtime import distributed
 
-COUNT, LENGTH = 32, 160  # sequences, and tokens of each
-_TOGETHER = 16  # sequences that are drawn at a time
+COUNT, LENGTH = 32, 160  # number of sequences, and tokens per sequence
+_TOGETHER = 16  # sequences per batch
 
 
 def own_samples(
     model: nn.Module, count: int = COUNT, length: int = LENGTH, temperature: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
-    """Draw text from the base model itself, the adapter switched off: what the model knows, said by the model.
+    """Sample text from the base model, with the adapter switched off.
 
-    Every sequence begins with the token that begins a text (or else ends one) and has ``length`` tokens; where a text
-    ends, the sequence goes on with the next. The model's mode, weights and all random state are restored. Under several
-    processes each draws its own share, with a seed of its own.
+    Every sequence starts with the ``bos`` token (or else ``eos``, or else id 0) and has ``length`` tokens. After an
+    end-of-text token, the sequence continues with further text. The model's modes and weights and all random state are
+    restored. Each of several processes draws its own share, with its own seed.
 
     Args:
-        model: a causal language model from token ids to logits, with ``generate`` or without.
-        count: sequences, of all processes together.
-        length: tokens of each sequence.
-        temperature: of sampling.
-        seed: of the generator.
+        model: a causal language model that maps token ids to logits, with or without ``generate``.
+        count: number of sequences, over all processes.
+        length: number of tokens per sequence.
+        temperature: sampling temperature.
+        seed: seed of the random generator.
 
     Returns:
         batches of token ids ``(B, length)``, on the model's device.
 
     Raises:
-        ValueError: if ``count``, ``length`` or ``temperature`` cannot be, or the model gives no logits.
+        ValueError: if ``count``, ``length`` or ``temperature`` is out of range, or the model returns no logits.
     """
     if count < 1 or length < 2 or not temperature > 0:
         raise ValueError(
@@ -60,21 +60,32 @@ def own_samples(
 
 
 def random_tokens(model: nn.Module, count: int = COUNT, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
-    """Draw token ids evenly from the vocabulary: weaker than text, for models that draw none.
+    """Draw token ids uniformly from the vocabulary, for models that cannot generate text; text protects better.
+
+    Args:
+        model: the model.
+        count: number of sequences, in every process.
+        length: number of tokens per sequence.
+        seed: seed of the random generator.
+
+    Returns:
+        batches of token ids ``(B, length)``, on the model's device.
 
     Raises:
-        ValueError: if the model does not tell the size of its vocabulary.
+        ValueError: if the model has no input embedding, so the size of its vocabulary is unknown.
     """
     vocabulary = vocabulary_of(model)
     if vocabulary is None:
-        raise ValueError("random_tokens: the model has no get_input_embeddings() that tells its vocabulary; pass text")
+        raise ValueError(
+            "random_tokens: the size of the vocabulary is unknown, since no input embedding was found; pass text"
+        )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (count, length), generator=generator, device="cpu")
     return list(torch.split(ids.to(device_of(model)), _TOGETHER))
 
 
 def _start(model: nn.Module) -> int:
-    """The token that begins a text, or else ends one, or else 0."""
+    """Return the ``bos`` token, or else the ``eos`` token, or else 0."""
     for module in model.modules():
         config = getattr(module, "config", None)
         for name in ("bos_token_id", "eos_token_id"):
@@ -86,9 +97,9 @@ def _start(model: nn.Module) -> int:
 
 
 def _generating(model: nn.Module) -> Any:
-    """The module that generates as transformers' models do; None where none does.
+    """Return the module with transformers' ``generate``; None if there is none, or under FSDP2.
 
-    ``generate`` goes around the outermost module's forward, where FSDP2 gathers the weights.
+    ``generate`` does not call the outermost module's forward, in which FSDP2 gathers the weights.
     """
     library = sys.modules.get("transformers")
     if library is None or distributed.fsdp_modules([model]):
@@ -97,9 +108,9 @@ def _generating(model: nn.Module) -> Any:
 
 
 def _generate(model: Any, ids: Tensor, length: int, temperature: float) -> Tensor:
-    """Return sequences ``(B, length)`` from the model's ``generate``, without the settings of its generation config.
+    """Return sequences ``(B, length)`` from the model's ``generate``, with our own generation config.
 
-    Without a token that ends a text, a sequence goes on until it is full.
+    The config has no ``eos`` token, so every sequence has the full length.
     """
     config = type(model.generation_config)(
         do_sample=True,
@@ -111,7 +122,7 @@ def _generate(model: Any, ids: Tensor, length: int, temperature: float) -> Tenso
         eos_token_id=None,
         pad_token_id=int(ids[0, 0]),
     )
-    before, model.generation_config = model.generation_config, config  # generate() fills in what is None from there
+    before, model.generation_config = model.generation_config, config  # generate() replaces None by values from there
     try:
         drawn = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
     finally:
@@ -121,15 +132,15 @@ def _generate(model: Any, ids: Tensor, length: int, temperature: float) -> Tenso
 
 
 def _draw(model: nn.Module, ids: Tensor, length: int, temperature: float) -> Tensor:
-    """Sequences ``(B, length)``, one forward pass over the whole beginning for every token."""
+    """Return sequences ``(B, length)``; each new token takes a forward pass over the whole sequence so far."""
     while ids.shape[1] < length:
         output = model(ids)
-        output = output[-1] if isinstance(output, list) else output  # torchtune's chunks along the tokens
+        output = output[-1] if isinstance(output, list) else output  # torchtune splits logits into chunks of tokens
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != len(ids):
             raise ValueError(
-                "own_samples: the model gives no logits (B, T, V) for token ids (B, T), so that no text can be drawn "
-                "from it; pass batches of text as retain"
+                "own_samples: the model returns no logits (B, T, V) for token ids (B, T), so it cannot generate text; "
+                "pass batches of text as retain"
             )
         chances = torch.softmax(logits[:, -1].float() / temperature, -1)
         ids = torch.cat([ids, torch.multinomial(chances, 1)], 1)

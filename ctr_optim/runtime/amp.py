@@ -1,4 +1,4 @@
-"""The loss scale of a GradScaler."""
+"""The loss scale of torch's GradScaler."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from torch import Tensor
 
 
 def grad_scale() -> float | Tensor:
-    """The loss scale of the GradScaler that called the running ``step()``, or 1.
+    """Return the loss scale of the GradScaler that called the running ``step()``, or 1.
 
-    The scaler unscales ``p.grad`` but cannot reach what the taps staged, and hides its scale from optimizers when the
-    user unscaled early to clip. It is the caller of ``step()``, a few frames up.
+    The GradScaler unscales ``p.grad``, but not the statistics that the hooks collected. It also hides its scale from
+    optimizers if the user has called ``unscale_()`` for clipping. This function therefore searches the call stack of
+    ``step()`` for the GradScaler.
+
+    Returns:
+        a ``()`` tensor, or the number 1.0 without a GradScaler.
     """
     frame = sys._getframe(2)
     for _ in range(30):
-        # f_locals of the user's own frames would keep their variables alive: look into the scaler's alone
+        # Reading f_locals of the user's frames would keep their variables alive, so read only GradScaler's frames.
         scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
         if isinstance(scaler, torch.amp.GradScaler):
             return scaler._scale if scaler._scale is not None else 1.0

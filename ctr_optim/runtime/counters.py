@@ -1,4 +1,4 @@
-"""Counters of the optimizer as a whole."""
+"""Counters of the whole optimizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """Steps and failures since the run began; checkpoints carry them.
+    """Numbers of steps and failures since the run started; checkpoints contain them.
 
     Attributes:
-        steps: steps taken; skipped: steps not taken, since a gradient was not finite.
+        steps: calls of ``step()`` with gradients, skipped steps included.
+        skipped: steps that changed nothing, because a gradient was not finite.
         failed: matrix decompositions that did not converge.
     """
 

@@ -1,4 +1,4 @@
-"""Tensors on several devices, and exact arithmetic where autocast or TF32 is on."""
+"""Scalars on several devices, and matrix products in full precision under autocast or TF32."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 
 
 def together(scalars: Sequence[Tensor]) -> Tensor:
-    """``(n,)`` on the first one's device; nothing waits. ``device_map`` spreads a model over several."""
+    """Stack ``()`` tensors into one ``(n,)`` tensor on the first tensor's device, without synchronisation.
+
+    A model that ``device_map`` distributes has its layers on several devices.
+    """
     home = scalars[0].device
     return torch.stack([s.to(home, non_blocking=True) for s in scalars])
 
 
 @contextmanager
 def exact(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the user chose for the model: neither autocast nor TF32."""
+    """Disable autocast and TF32 on these devices, so that products of float32 matrices have float32 precision."""
     with ExitStack() as stack:
         for kind in sorted({device.type for device in devices}):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -34,7 +37,7 @@ def _no_tf32() -> Iterator[None]:
     switch: tuple[str, Any] = "allow_tf32", False
     try:
         before = matmul.allow_tf32
-    except RuntimeError:  # where torch's newer switch was used, the older one refuses to be read
+    except RuntimeError:  # allow_tf32 cannot be read once the user has set the newer option, fp32_precision
         switch, before = ("fp32_precision", "ieee"), matmul.fp32_precision
     name, off = switch
     if before == off:

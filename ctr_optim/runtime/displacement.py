@@ -1,4 +1,4 @@
-"""Parameters that are moved for a while and restored."""
+"""Temporary displacement of parameters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 class Moved:
-    """Parameters displaced by ``factor`` times their deltas (None: to zero) until the block ends, then as they were.
+    """Context manager that displaces parameters by ``factor`` times their deltas, and restores them at the end.
 
-    All memory is taken at construction: where it does not suffice, the parameters are where they were.
+    The constructor allocates all memory and displaces the parameters. If it raises, it restores them first.
+
+    Args:
+        changes: pairs of parameters and their deltas, of equal shapes; None instead of deltas sets the parameters to 0.
+        factor: a number or a ``()`` tensor.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class Moved:
             raise
 
     def __enter__(self) -> None:
-        """They have moved already."""
+        """Do nothing: the constructor has displaced the parameters."""
 
     def __exit__(self, *_: object) -> None:
         self._restore()

@@ -1,8 +1,8 @@
-"""What processes have to agree on, through torch.distributed; the identity in a single process.
+"""Communication between processes through torch.distributed; in a single process these functions are the identity.
 
-FSDP2 (``fully_shard``) leaves each process a part of every parameter, as a DTensor. LoRA's weights are few: each
-process gathers their gradients whole, does the same work on them, and writes its own part of the step. Parameters of no
-LoRA layer may be large; they and their state stay in parts.
+Under FSDP2 (``fully_shard``), each process holds one shard of every parameter, as a DTensor. LoRA weights are small, so
+each process gathers their whole gradients, computes the same step, and writes its own shard. Parameters outside of LoRA
+layers may be large, so they and their state stay sharded.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Return the number of processes in the default group; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number; 0 for a single process."""
+    """Return the index of this process; 0 for a single process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
+    """Return whether this is the first process, the one that writes files."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
 def add_up(tensors: Sequence[Tensor]) -> int:
-    """Sum each tensor over all processes, in place and in one message per dtype; returns the number of processes."""
+    """Sum each tensor over all processes, in place, with one all-reduce per dtype.
+
+    Returns:
+        the number of processes.
+    """
     world = world_size()
     if world > 1:
         for dtype in {t.dtype for t in tensors}:
@@ -47,7 +51,7 @@ def add_up(tensors: Sequence[Tensor]) -> int:
 
 
 def of_first(value: T) -> T:
-    """The first process's ``value``, a plain Python object."""
+    """Return the first process's ``value``, which must be picklable."""
     if world_size() == 1:
         return value
     box = [value]
@@ -56,7 +60,7 @@ def of_first(value: T) -> T:
 
 
 def of_all(value: T) -> list[T]:
-    """Every process's ``value``, a plain Python object, in the order of the processes."""
+    """Return the ``value`` of every process, in the order of the processes; values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -65,23 +69,31 @@ def of_all(value: T) -> list[T]:
 
 
 def copy_first_(tensors: Sequence[Tensor]) -> None:
-    """Overwrite each tensor with the first process's: rounding must not tell processes apart."""
+    """Overwrite each tensor with the first process's, so that rounding cannot make processes differ."""
     for t in tensors if world_size() > 1 else ():
-        sent = t.contiguous()  # NCCL takes nothing else
+        sent = t.contiguous()  # NCCL requires contiguous tensors
         dist.broadcast(sent, 0)
         if sent is not t:
             t.copy_(sent)
 
 
 def mean(sum_and_count: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:
-    """``()`` a sum over its count, both over all processes; one without them contributes nothing. NaN: nobody has."""
+    """Return ``()`` the mean over all processes: their sums added up, divided by their counts added up.
+
+    Args:
+        sum_and_count: two ``()`` tensors; None if this process contributes nothing.
+        like: a tensor with the dtype and device of the result.
+
+    Returns:
+        the mean; NaN if no process contributes.
+    """
     total = like.new_zeros(2) if sum_and_count is None else torch.stack(sum_and_count).to(like)
     add_up([total])
     return total[0] / total[1]
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Return the sum of a tensor over all processes."""
     if world_size() == 1:
         return value
     found = value.clone()
@@ -90,7 +102,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def largest(value: Tensor) -> Tensor:
-    """The largest of each entry over all processes."""
+    """Return the elementwise maximum of a tensor over all processes."""
     if world_size() == 1:
         return value
     found = value.clone()
@@ -99,11 +111,11 @@ def largest(value: Tensor) -> Tensor:
 
 
 def everywhere(condition: Tensor | bool, like: Tensor | None = None) -> Tensor:
-    """``()`` whether a condition holds in every process.
+    """Return ``()`` whether a condition holds in every process.
 
     Args:
-        condition: this process's own.
-        like: a tensor on the device that the processes talk through, for a condition that is no tensor.
+        condition: the condition in this process.
+        like: a tensor on the device that the processes communicate through; needed if ``condition`` is a bool.
     """
     device = condition.device if isinstance(condition, Tensor) else None if like is None else like.device
     fails = torch.as_tensor(condition, device=device).logical_not().float()
@@ -112,34 +124,39 @@ def everywhere(condition: Tensor | bool, like: Tensor | None = None) -> Tensor:
 
 
 def agree(value: float, like: Tensor) -> bool:
-    """Whether all processes hold the same number; waits for the device that ``like`` is on."""
+    """Return whether all processes hold the same number; synchronises with the device of ``like``."""
     mine = torch.tensor(value, dtype=torch.float64, device=like.device)
     first = mine.clone()
     copy_first_([first])
     return bool(everywhere(first == mine))
 
 
-# -- parameters in parts ----------------------------------------------------------------------------------------------
+# -- sharded parameters -----------------------------------------------------------------------------------------------
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part only."""
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and without it there are no DTensors
+    """Return whether a tensor is a DTensor, of which this process holds one shard."""
+    module = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # not imported here: the import is slow, and without it no DTensor exists
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layout(tensor: Tensor) -> Any:
-    """How a tensor is cut up; equal for tensors that can be stacked before they are gathered. None: it is whole."""
+    """Return mesh and placements of a DTensor; None for other tensors.
+
+    Tensors of equal layout can be stacked before they are gathered.
+    """
     return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this process holds, sharing its memory."""
+    """Return this process's shard, a view of the same memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
-    """``(L, *shape)`` of L tensors of one shape and layout, whole on every process; one message for all of them."""
+    """Stack L tensors of one shape and layout into a whole ``(L, *shape)`` tensor, with one all-gather if sharded."""
     if not is_sharded(tensors[0]):
         return torch.stack(list(tensors))
     shape = (len(tensors), *tensors[0].shape)
@@ -147,17 +164,17 @@ def stack_whole(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as a whole; in parts, every process takes part."""
+    """Return the whole tensor; if it is sharded, all processes must call this function."""
     return stack_whole([tensor])[0] if is_sharded(tensor) else tensor
 
 
 def write_(target: Tensor, value: Tensor) -> None:
-    """Overwrite ``target`` with ``value``, whole and the same on every process; no message."""
+    """Overwrite ``target`` in place with a whole ``value``, the same on every process; no communication."""
     local(target).copy_(parts(value.unsqueeze(0), target)[0])
 
 
 def parts(stacked: Tensor, like: Tensor) -> list[Tensor]:
-    """This process's parts of L whole tensors ``(L, *shape)``, cut up as ``like`` is; no message."""
+    """Return this process's shards of L whole tensors ``(L, *shape)``, in the layout of ``like``; no communication."""
     if not is_sharded(like):
         return list(stacked.unbind(0))
     from torch.distributed.tensor import DTensor, Replicate
@@ -168,12 +185,17 @@ def parts(stacked: Tensor, like: Tensor) -> list[Tensor]:
 
 
 def as_parts(part: Tensor, like: Tensor) -> Tensor:
-    """This process's part as a tensor cut up as ``like`` is, so that checkpoints know it for one; no message."""
+    """Return this process's shard as a DTensor in the layout of ``like``, as checkpoints need it; no communication."""
     return _from_parts(part, like, like.shape, 0) if is_sharded(like) else part
 
 
 def sum_over_parts(value: Tensor, like: Tensor) -> Tensor:
-    """A sum over the parts of tensors cut up as ``like`` is, from this process's term."""
+    """Return the sum of ``value`` over the shards of ``like``.
+
+    Args:
+        value: this process's term, computed from its shard.
+        like: the parameter; if it is not sharded, ``value`` is returned.
+    """
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -184,22 +206,22 @@ def sum_over_parts(value: Tensor, like: Tensor) -> Tensor:
 
 
 def fsdp_modules(roots: Iterable[nn.Module]) -> list[Any]:
-    """The modules below ``roots`` that FSDP2 wraps."""
+    """Return the modules below ``roots`` that FSDP2 wraps."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if kind is None else [m for root in roots for m in root.modules() if isinstance(m, kind)]
 
 
 def reshard(modules: Iterable[Any]) -> None:
-    """Drop the gathered copies of FSDP2's parameters, so that the next forward sees what the parts hold by then.
+    """Drop FSDP2's gathered copies of the parameters, so that the next forward pass gathers current values.
 
-    FSDP2 keeps the outermost module's copy after a forward; that is stale once parameters have moved.
+    FSDP2 keeps the outermost module's gathered copy after a forward pass; a parameter update makes this copy stale.
     """
     for module in modules:
         module.reshard()
 
 
 def _placements(like: Tensor, offset: int) -> list[Any]:
-    """The layout of ``like``, every sharded dimension ``offset`` further back."""
+    """Return the placements of ``like``, with every sharded dimension shifted by ``offset``."""
     from torch.distributed.tensor import Shard
 
     return [Shard(p.dim + offset) if p.is_shard() else p for p in layout(like)[1]]

@@ -1,4 +1,4 @@
-"""Hooks on the user's model that stay behind when it is copied, pickled or saved."""
+"""Hooks on the user's model that do nothing in copies of the model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import nn
 
 
 class Hook:
-    """Calls ``act`` for the one module that it was made for.
+    """Callable hook that calls ``act`` for one module only.
 
-    ``copy.deepcopy`` and ``pickle`` take a module's hooks along: what they take of this one does nothing.
+    ``copy.deepcopy`` and ``pickle`` copy a module together with its hooks. A copy of this hook does nothing.
+
+    Args:
+        act: the function to call, as ``act(module, *args)``.
+        owner: ``id`` of the module.
     """
 
     def __init__(self, act: Callable[..., Any], owner: int) -> None:
@@ -26,7 +30,10 @@ class Hook:
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A bound method that does not keep its object alive; once that is gone, it does nothing."""
+    """Return a function that calls a bound method without keeping its object alive.
+
+    Once the object is deleted, the function does nothing and returns None.
+    """
     reference = WeakMethod(method)
 
     def call(*args: Any) -> Any:

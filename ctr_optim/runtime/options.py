@@ -1,4 +1,4 @@
-"""Refusals of arguments that Python or torch would refuse in other terms, or take in silence."""
+"""Checks of arguments that Python or torch would reject with a less helpful message, or accept silently."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_CLOSE = 0.87  # least similarity of a parameter group's key to an option: frameworks and users keep keys of their own
+_CLOSE = 0.87  # least similarity that makes a key a misspelt option; frameworks and users may add their own keys
 
 
 def suggests_options(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function so that an option that it does not know is refused with the nearest one that it knows."""
+    """Decorate a function: for an unknown keyword argument, its TypeError suggests the most similar known one."""
     parameters = inspect.signature(function).parameters
     known = [name for name, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY and name != "self"]
 
@@ -33,27 +33,27 @@ def suggests_options(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean ...?"`` with the known name nearest to ``name``, or a list of the known names."""
+    """Return ``"; did you mean ...?"`` with the known name most similar to ``name``, or a list of the known names."""
     known = list(known)
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(sorted(known))}"
 
 
 def check_group_keys(group: Any, own: Collection[str], others: Collection[str]) -> None:
-    """Refuse keys of a parameter group that torch would store and nobody would read.
+    """Refuse keys of a parameter group that torch would store, but the optimizer would not read.
 
     Args:
         group: the parameter group.
-        own: options of a group.
-        others: options of the optimizer as a whole.
+        own: options of a parameter group.
+        others: options of the whole optimizer.
 
     Raises:
-        TypeError: for an option of the optimizer as a whole, or a key that differs from an option by a slip.
+        TypeError: for an option of the whole optimizer, or a misspelt option of a parameter group.
     """
     for name in group if isinstance(group, Mapping) else ():
         if name in others:
             raise TypeError(
-                f"{name}: got it in a parameter group, expected it as an argument of CTROptimizer: it holds for the "
+                f"{name}: got it in a parameter group, expected it as an argument of CTROptimizer: it applies to the "
                 "optimizer as a whole"
             )
         close = difflib.get_close_matches(name, own, n=1, cutoff=_CLOSE) if name not in own else []
@@ -62,25 +62,28 @@ def check_group_keys(group: Any, own: Collection[str], others: Collection[str]) 
 
 
 def given_parameters(params: Any) -> Any:
-    """The parameters or parameter groups that a user passed, as a list where they are an iterable of them.
+    """Return the user's parameters or parameter groups, as a list if they are an iterable.
+
+    Args:
+        params: the first argument of the optimizer.
 
     Raises:
-        TypeError: for a module in the parameters' place.
-        ValueError: where there are no parameters.
+        TypeError: if ``params`` is a module, or a parameter group holds one.
+        ValueError: if there are no parameters.
     """
     if isinstance(params, nn.Module):
         raise TypeError(f"params: got a {type(params).__name__}, expected parameters; pass model.parameters()")
     if not isinstance(params, Iterable) or isinstance(params, (Mapping, Tensor)):
-        return params  # torch says what is wrong with it
+        return params  # torch.optim.Optimizer raises an error for these
     given = list(params)
     for group in given:
         if isinstance(group, Mapping) and isinstance(group.get("params"), nn.Module):
             kind = type(group["params"]).__name__
             raise TypeError(f"params: got a {kind} in a parameter group, expected parameters; pass model.parameters()")
     if not given:
-        used = ": the generator is used up; make it anew, or pass a list" if isinstance(params, Iterator) else ""
+        used = ": the generator is used up; create a new one, or pass a list" if isinstance(params, Iterator) else ""
         raise ValueError(
-            f"params: got an empty parameter list{used}. Where parameters are selected by requires_grad, add the "
-            "adapter to the model first (PeftModel.from_pretrained needs is_trainable=True)"
+            f"params: got an empty parameter list{used}. If you select parameters by requires_grad, add the adapter to "
+            "the model first (PeftModel.from_pretrained needs is_trainable=True)"
         )
     return given

@@ -1,4 +1,4 @@
-"""Fixtures of the checkpoints' tests."""
+"""Fixtures for the checkpoint tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketc
 
 @pytest.fixture(scope="module")
 def saved() -> dict[str, Any]:
-    """A state dict in the middle of a sketch window: everything that there can be is in it."""
+    """A state dict from the middle of a sketch window, so that it has all possible entries."""
     model = net(seed=1)
     opt = optimizer(model, rank_scheduler=RANKS, max_kl=1e-3, calibration_interval=2)
     train(model, opt, 3)

@@ -1,4 +1,4 @@
-"""Stop, save, load, go on: the same run, bit for bit."""
+"""A run that is saved, loaded and continued equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ UNEVEN: dict[str, Any] = dict(
 
 
 def through_disk(state: dict[str, Any]) -> dict[str, Any]:
-    """As a Trainer saves and loads it."""
+    """Save and load a state as a Trainer does."""
     file = io.BytesIO()
     torch.save(state, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def restored(model: nn.Module, opt: CTROptimizer, disk: bool, **options: Any) -> tuple[nn.Module, CTROptimizer]:
-    """A new model and optimizer that continue the old ones'."""
+    """Return a new model and optimizer with the saved state of old ones."""
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
     fresh = net(seed=99, dtype=next(model.parameters()).dtype)
     fresh.load_state_dict(weights)
@@ -75,7 +75,7 @@ def test_resuming_is_exact(dtype: torch.dtype, structure: str, disk: bool) -> No
     options = {**UNEVEN, "factor_structure": structure}
     model = net(dtype=dtype)
     opt = optimizer(model, **options)
-    train(model, opt, 5)  # between two updates of factors, bases and coupling
+    train(model, opt, 5)  # stops between two updates of factors, bases and coupling
     fresh, other = restored(model, opt, disk, **options)
     train(model, opt, 7, start=5)
     train(fresh, other, 7, start=5)
@@ -147,7 +147,7 @@ def test_resuming_a_peft_model_in_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_ones_own_state_changes_nothing(dtype: torch.dtype) -> None:
-    """Accelerate does it at once, on every optimizer that it prepares."""
+    """Accelerate loads the state of every optimizer that it prepares into the same optimizer."""
     model, plain = net(dtype=dtype), net(dtype=dtype)
     opt, reference = optimizer(model, **UNEVEN), optimizer(plain, **UNEVEN)
     opt.load_state_dict(opt.state_dict())
@@ -231,7 +231,7 @@ def test_model_and_optimizer_copy_together() -> None:
         model = net()
         opt = plain_bound(trainable(model), **UNEVEN)
         train(model, opt, 3)
-        opt.close()  # hooks belong to the process that made them
+        opt.close()  # removes the hooks, which belong to the original model
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             clone, other = copied((model, opt))

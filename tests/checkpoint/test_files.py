@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, whatever interrupts the write, and read without running code."""
+"""Checkpoint files: written completely or not at all if interrupted, and read without running their code."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def resumed(path: Path) -> tuple[Net, CTROptimizer, int]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process: needs os.fork")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, share: float) -> None:
-    """Killed when ``share`` of the new file is on the disk: the old one is whole, and training resumes from it."""
+    """If a process is killed after it wrote ``share`` of a new file, training resumes from the complete old file."""
     path = tmp_path / "last.pt"
     model, opt = run_and_save(path, 5)
     train(model, opt, 2, start=5)
     pid = os.fork()
-    if pid == 0:  # the child
+    if pid == 0:  # in the child process
         try:
             write = torch.save
 
@@ -65,7 +65,7 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, share: float) -> None:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2  # what the killed process left lies beside it, under another name
+    assert len(list(tmp_path.iterdir())) == 2  # the checkpoint and the killed process's temporary file
     again, other, step = resumed(path)
     assert step == 5
     train(again, other, 7, start=5)
@@ -75,7 +75,7 @@ def test_kill_9_in_the_middle_of_a_write(tmp_path: Path, share: float) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process: needs os.fork")
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
-    """A process that does nothing but save is killed from outside: the file is always one of those it wrote."""
+    """If a process that saves in a loop is killed, the file is always one of its complete checkpoints."""
     path = tmp_path / "last.pt"
     for attempt in range(8):
         save_checkpoint(path, {"count": 0, "weight": torch.zeros(20_000)})
@@ -101,7 +101,7 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     run_and_save(path, 1)
-    with pytest.raises((pickle.PicklingError, AttributeError)):  # Python 3.13 and older say it differently
+    with pytest.raises((pickle.PicklingError, AttributeError)):  # the type depends on the Python version
         save_checkpoint(path, {"model": (lambda: None)})
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and resumed(path)[2] == 1
     with pytest.raises(FileNotFoundError):
@@ -119,7 +119,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
 
 
 def test_a_corrupted_file_is_refused(tmp_path: Path) -> None:
-    """One bit of a tensor: the file's own checksums tell."""
+    """The file's checksums reveal one changed bit in a tensor."""
     path = tmp_path / "last.pt"
     marker = torch.arange(1000.0)
     save_checkpoint(path, {"weight": marker})
@@ -137,7 +137,7 @@ def test_a_missing_file_is_missing(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """What it says to do when it is loaded would leave a trace."""
+    """An object whose unpickling would create a directory."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

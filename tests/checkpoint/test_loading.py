@@ -1,4 +1,4 @@
-"""What a checkpoint restores, and at what cost: memory, the bound, ranks of several adapters."""
+"""Loading of checkpoints: memory use, the restored bound, and ranks of several adapters."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OPTIONS: dict[str, Any] = dict(lr=0.05, max_kl=1e-3, factor_interval=3, basis_in
 
 
 def add_huge_frozen_weight(model: nn.Module) -> None:
-    """A frozen weight of 2^48 numbers in the memory of one: nothing of its shape can be allocated."""
+    """Add a frozen weight with 2^48 entries that share one number's memory; no copy of it can be allocated."""
     model.register_parameter("huge", nn.Parameter(torch.zeros(1).expand(1 << 24, 1 << 24), requires_grad=False))
 
 
 class WithLoss(nn.Module):
-    """A net that returns its loss: ``curvature="hutchinson"`` measures the Hessian of that loss."""
+    """A model that returns its loss, whose Hessian ``curvature="hutchinson"`` measures."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class WithLoss(nn.Module):
 
 
 def train_on_own_loss(model: nn.Module, opt: CTROptimizer, steps: int, start: int = 0) -> None:
-    """Train on the loss that the model returns."""
+    """Train with the loss that the model returns."""
     for step in range(start, start + steps):
         opt.zero_grad()
         model(*batch(step)).loss.backward()

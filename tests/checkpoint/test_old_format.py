@@ -1,4 +1,4 @@
-"""A checkpoint that version 0.1.0 wrote, inside a sketch window, loads and continues to the same weights."""
+"""A checkpoint of version 0.1.0 from within a sketch window loads, and training continues to the same weights."""
 
 from __future__ import annotations
 

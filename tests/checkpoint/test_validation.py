@@ -1,4 +1,4 @@
-"""Checkpoints, field by field: what is missing, strange or damaged is refused."""
+"""Validation of checkpoints: each missing, unexpected or damaged field raises an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Refuses = Callable[..., None]
 
 @pytest.fixture
 def refused() -> Iterator[Refuses]:
-    """Asserts that a state is refused with a ValueError, and that of it nothing is loaded."""
+    """A function that asserts that loading a state raises a ValueError and changes nothing."""
     model = net(seed=2)
     opt = optimizer(model, rank_scheduler=RANKS, max_kl=1e-3, calibration_interval=2)
     train(model, opt, 2)
@@ -45,7 +45,7 @@ def refused() -> Iterator[Refuses]:
 
 
 def changed(state: Any, *path: Any, value: Any = None, drop: bool = False) -> Any:
-    """A deep copy with one thing in it changed, or taken out."""
+    """Return a deep copy in which one entry is changed or removed."""
     state = copy.deepcopy(state)
     inner = state
     for key in path[:-1]:
@@ -79,7 +79,7 @@ def test_every_number_is_checked(saved: dict[str, Any], refused: Refuses) -> Non
         if isinstance(value, int):
             refused(changed(saved, "param_groups", 0, "ctr", name, value=1.5), f"checkpoint: {name} is")
             refused(changed(saved, "param_groups", 0, "ctr", name, value=None), f"checkpoint: {name} is")
-        if name not in ("version", "watched"):  # checkpoints of earlier versions have none
+        if name not in ("version", "watched"):  # checkpoints of earlier versions lack these
             refused(changed(saved, "param_groups", 0, "ctr", name, drop=True), name)
     for bad in (None, 3, [], "ctr"):
         refused(changed(saved, "param_groups", 0, "ctr", value=bad), "another optimizer wrote it")

@@ -1,4 +1,4 @@
-"""Which LoRA layers belong to which parameters."""
+"""Discovery: the optimizer finds the LoRA layers that belong to its parameters."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_dora_keeps_its_magnitude_outside_the_pairs() -> None:
 
 
 def check_two_layers(model: nn.Sequential, x: torch.Tensor) -> CTROptimizer:
-    """Layers of ranks 2 and 3 and an alpha of 8 are found, and a step gives them factors."""
+    """Check that layers of ranks 2 and 3 with alpha 8 are found, and that a step gives them factors."""
     opt = CTROptimizer(trainable(model), **QUIET)
     assert [(p.name, p.rank, p.scaling) for p in opt.pairs] == [("0", 2, 4.0), ("2", 3, pytest.approx(8 / 3))]
     assert opt.pairs[0].A is model[0].lora_a.weight and opt.pairs[1].B is model[2].lora_b.weight
@@ -88,7 +88,7 @@ def test_torchtune_style_layers() -> None:
 
 
 def test_torchtitan_style_layers_keep_their_scale_when_ranks_move() -> None:
-    """A linear layer that became a LoRA layer: neither rank nor alpha, only ``_lora_scaling``."""
+    """torchtitan's LoRA layers have no attributes for rank and alpha, only ``_lora_scaling``."""
     model = nn.Sequential(TorchtitanLinear(12, 6, 2, 8.0), nn.Tanh(), TorchtitanLinear(6, 10, 3, 8.0))
     opt = check_two_layers(model, torch.randn(7, 12))
     pair = opt.pairs[0]
@@ -206,7 +206,7 @@ def test_a_scan_survives_weak_proxies() -> None:
     gc.collect()
     model = net()
     assert names(CTROptimizer(trainable(model), **QUIET)) == {"up", "down"}
-    assert type(proxy) in weakref.ProxyTypes  # alive during the scan
+    assert type(proxy) in weakref.ProxyTypes  # keeps the weak proxy alive during the search
 
 
 # -- no pairs, odd pairs ----------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_without_lora_layers_and_a_bound_it_is_adamw() -> None:
                 model(x).square().mean().backward()
                 opt.step()
         found = ours.metrics()
-    assert not caught  # full fine-tuning is supported: nothing to warn of
+    assert not caught  # full fine-tuning is supported, so there is no warning
     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     assert found["ranks"] == {} and found["kl_from_base"] == 0 and found["trust/scale"] == 1.0
@@ -288,7 +288,7 @@ def test_the_same_layer_under_two_names_is_one_pair() -> None:
 
 
 def test_models_of_one_size_come_in_the_order_of_their_parameters() -> None:
-    """Processes add up statistics layer by layer, so that the heap must not choose the order."""
+    """Processes add up statistics layer by layer, so the order of layers must not depend on the heap."""
     models = [net(seed) for seed in range(4)]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
         opt = CTROptimizer([p for i in order for p in trainable(models[i])])

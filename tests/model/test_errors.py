@@ -1,4 +1,4 @@
-"""Arguments that make no sense, gradients that cannot be used."""
+"""Errors for invalid arguments and for unusable gradients."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_step_with_a_bad_gradient_is_skipped(where: str, bad: float, options: 
         assert all(torch.equal(f[k], factors[name][k]) for k in f)
     for key, entry in opt.state_dict()["state"].items():
         assert entry["step"] == state[key]["step"]
-        for moment in ("exp_avg", "exp_avg_sq"):  # up to the rounding of a renewed, equal basis
+        for moment in ("exp_avg", "exp_avg_sq"):  # equal up to rounding, because the basis was recomputed
             torch.testing.assert_close(entry[moment], state[key][moment], rtol=1e-6, atol=1e-12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

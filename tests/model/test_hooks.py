@@ -1,4 +1,4 @@
-"""A model that is being trained can be copied, pickled and saved whole."""
+"""During training, the model can be copied, pickled and saved as a whole."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_copy_is_a_model_like_any_other(copied: Callable[[Net], Net]) -> None:
     assert same(snapshot(clone), snapshot(model))
     assert torch.equal(clone(batch()[0]), model(batch()[0]))
     before = factors_of(opt)
-    train(clone, torch.optim.SGD(clone.parameters(), lr=0.1), 2)  # nobody listens
+    train(clone, torch.optim.SGD(clone.parameters(), lr=0.1), 2)  # the hooks of the copy do nothing
     opt.zero_grad()
     assert all(torch.equal(f[k], factors_of(opt)[n][k]) for n, f in before.items() for k in f)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -74,7 +74,7 @@ def test_a_compiled_model_stays_one_graph() -> None:
 
 @pytest.mark.parametrize("what", ["step", "training"])
 def test_steps_within_a_compiled_function_are_the_same_steps(what: str) -> None:
-    """Of ``step()`` itself, or of all that a loop does; the graph breaks at the optimizer, as it does at torch's."""
+    """Compiles ``step()`` or a whole loop body; the graph breaks at the optimizer, as for torch's optimizers."""
     torch.compiler.reset()
     found = []
     for compiled in (False, True):
@@ -94,7 +94,7 @@ def test_steps_within_a_compiled_function_are_the_same_steps(what: str) -> None:
         found.append((snapshot(model), opt.metrics()))
     (weights, plain), (others, compiled_metrics) = found
     assert same(weights, others) and plain.keys() == compiled_metrics.keys()
-    # a graph keeps a slice that cannot be enlarged, so the coupling is measured on other rows there
+    # A compiled graph stores a slice of fixed size, so the coupling is measured on other rows.
     measured = (
         {"trust/coupling", "trust/predicted_kl", "kl_from_base", "kl_from_base/layer"} if what == "training" else set()
     )

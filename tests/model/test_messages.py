@@ -1,4 +1,4 @@
-"""What users read where something is misspelt, missing or useless: refusals, warnings and the optimizer's text."""
+"""Texts for users: errors and warnings about misspelt, missing or useless arguments, and the optimizer's repr."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_an_interval_longer_than_the_run_warns() -> None:
         opt = optimizer(net(), rank_scheduler=RankScheduler(interval=100, total_steps=90))
     silent(lambda: setattr(opt, "rank_scheduler", RankScheduler(interval=50, total_steps=90)))
     with pytest.warns(UserWarning, match="no rank event"):
-        opt.rank_scheduler = RankScheduler(interval=60, total_steps=90)  # until=0.6 ends before
+        opt.rank_scheduler = RankScheduler(interval=60, total_steps=90)  # the last event may be at step 54 (until=0.6)
 
 
 def test_a_frozen_adapter_warns() -> None:

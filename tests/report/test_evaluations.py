@@ -1,4 +1,4 @@
-"""The trainers' evaluations reach the event log."""
+"""Evaluation results of trainers are written to the event log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report shows, against the event log that it was made from."""
+"""Contents of reports, compared with the event log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib", reason="behind the plot extra")
 
 
 def blocks(count: int = 3) -> Run:
-    """A run of two modules in several blocks, and of a layer that stands in none."""
+    """Return a run with two modules in each of several blocks, and one layer outside of blocks."""
     names = [f"model.layers.{b}.{m}" for b in range(count) for m in ("q", "v")]
     history = {name: [(0, 4), (10, 4 + i), (20, 3)] for i, name in enumerate(names)}
     shares = {name: float(i) for i, name in enumerate([*names, "head"], 1)}
@@ -35,7 +35,7 @@ def blocks(count: int = 3) -> Run:
 
 
 def axes_of(run: Run, name: str) -> dict[str, Any]:
-    """The axes of one figure by their titles."""
+    """Return the axes of one figure by title."""
     figure = drawn([part for part in figures(run) if part[0] == name])
     return {axis.get_title(loc="left"): axis for axis in figure.axes}
 
@@ -74,7 +74,7 @@ def test_ranks_over_time(run: Path) -> None:
 def test_the_maps_show_the_ranks() -> None:
     run = blocks()
     maps = axes_of(run, "ranks over time")
-    expected = [[4, 4, 3], [4, 6, 3], [4, 8, 3]]  # q's of the three blocks, from step 0, 10 and 20
+    expected = [[4, 4, 3], [4, 6, 3], [4, 8, 3]]  # rank of q in the three blocks, from steps 0, 10 and 20
     assert cells(maps["q"]).tolist() == expected
     at_end = axes_of(run, "layers")["rank at the end"]
     np.testing.assert_equal(cells(at_end), [[3, 3, 3], [3, 3, 3], [4, np.nan, np.nan]])
@@ -109,7 +109,7 @@ def test_the_page_needs_nothing_else(make: Any, tmp_path: Path) -> None:
         assert f"<th>{name}</th>" in page
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
     assert len(drawings) == 3 and all(len(ElementTree.fromstring(svg)) for svg in drawings)
-    assert not any(color in svg for svg in drawings for color in (INK, PAPER, ACCENT))  # the page's own instead
+    assert not any(color in svg for svg in drawings for color in (INK, PAPER, ACCENT))  # the page uses its own colours
 
 
 def test_a_run_in_which_nothing_happened(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_run_in_which_nothing_happened(tmp_path: Path) -> None:
 
 
 def judged(name: str = "judged", evals: Sequence[float] = (2.2, 2.0, 2.1), **metrics: Any) -> Run:
-    """A run of 30 steps whose bound acted in 20 of them, evaluated every tenth."""
+    """Return a run of 30 steps, in 20 of which the bound acted, with an evaluation every ten steps."""
     whole = {"kl_from_base": 0.31, "trust/predicted_kl": 0.01, "trust/max_kl": 0.02, "trust/coupling": 50.0}
     whole |= {"trust/source": "measured", "skipped_steps": 0, **metrics}
     logs = [{"step": s, "loss": 3.0 - s / 30, "trust/scale": 0.5 if s <= 20 else 1.0, **whole} for s in range(1, 31)]
@@ -193,7 +193,7 @@ def test_the_losses_are_drawn_together() -> None:
 
 
 def test_one_curve_needs_no_legend() -> None:
-    axes = axes_of(blocks(), "curves")  # with lines that mark rank events
+    axes = axes_of(blocks(), "curves")  # lines that mark rank events need no legend
     assert axes["loss (nats per token)"].get_legend() is None
 
 
@@ -227,7 +227,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_run_is_followed_while_it_trains(tmp_path: Path) -> None:
-    """Between two looks the run begins, writes half of a line, and the other half."""
+    """Between reads, the run starts and writes first one half of a line, then the other half."""
     file = tmp_path / "events.jsonl"
     log = '{"event": "log", "step": 5, "loss": 2.5, "kl_from_base": 0.25, "trust/max_kl": 0.1, "trust/scale": 0.5}\n'
     pieces = iter(['{"event": "start", "step": 0, "ranks": {"a": 4}}\n' + log[:30], log[30:], "not json\n"])

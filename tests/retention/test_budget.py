@@ -1,4 +1,4 @@
-"""The bound on the distance from the base model, as measured by the test itself."""
+"""The budget: the test itself measures the KL from the base model and compares it with the bound."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_the_budget_holds_on_retained_text(limit: float) -> None:
         used.append(distance(model, base, ids))
         found = opt.metrics()
         assert found["budget/limit"] == limit and found["retain/kl"] == found["budget/used"] <= 1.02 * limit
-    assert max(used) <= 1.05 * limit  # between measurements, too
-    assert max(used) > min(0.5 * limit, 0.04)  # and it is made use of
+    assert max(used) <= 1.05 * limit  # holds also between measurements
+    assert max(used) > min(0.5 * limit, 0.04)  # training uses the budget
 
 
 def test_without_text_the_budget_holds_on_the_batch() -> None:
@@ -50,11 +50,11 @@ def test_without_text_the_budget_holds_on_the_batch() -> None:
     opt = optimizer(model, lr=0.05, max_kl=0.05, calibration_interval=4, kl_budget=0.05)
     for step in range(30):
         opt.zero_grad()
-        ids, labels = batch(0)  # always the same, so that the test can measure what the optimizer does
+        ids, labels = batch(0)  # one fixed batch, so that the test and the optimizer measure the same KL
         backward(model, (ids, labels))
         opt.step()
         with torch.no_grad():
-            kl = exact_kl(base(ids), model(ids))[labels != -100].mean()  # so few tokens are run again as they are
+            kl = exact_kl(base(ids), model(ids))[labels != -100].mean()  # a batch this small is run again whole
         assert kl <= 1.1 * 0.05, step
     assert "retain/kl" not in opt.metrics() and opt.metrics()["budget/used"] <= 1.02 * 0.05
 
@@ -70,7 +70,7 @@ def test_a_budget_that_is_never_reached_changes_nothing() -> None:
 
 
 def test_the_loss_still_falls_at_the_boundary() -> None:
-    """The step's tangential part is left: the loss falls on while the budget is full."""
+    """With a full budget, the tangential component of the steps remains, so the loss continues to fall."""
     model = net(b_std=0.0)
     opt = optimizer(model, lr=0.05, max_kl=3e-4, calibration_interval=4, retain=TEXT, kl_budget=3e-3)
     losses, used, data = [], [], batch(0, n=16)
@@ -86,7 +86,7 @@ def test_the_loss_still_falls_at_the_boundary() -> None:
 
 def test_measurements_come_more_often_as_the_budget_fills() -> None:
     class Straight:
-        """A model that moves by the length of each step."""
+        """A meter of a model whose distance from its base grows by the length of each step."""
 
         on_text = True
 

@@ -1,4 +1,4 @@
-"""Training in the coordinates of retained text, against a reference that puts P into the model's forward."""
+"""Training in the coordinates of retained text, compared with a reference that has P in the model's forward."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def whiteners(found: Retention) -> dict[str, Tensor]:
 
 
 class WithP(nn.Module):
-    """A LoRA layer that reads its input through P; its A is the A' of the coordinates."""
+    """A LoRA layer that multiplies its input by P, so that its A is the A' of the coordinates."""
 
     def __init__(self, layer: Any, P: Tensor) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_the_start_changes_no_function() -> None:
     before = model(TEXT[0])
     a, P = {n: layer.lora_A.weight.clone() for n, layer in lora_layers(model).items()}, whiteners(retention(model))
     opt = optimizer(model, retain=retention(model))
-    after = model(TEXT[0])  # the first forward moves to the coordinates
+    after = model(TEXT[0])  # the first forward pass changes the coordinates
     assert torch.equal(before, after)
     for name, layer in lora_layers(model).items():
         torch.testing.assert_close(layer.lora_A.weight, a[name] @ P[name])
@@ -105,9 +105,9 @@ def test_the_predicted_kl_is_that_of_the_step_taken(structure: str) -> None:
         backward(model, batch(step))
         before = weights_of(opt)
         opt.step()
-        if step > 1:  # the factors that the step was measured in: those after its update
+        if step > 1:  # the step uses the factors after their update
             factors = factors_of(opt)
-            # H and D are moved by updates alone, so that they still are what the step saw
+            # Only updates change H and D, so they are still the factors that the step used.
             assert kl_of_step(factors, before, weights_of(opt)) == pytest.approx(
                 opt.metrics()["trust/predicted_kl"], rel=1e-6
             )
@@ -184,7 +184,7 @@ def test_ranks_move_as_without_retention(resize: str) -> None:
 
 
 def test_new_rows_begin_in_the_coordinates() -> None:
-    """A direction that retained text uses strongly has little weight in new rows of A."""
+    """New rows of A have small components along directions that are strong on retained text."""
     shares = []
     for retain in (None, TEXT * 3):
         model = net(b_std=0.0, rank=2)
@@ -254,7 +254,7 @@ def test_another_models_retention_is_refused() -> None:
 
 
 def test_products_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast is off where a step is worked out."""
+    """Autocast is off during the computation of a step."""
     model = net(b_std=0.0, dtype=torch.float32)
     opt = optimizer(model, lr=0.05, retain=TEXT * 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Second moments of what the layers read on retained text."""
+"""Second moments of the layers' inputs on retained text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def texts(count: int = 4, rows: int = 4, length: int = 12, vocab: int = 64, seed
 
 
 def inputs_of(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """``(n, d)`` what a layer reads while ``run`` runs."""
+    """Return the inputs ``(n, d)`` of a layer during ``run``."""
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
     model.eval()
@@ -34,7 +34,7 @@ def inputs_of(model: nn.Module, layer: nn.Module, run: Callable[[], Any]) -> Ten
 
 
 def dense(retention: Retention, name: str) -> Tensor:
-    """The second moment that is held of a layer, ``(d, d)``."""
+    """Return the stored second moment of a layer as a dense matrix, ``(d, d)``."""
     s = retention.statistics[retention.layers[name]]
     return (s.vectors * (s.values - s.rest)) @ s.vectors.mT + s.rest * torch.eye(s.width, dtype=s.rest.dtype)
 
@@ -135,7 +135,9 @@ def test_a_sketch_of_a_wide_layer_finds_the_largest_eigenpairs(monkeypatch: pyte
     monkeypatch.setattr(moments_module, "EXACT_WIDTH", 8)
     monkeypatch.setattr(moments_module, "EXACT_BYTES", 0)
     generator = torch.Generator().manual_seed(3)
-    scales = 1 / torch.arange(1, 201, dtype=torch.float64)  # as activations: a few directions hold most
+    scales = 1 / torch.arange(
+        1, 201, dtype=torch.float64
+    )  # as for activations, a few directions hold most of the trace
     rows = torch.randn(4000, 200, generator=generator, dtype=torch.float64) * scales
     total = moments_module.Sum(200, 2 * 4 + moments_module.OVERSAMPLED, rows.device, rows.dtype)
     for part in rows.split(500):
@@ -166,7 +168,7 @@ def test_measuring_leaves_no_trace() -> None:
     assert [m.training for m in model.modules()] == modes and same(snapshot(model), before)
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert model.config.use_cache and all(p.grad is None for p in model.parameters())
-    b = Retention.measure(model, texts(), rank=4)  # dropout is off
+    b = Retention.measure(model, texts(), rank=4)  # equal results, since dropout is off
     assert all(torch.equal(a.statistics[n].values, b.statistics[n].values) for n in a.statistics)
 
 
@@ -230,7 +232,7 @@ def test_models_that_cannot_be_measured() -> None:
 
 def test_layers_that_no_token_reaches_are_named() -> None:
     model = net()
-    model.down.forward = model.down.base.forward  # a fused kernel that reads the weights alone
+    model.down.forward = model.down.base.forward  # as a fused kernel that reads only the weights
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = Retention.measure(model, texts(vocab=11), rank=4)

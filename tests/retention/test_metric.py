@@ -1,4 +1,4 @@
-"""The whitener of retained text, against dense algebra in float64."""
+"""The whitener of retained text, compared with dense linear algebra in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ settings = {"power": st.sampled_from([0.0, 0.25, 0.5, 1.0]), "damping": st.sampl
 
 
 def second_moment(seed: int, width: int, spread: float) -> Tensor:
-    """``(d, d)`` symmetric positive definite, its eigenvalues over ``spread`` decades."""
+    """Return a symmetric positive definite matrix ``(d, d)`` whose eigenvalues span ``spread`` decades."""
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     return (q * torch.logspace(0, spread, width, dtype=torch.float64)) @ q.mT
@@ -27,7 +27,7 @@ def eigenpairs(C: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense(C: Tensor, power: float, damping: float) -> Tensor:
-    """P by its definition."""
+    """Return P, computed from its definition."""
     values, vectors = torch.linalg.eigh(C)
     P = (vectors * (values + damping * values.mean()) ** -power) @ vectors.mT
     return P * (C.trace() / (P @ C @ P).trace()).sqrt()
@@ -39,7 +39,7 @@ def test_symmetric_positive_definite_and_of_the_same_trace(seed: int, rank: int,
     P = metric_of(*eigenpairs(C, rank), data.draw(settings["power"]), data.draw(settings["damping"])).to_dense()
     torch.testing.assert_close(P, P.mT, rtol=0, atol=1e-9)
     assert torch.linalg.eigvalsh(P).amin() > 0
-    torch.testing.assert_close((P @ C @ P).trace(), C.trace())  # of the whole C, not of its flattened form alone
+    torch.testing.assert_close((P @ C @ P).trace(), C.trace())  # holds for the full C, not only for its low-rank form
 
 
 @given(st.integers(0, 99), st.sampled_from([0.0, 2.0, 5.0]), st.data())

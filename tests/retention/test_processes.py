@@ -1,4 +1,4 @@
-"""Retained text in two processes: sums go over both, and sharded models run equally many passes."""
+"""Retained text in two processes: sums cover both, and sharded models run the same number of passes in each."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_error_in_one_process_is_raised_in_both(tmp_path: Path) -> None:
 
 
 def trained(rank: int, folder: Path, kind: str) -> Any:
-    """Four steps of a fresh adapter on this process's half of each batch (on all of it for ``"one"``)."""
+    """Train a fresh adapter for four steps on this process's half of each batch (on whole batches for ``"one"``)."""
     model: Any = tiny_llama()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Text that the model draws itself."""
+"""Retained text that is sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_samples_have_the_base_models_own_chances() -> None:
     counts = torch.bincount(drawn[:, 1], minlength=64)
     statistic = float(((counts - 400 * chances).square() / (400 * chances)).sum())
     assert statistic < 63 + 5 * (2 * 63) ** 0.5  # chi squared with 63 degrees of freedom
-    assert bool((drawn == 2).any())  # a sequence goes on where a text ends
+    assert bool((drawn == 2).any())  # sequences continue after the end-of-text token
 
 
 def test_a_trained_adapter_does_not_show_in_the_samples() -> None:
@@ -51,7 +51,7 @@ def test_drawing_leaves_no_trace() -> None:
 
 
 class Chain(torch.nn.Module):
-    """A model without ``generate``: it always says the next token id."""
+    """A model without ``generate`` that always predicts the next token id."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is on around the optimizer - autocast, TF32, a default device or dtype - is not for its own tensors."""
+"""The user's autocast, TF32, default device and default dtype do not affect the optimizer's own tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def trained(around: Callable[[], Any], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Weights, state and metrics after some steps; all that the optimizer is asked for happens within ``around``."""
+    """Return weights, state and metrics after some steps; all calls of the optimizer run inside of ``around``."""
     options, measured = dict(options), dict(calibration_interval=2)
     model = net(dtype=torch.float32, dropout=options.pop("dropout", 0.0))
     with around():
@@ -44,7 +44,7 @@ def trained(around: Callable[[], Any], options: dict[str, Any]) -> tuple[list[Te
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """``dtype`` for floats of which nobody says what they are."""
+    """Set torch's default dtype for a block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -64,7 +64,7 @@ AROUND: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_on_around_the_optimizer_is_not_for_its_own_tensors(name: str, around: str) -> None:
-    """``meta`` stands for a GPU: what was made there could not be used."""
+    """``meta`` replaces a GPU as default device: tensors that are created there by mistake raise errors."""
     (plain, told), (within, said) = (trained(context, OPTIONS[name]) for context in (nullcontext, AROUND[around]))
     assert all(torch.equal(a, b) for a, b in zip(plain, within, strict=True))
     assert told == said
@@ -80,13 +80,13 @@ NEW = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="
         "torch.set_float32_matmul_precision('high')",
         "setattr(torch.backends.cuda.matmul, 'allow_tf32', True)",
         pytest.param("setattr(torch.backends.cuda.matmul, 'fp32_precision', 'tf32')", marks=NEW),
-        # what transformers does for tf32=True
+        # as transformers does for tf32=True
         pytest.param("setattr(torch.backends, 'fp32_precision', 'tf32')", marks=NEW),
         pytest.param("setattr(torch.backends, 'fp32_precision', 'ieee')", marks=NEW),
     ],
 )
 def test_tf32_is_off_for_a_while_however_it_was_asked_for(asked: str) -> None:
-    """In a process of its own: torch's two switches do not go together. They work without a GPU, too."""
+    """Runs in a new process, since torch does not allow to mix its two TF32 options. They work without a GPU, too."""
     code = f"""
 import torch
 from ctr_optim.runtime.devices import exact
