@@ -119,7 +119,7 @@ def token_batches(
     stream = list(islice(_stream(texts, tokenizer), tokens))
     if len(stream) < 2:
         raise ValueError(
-            f"retain: the text has {len(stream)} tokens, expected at least 2; pass more text, best {TOKENS} tokens"
+            f"retain: the text has {len(stream)} tokens, expected at least 2; pass more text, about {TOKENS} tokens"
         )
     length = min(length, len(stream))
     table = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)

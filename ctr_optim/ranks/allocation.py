@@ -126,7 +126,7 @@ def _survey_alike(
     if block.sketch:
         omega, psi = block.test_matrices()
         w_in, w_out = (of_layers(whitener, at) for whitener in whiteners)
-        # A's rows in whitened coordinates are A W^-1 = A C W^T. Only their span matters, so damping is ignored.
+        # A's rows in whitened coordinates are A W^-1 = A C W^T. Only their span matters, so damping is left out.
         span_in = block.structure.whiten(w_in, C.matmul(a.mT))
         span_out = block.structure.whiten(w_out, S.matmul(b))
         span_in = torch.zeros_like(span_in) if fresh else span_in

@@ -95,9 +95,10 @@ def compress(
     expert) stays unchanged. Do not use an optimizer of the adapter's parameters after the call.
 
     Raises:
-        ValueError, TypeError: the tolerance is not positive, the batches have no loss tokens, the model has no LoRA
-            layers, or the adapter cannot be cut (merged weights, or an initialization such as PiSSA that changes the
-            base weights).
+        TypeError: the tolerance is not a number, or a batch has an unknown type.
+        ValueError: an argument is out of range, the batches have no loss tokens, the model has no LoRA layers, or the
+            adapter cannot be cut. Adapters with merged weights, and initializations such as PiSSA that change the base
+            weights, cannot be cut.
     """
     _check(tolerance, batches, multiple, min_rank, refit)
     assert batches is not None

@@ -2,9 +2,9 @@
 
 The utility of an existing direction is the increase of the loss without it, ``sigma^2 / 2`` with sigma its singular
 value in the Fisher metric. It follows from r x r factors. The utility of an absent direction is the decrease of the
-loss by the best step along it, ``sigma^2 / 2`` with sigma a singular value of the whitened gradient
-``G~ = S^-1/2 G C^-1/2``. It follows from a sketch of G~. A layer's utilities are in decreasing order, so greedy
-allocation of a budget is optimal.
+loss by the best step along it. This is ``sigma^2 / 2`` with sigma a singular value of the whitened gradient
+``G~ = S^-1/2 G C^-1/2``, and follows from a sketch of G~. A layer's utilities are in decreasing order, so greedy
+allocation of a budget is optimal for layers of equal cost.
 
 Batched calls process all layers of one shape. Wide matrices enter through their Gram matrices; all small matrices are
 decomposed on the CPU (:func:`host`).
@@ -104,7 +104,7 @@ def absent_directions(
     energy, u = energy.flip(-1).clamp_min(0), u.flip(-1)
     known = energy > 1e-12 * energy[..., :1]
     mix = half.mT @ u * torch.where(known, energy, torch.inf).rsqrt().unsqueeze(-2)
-    mix *= mix.gather(-2, mix.abs().argmax(-2, keepdim=True)).sign()  # rounding must not choose the sign
+    mix *= mix.gather(-2, mix.abs().argmax(-2, keepdim=True)).sign()  # fix the sign, which rounding would choose
     mix = torch.cat([mix, -spanned @ mix], -2)
     return 0.5 * energy, (right @ mix.to(right.device, non_blocking=True)).to(range_.dtype)
 
@@ -149,7 +149,7 @@ def exchange_rate(utilities: Iterable[tuple[Sequence[float], Sequence[float]]]) 
     """
     layers = list(utilities)
     if all(existing for existing, _ in layers):
-        return 1.0  # only a layer without a spectrum needs the rate
+        return 1.0  # only layers of rank 0 need the rate
     rates = [
         extrapolate(existing, 1)[0] / absent[0] for existing, absent in layers if existing and absent and absent[0] > 0
     ]
