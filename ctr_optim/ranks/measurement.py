@@ -226,7 +226,7 @@ class Measurement:
             raise TypeError(f"{self.who}: a batch is a {type(batch).__name__}; pass dicts, token ids, or loss_fn=...")
         loss = getattr(self.model(**batch), "loss", None)
         if loss is None:
-            raise ValueError(f"{self.who}: the model gave no loss; expected batches with labels; pass labels or loss_fn=")
+            raise ValueError(f"{self.who}: the model gave no loss; expected batches with labels, or loss_fn=...")
         return loss  # type: ignore[no-any-return]
 
     @contextmanager
