@@ -1,4 +1,4 @@
-"""The ``ctr-optim`` command."""
+"""Command line interface: ``ctr-optim``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ctr_optim.report.log import event_file
 
 
 def report(args: argparse.Namespace) -> None:
-    """Verdict, ranks, KL and trust scale of a run, or of two side by side."""
+    """Print the verdict, ranks, KL and trust scale of one run, or of two runs side by side."""
     if len(args.runs) > 2:
-        raise ValueError(f"report: got {len(args.runs)} runs, expected one, or two to compare")
+        raise ValueError(f"report: got {len(args.runs)} runs, expected one run, or two runs to compare")
     if args.follow:
         if len(args.runs) > 1:
-            raise ValueError("report: --follow shows one run; got two")
+            raise ValueError("report: --follow shows one run, got two; pass one run, or leave out --follow")
         _follow(args.runs[0], args.interval)
     runs = [read_run(run) for run in args.runs]
     print(side_by_side(runs) if len(runs) > 1 else table(runs[0], every=args.all))
@@ -42,20 +42,20 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _follow(run: str, seconds: float) -> None:
-    """Print a run's log as it grows, until the user interrupts."""
+    """Print new lines of a run's log until the user presses Ctrl-C."""
 
     def wait() -> bool:
         time.sleep(seconds)
         return True
 
-    print(f"{event_file(run)}: Ctrl-C ends, and shows the report", flush=True)
+    print(f"{event_file(run)}: press Ctrl-C to stop and to show the report", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         for line in follow(run, wait):
             print(line, flush=True)
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Layers of a saved adapter."""
+    """Print the layers of a saved adapter."""
     layers = sorted(read_adapter(args.adapter).layers, key=lambda layer: _natural(layer.name))
     rows = [(la.name, str(la.rank), f"{la.scaling:.4g}", f"{la.norm:.4g}", f"{la.parameters:,}") for la in layers]
     print("\n".join(columns(("layer", "rank", "scaling", "|s B A|", "parameters"), rows)))
@@ -68,18 +68,18 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names as people count: layer 2 before layer 10."""
+    """Return a sort key that compares numbers by value: layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def export(one: Export, args: argparse.Namespace) -> None:
-    """Write a saved adapter in another form."""
+    """Write a saved adapter in another format."""
     result = one.write(args.adapter, args.out)
     print(f"wrote {args.out}: {one.report.format(result)}")
 
 
 def compress(args: argparse.Namespace) -> None:
-    """Cut a saved adapter to a tolerance."""
+    """Cut a saved adapter to a tolerance, and print its size, loss and cost."""
     out = args.out or f"{Path(args.adapter)}-compressed"
     found = compress_files(
         args.adapter, args.model, args.data, args.tolerance, out,
@@ -103,27 +103,31 @@ def compress(args: argparse.Namespace) -> None:
 
 
 def fix_torchtune(args: argparse.Namespace) -> None:
-    """Write the ranks of an adapter that torchtune saved into its config."""
+    """Write the ranks of an adapter that torchtune saved into the adapter's config."""
     ranks = fix_torchtune_adapter(args.adapter).values()
     print(f"wrote {args.adapter}: {len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ctr-optim", description="Look at runs and adapters of ctr_optim.")
+    """Run one command, and return the exit status: 0, or 1 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="ctr-optim", description="Report on training runs, and inspect, compress and convert saved adapters."
+    )
     parser.add_argument("--version", action="version", version=f"ctr_optim {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    one = commands.add_parser("report", help="a run's verdict, losses, ranks, KL from base and trust scale")
-    one.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, or its events.jsonl; two to compare")
+    one = commands.add_parser("report", help="show a run's verdict, losses, ranks, KL from base and trust scale")
+    one.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory or events.jsonl; two runs to compare")
     one.add_argument("--all", action="store_true", help="list every layer, in the model's order")
-    one.add_argument("--follow", action="store_true", help="show a run while it trains; Ctrl-C ends")
-    one.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (default: 1)")
-    one.add_argument("--png", metavar="FILE", help="draw curves and ranks (needs matplotlib)")
-    one.add_argument("--html", metavar="FILE", help="write a page with all of it, one file (needs matplotlib)")
+    one.add_argument("--follow", action="store_true", help="show a run while it trains; stop with Ctrl-C")
+    one.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="seconds between updates of --follow (default: 1)"
+    )
+    one.add_argument("--png", metavar="FILE", help="write a picture of curves and ranks (needs matplotlib)")
+    one.add_argument("--html", metavar="FILE", help="write the whole report as one HTML file (needs matplotlib)")
     one.set_defaults(run_command=report)
 
-    one = commands.add_parser("inspect", help="ranks, scalings, norms and sizes of a saved PEFT adapter")
+    one = commands.add_parser("inspect", help="list ranks, scalings, norms and sizes of a saved PEFT adapter")
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.set_defaults(run_command=inspect)
 
@@ -133,24 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         one.add_argument("out", help="the directory to write")
         one.set_defaults(run_command=partial(export, kind))
 
-    one = commands.add_parser("compress", help="the smallest adapter that costs at most so many nats per token")
+    one = commands.add_parser("compress", help="cut an adapter to the fewest parameters within a tolerance in nats")
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.add_argument("--model", required=True, help="the base model: a directory, or a name on the Hub")
     one.add_argument(
-        "--data", required=True, metavar="FILE", help="rows of the task, JSON Lines: prompt and completion"
+        "--data", required=True, metavar="FILE", help="JSON Lines file with rows of the task: prompt and completion"
     )
-    one.add_argument("--tolerance", type=float, default=0.01, help="nats per token that it may cost (default: 0.01)")
+    one.add_argument("--tolerance", type=float, default=0.01, help="largest cost, in nats per token (default: 0.01)")
     one.add_argument("--out", metavar="DIR", help="the directory to write (default: ADAPTER-compressed)")
-    one.add_argument("--rank-uniform", action="store_true", help="one rank for all layers, for servers that want that")
+    one.add_argument(
+        "--rank-uniform", action="store_true", help="one rank for all layers, for servers that support only one"
+    )
     one.add_argument("--multiple", type=int, default=1, metavar="N", help="ranks are multiples of N, such as 8")
-    one.add_argument("--rows", type=int, default=256, help="rows that are used at most (default: 256)")
-    one.add_argument("--batch", type=int, default=8, help="rows in a forward pass (default: 8)")
-    one.add_argument("--max-length", type=int, default=1024, help="tokens of a row at most (default: 1024)")
-    one.add_argument("--device", help="where the model runs (default: a GPU, if there is one)")
+    one.add_argument("--rows", type=int, default=256, help="largest number of rows to use (default: 256)")
+    one.add_argument("--batch", type=int, default=8, help="rows in one forward pass (default: 8)")
+    one.add_argument("--max-length", type=int, default=1024, help="largest number of tokens in a row (default: 1024)")
+    one.add_argument("--device", help="device of the model (default: a GPU if there is one, else the CPU)")
     one.set_defaults(run_command=compress)
 
     one = commands.add_parser(
-        "fix-torchtune-adapter", help="write ranks that moved into torchtune's adapter_config.json"
+        "fix-torchtune-adapter", help="write the current ranks into the adapter_config.json that torchtune saved"
     )
     one.add_argument("adapter", help="a directory with adapter_config.json and adapter_model.safetensors")
     one.set_defaults(run_command=fix_torchtune)
@@ -160,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run_command(args)
     except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         missing = isinstance(error, ModuleNotFoundError) and "safetensors" in str(error)
-        hint = "; adapters are read with it: pip install 'ctr_optim[hf]'" if missing else ""
+        hint = "; safetensors is needed to read adapters: run pip install 'ctr_optim[hf]'" if missing else ""
         print(f"ctr-optim: {error}{hint}", file=sys.stderr)
         return 1
     return 0

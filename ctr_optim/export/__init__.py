@@ -1,1 +1,1 @@
-"""Adapters in the forms that other programs read."""
+"""Write adapters in formats that other programs read, and read saved adapters."""

@@ -1,4 +1,4 @@
-"""A PEFT model's adapter as PEFT saves it."""
+"""Read and write a PEFT model's adapter in PEFT's file format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from ctr_optim.runtime.distributed import is_first, whole
 
 
 def adapter_of(model: Any, adapter: str, who: str) -> tuple[dict[str, Tensor], dict[str, float], Any]:
-    """An adapter's weights as PEFT saves them, every layer's scaling by its name there, and a copy of its config."""
+    """Return an adapter's weights by PEFT's saved names, the scaling of each layer, and a copy of the config.
+
+    Args:
+        model: a ``PeftModel``.
+        adapter: the adapter's name.
+        who: the caller's name, for error messages.
+
+    Raises:
+        TypeError: ``model`` is not a PEFT model with this adapter.
+    """
     if adapter not in getattr(model, "peft_config", {}):
         raise TypeError(f"{who}: got {type(model).__name__}, expected a PeftModel with an adapter {adapter!r}")
     from peft import get_peft_model_state_dict
@@ -29,7 +38,7 @@ def adapter_of(model: Any, adapter: str, who: str) -> tuple[dict[str, Tensor], d
 
 
 def write(config: Any, weights: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
-    """Write the same files as PEFT's ``save_pretrained``."""
+    """Write the same files as PEFT's ``save_pretrained``; only the first process writes."""
     from safetensors.torch import save_file
 
     if not is_first():
@@ -40,20 +49,20 @@ def write(config: Any, weights: Mapping[str, Tensor], directory: str | os.PathLi
 
 
 def half_of(key: str) -> str | None:
-    """``"A"`` or ``"B"``, of a linear, convolutional or embedding layer."""
+    """Return ``"A"`` or ``"B"`` for a key of a linear, convolutional or embedding LoRA layer, else None."""
     found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$", key)
     return found and found[1]
 
 
 def zero_padded(weight: Tensor, size: int, dim: int) -> Tensor:
-    """With zeros at the end of ``dim``."""
+    """Return the weight with zeros appended along ``dim``, up to ``size``."""
     shape = list(weight.shape)
     shape[dim] = size - shape[dim]
     return torch.cat([weight, weight.new_zeros(shape)], dim)
 
 
 def _scalings(model: Any, adapter: str) -> dict[str, float]:
-    """Scaling of every layer, by the layer's name in the saved weights."""
+    """Return the scaling of every layer, by the layer's name in the saved weights."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "scaling", None), dict) and adapter in module.scaling:

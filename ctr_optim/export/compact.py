@@ -1,4 +1,4 @@
-"""A PEFT adapter of exactly the directions in use."""
+"""Save a PEFT adapter without its unused directions."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from ctr_optim.export.files import prefix_free
 
 
 def export_compact(model: Any, directory: str | os.PathLike[str], adapter: str = "default") -> dict[str, int]:
-    """Save a PEFT model's adapter without the directions that are zero; the model itself is not touched.
+    """Save a PEFT model's adapter without the directions that are zero. The model does not change.
 
-    What masked training saves is a plain adapter, too, of the ranks that were allocated. This one holds those in use,
-    and leaves out layers that use none (with DoRA they stay: their magnitude is trained, too). The most frequent rank
-    becomes the config's ``r``; ``rank_pattern`` names the other layers.
-    Under FSDP2 every process calls it; the first one writes.
+    PEFT's ``save_pretrained`` writes the allocated ranks after masked training. This function writes the ranks in use,
+    and leaves out layers of rank 0. DoRA layers of rank 0 stay, because their magnitudes are trained, too. The most
+    frequent rank becomes the config's ``r``; ``rank_pattern`` lists the other layers. Under FSDP2, call the function in
+    every process; the first process writes.
 
     Args:
         model: a ``PeftModel`` with a LoRA adapter.
-        directory: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        adapter: its name.
+        directory: directory to write, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter: the adapter's name (default: "default").
 
     Returns:
-        the ranks written, by layer; 0 for what was left out.
+        Written rank by layer name; 0 for layers that were left out.
 
     Raises:
-        TypeError: if ``model`` is no PEFT model with that adapter.
-        ValueError: if no layer uses any direction: there is nothing to save.
+        TypeError: ``model`` is not a PEFT model with this adapter.
+        ValueError: all directions are zero, so there is nothing to save.
     """
     weights, scalings, config = adapter_of(model, adapter, "export_compact")
     kept, ranks = compact(weights, keep_empty=bool(config.use_dora))
     name = {layer: prefix_free(layer) for layer in ranks}
     if not any(ranks.values()):
-        raise ValueError("export_compact: every direction of the adapter is zero; there is nothing to save")
+        raise ValueError(
+            "export_compact: every direction of the adapter is zero, so there is nothing to save; train the adapter "
+            "first"
+        )
     root = {layer: math.sqrt(rank) if config.use_rslora else rank for layer, rank in ranks.items()}
     kinds = {layer: (rank, scalings[layer] * root[layer]) for layer, rank in ranks.items() if rank}
     config.r, config.lora_alpha = Counter(kinds.values()).most_common(1)[0][0]
@@ -54,11 +57,11 @@ def export_compact(model: Any, directory: str | os.PathLike[str], adapter: str =
 
 
 def compact(weights: Mapping[str, Tensor], keep_empty: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Weights without directions that are zero in both A and B, and the ranks left, by layer.
+    """Remove directions that are zero in both A and B; return the remaining weights, and ranks by layer name.
 
     Args:
-        weights: as PEFT saves them; layers whose halves are no matrices stay as they are.
-        keep_empty: one zero direction stays where none is in use; else such layers are left out.
+        weights: weights by PEFT's saved names. Layers whose A is not a matrix stay unchanged.
+        keep_empty: whether a layer of rank 0 keeps one direction of zeros. Otherwise it is left out.
     """
     kept, ranks = dict(weights), {}
     for key, a in weights.items():
@@ -79,7 +82,7 @@ def compact(weights: Mapping[str, Tensor], keep_empty: bool) -> tuple[dict[str, 
 
 
 def _excluded(before: Any, names: list[str]) -> Any:
-    """PEFT's ``exclude_modules``, with ``names`` added to what it was: None, names, or one regular expression."""
+    """Return PEFT's ``exclude_modules`` with ``names`` added; ``before`` is None, names, or a regular expression."""
     if not names:
         return before
     if isinstance(before, str):

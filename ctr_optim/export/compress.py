@@ -1,4 +1,4 @@
-"""Compress a saved PEFT adapter into another directory."""
+"""Compress a saved PEFT adapter, and write the result to another directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from ctr_optim.ranks.compress import Compression, compress
 
 @dataclass(frozen=True)
 class CompressedFiles:
-    """Result of :func:`compress_files`: the compression, and the sizes of both adapters' weights in bytes."""
+    """Result of :func:`compress_files`.
+
+    Attributes:
+        done: result of the compression.
+        bytes_before, bytes_after: sizes of both adapters' weight files, in bytes.
+    """
 
     done: Compression
     bytes_before: int
@@ -42,18 +47,22 @@ def compress_files(
     """Cut the adapter in ``source`` with :func:`ctr_optim.compress`, and save the result in ``directory``.
 
     Args:
-        source: an adapter that PEFT saved.
-        model: its base model, a directory or a name on the Hub.
-        data: a JSON Lines file of rows of the adapter's task (:mod:`ctr_optim.export.rows`).
-        tolerance: nats per loss token.
-        uniform, multiple: as in :func:`ctr_optim.compress`; with ``uniform`` every layer keeps a rank of at least 1.
-        rows: the most rows that are used.
-        batch: rows in a forward pass.
-        max_length: tokens of a row at most.
-        device: where the model runs (default: a GPU, if there is one).
+        source: directory of an adapter that PEFT saved.
+        model: base model of the adapter, a directory or a name on the Hub.
+        data: JSON Lines file with rows of the adapter's task (:mod:`ctr_optim.export.rows`).
+        tolerance: largest cost, in nats per loss token.
+        directory: directory to write.
+        uniform, multiple: as in :func:`ctr_optim.compress`. With ``uniform``, every layer keeps a rank of at least 1.
+        rows: largest number of rows to use.
+        batch: rows in one forward pass.
+        max_length: largest number of tokens in a row; longer rows are cut.
+        device: device of the model (default: a GPU if there is one, else the CPU).
 
     Raises:
-        FileNotFoundError, ValueError: for files that are not there, and an adapter that does not fit the model.
+        FileNotFoundError: a file is missing.
+        ModuleNotFoundError: transformers or peft is not installed.
+        ValueError: ``directory`` is ``source``, a file is invalid, the adapter does not fit the model, or
+            :func:`ctr_optim.compress` rejects an argument.
     """
     if Path(source).resolve() == Path(directory).resolve():
         raise ValueError(f"compress: {directory} is the adapter itself; write to another directory")
@@ -63,7 +72,7 @@ def compress_files(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "compress: needs transformers and peft to load the model: pip install 'ctr_optim[hf]'"
+            "compress: transformers and peft are needed to load the model; run pip install 'ctr_optim[hf]'"
         ) from None
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -78,10 +87,11 @@ def compress_files(
 
 
 def load_adapter(base: Any, source: str | os.PathLike[str]) -> Any:
-    """Return ``base`` with the adapter in ``source``.
+    """Return a ``PeftModel`` of ``base`` with the adapter in the directory ``source``.
 
     Raises:
-        ValueError: if the adapter does not fit the model.
+        FileNotFoundError: an adapter file is missing.
+        ValueError: the adapter does not fit the model, or a file is damaged.
     """
     from peft import PeftModel
 
@@ -94,6 +104,6 @@ def load_adapter(base: Any, source: str | os.PathLike[str]) -> Any:
     if missing:
         raise ValueError(
             f"{source}: the adapter does not fit {type(base).__name__}, which lacks {len(missing)} of its "
-            f"{len(wanted)} layers ({missing[0]}, ...); name the base model that it was trained on"
+            f"{len(wanted)} layers ({missing[0]}, ...); pass the base model that the adapter was trained on"
         )
     return adapted

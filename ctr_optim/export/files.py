@@ -1,4 +1,4 @@
-"""PEFT adapters on disk, read without the model that they belong to."""
+"""Read saved PEFT adapters without their base model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One layer of a saved adapter: A ``(r, d_in)``, B ``(d_out, r)`` and the scaling s."""
+    """One layer of a saved adapter.
+
+    Attributes:
+        name: the layer's name in the base model.
+        a: A ``(r, d_in)``.
+        b: B ``(d_out, r)``.
+        scaling: the factor s of ``s B A``.
+    """
 
     name: str
     a: Tensor
@@ -29,17 +36,17 @@ class SavedLayer:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """Rank r, the number of rows of A."""
         return self.a.shape[0]
 
     @property
     def parameters(self) -> int:
-        """Of A and B together."""
+        """Number of parameters in A and B."""
         return self.a.numel() + self.b.numel()
 
     @property
     def norm(self) -> float:
-        """The Frobenius norm of ``s B A``, from r x r matrices."""
+        """Frobenius norm of ``s B A``, computed from r x r matrices."""
         a, b = self.a.double(), self.b.double()
         square = ((b.mT @ b) * (a @ a.mT)).sum()
         return abs(self.scaling) * math.sqrt(max(float(square), 0.0))
@@ -47,13 +54,18 @@ class SavedLayer:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter's config and weights, by their names in the files."""
+    """Config and weights of an adapter, by their names in the files."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
 
     def scaling(self, layer: str, rank: int) -> float:
-        """The factor s that PEFT gives a layer (``base_model.model.``... or bare name) of ``rank``."""
+        """Return the factor s that PEFT computes for a layer of the given rank.
+
+        Args:
+            layer: name of the layer, with or without the prefix ``base_model.model.``.
+            rank: rank of the layer.
+        """
         alpha = self.config["lora_alpha"]
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", prefix_free(layer)):
@@ -63,7 +75,7 @@ class SavedAdapter:
 
     @property
     def scalings(self) -> dict[str, float]:
-        """Scaling of every layer, by its name in the weights."""
+        """Scaling by layer name in the weights."""
         ends = (".lora_A.weight", ".lora_embedding_A")
         return {
             layer: self.scaling(layer, weight.shape[0])
@@ -74,7 +86,7 @@ class SavedAdapter:
 
     @property
     def layers(self) -> list[SavedLayer]:
-        """Every layer with two linear halves, in the order of the file."""
+        """All layers whose A and B are matrices, in the order of the file."""
         return [
             SavedLayer(
                 prefix_free(name),
@@ -88,27 +100,32 @@ class SavedAdapter:
 
 
 def prefix_free(layer: str) -> str:
-    """A layer's name in its base model, from its name in the weights."""
+    """Return a layer's name in the base model, given its name in the weights."""
     return layer.removeprefix(_PREFIX)
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
-    """Read a LoRA adapter that PEFT saved.
+    """Read a LoRA adapter that PEFT saved in ``directory``.
 
     Raises:
-        FileNotFoundError: no ``adapter_config.json`` or ``adapter_model.safetensors`` there.
-        ValueError: it is not LoRA, or a file is damaged.
+        FileNotFoundError: ``adapter_config.json`` or ``adapter_model.safetensors`` is missing.
+        ValueError: the adapter is not LoRA, or a file is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for name in (CONFIG, WEIGHTS):
         if not (Path(directory) / name).is_file():
-            raise FileNotFoundError(f"{directory}: no {name} in it; expected what PEFT's save_pretrained wrote")
+            raise FileNotFoundError(
+                f"{directory}: found no {name}; expected a directory that PEFT's save_pretrained wrote"
+            )
     try:
         config = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
-            raise ValueError(f"{directory}: its peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+            raise ValueError(
+                f"{directory}: the config's peft_type is {config.get('peft_type')!r}, expected 'LORA'; pass a LoRA "
+                "adapter"
+            )
         return SavedAdapter(config, load_file(Path(directory) / WEIGHTS))
     except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{directory}: damaged, or not written to the end ({error}); save the adapter again") from None
+        raise ValueError(f"{directory}: damaged or incomplete ({error}); save the adapter again") from None

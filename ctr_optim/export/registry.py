@@ -1,4 +1,4 @@
-"""Exports of a saved adapter, each of which is a command ``ctr-optim export-NAME``."""
+"""Registry of export formats. Each format is a command ``ctr-optim export-NAME``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ctr_optim.export.uniform import export_uniform_files
 
 @dataclass(frozen=True)
 class Export:
-    """One way to write a saved adapter.
+    """One export format.
 
     Attributes:
-        write: called with the directory of an adapter that PEFT saved and with the directory to write.
-        help: the command's description, one line.
-        report: template of the line that the command prints; ``{}`` is the value that ``write`` returns.
+        write: function of two directories: an adapter that PEFT saved, and the directory to write.
+        help: description of the command, one line.
+        report: template of the line that the command prints; ``{}`` is replaced by the value that ``write`` returns.
     """
 
     write: Callable[[str, str], Any]
@@ -27,7 +27,7 @@ class Export:
 EXPORTS: dict[str, Export] = {
     "uniform": Export(
         export_uniform_files,
-        "the same adapter with one rank, for readers that know only one",
-        "every layer of rank {}",
+        "write the adapter with one rank for all layers, for programs that support only one",
+        "every layer has rank {}",
     ),
 }

@@ -1,4 +1,4 @@
-"""Rows of a JSON Lines file as batches for a causal language model."""
+"""Read rows of a JSON Lines file, and build batches for a causal language model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _FORMS = '{"prompt": ..., "completion": ...} (or "target"), {"messages": [...]},
 
 
 def read_rows(file: str | os.PathLike[str], most: int | None = None) -> list[dict[str, Any]]:
-    """Return the first ``most`` rows of a JSON Lines file.
+    """Return the first ``most`` rows of a JSON Lines file; all rows if ``most`` is None.
 
     Raises:
-        FileNotFoundError, ValueError: for a file that is not there, is empty, or holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, or a line is not a JSON object.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected JSON Lines, rows such as {_FORMS}")
+        raise FileNotFoundError(f"{file}: no such file; expected a JSON Lines file with rows such as {_FORMS}")
     rows: list[dict[str, Any]] = []
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -34,7 +35,7 @@ def read_rows(file: str | os.PathLike[str], most: int | None = None) -> list[dic
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+                raise ValueError(f"{file}, line {number}: not JSON ({error}); write one JSON object a line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file}, line {number}: got a {type(row).__name__}, expected {_FORMS}")
             rows.append(row)
@@ -44,10 +45,17 @@ def read_rows(file: str | os.PathLike[str], most: int | None = None) -> list[dic
 
 
 def encode(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of one row: the loss is on the completion, the last message, or the whole text.
+    """Return token ids and labels of one row. The loss covers the completion, the last message, or the whole text.
+
+    A row longer than ``max_length`` tokens loses the start of the prompt first, then the end of the completion.
+
+    Args:
+        row: a row with ``prompt`` and ``completion`` (or ``target``), with ``messages``, or with ``text``.
+        tokenizer: the model's tokenizer.
+        max_length: largest number of tokens.
 
     Raises:
-        ValueError: for a row of another form.
+        ValueError: the row has none of these forms.
     """
     completion = row.get("completion", row.get("target"))
     if "prompt" in row and completion is not None:
@@ -69,7 +77,11 @@ def encode(row: Mapping[str, Any], tokenizer: Any, max_length: int) -> tuple[lis
 def batches_of(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, size: int, max_length: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Return right-padded batches of ``size`` rows, of similar length each."""
+    """Return right-padded batches of ``size`` rows of similar length, as dicts for ``model(**batch)``.
+
+    Raises:
+        ValueError: a row has an unknown form.
+    """
     encoded = sorted((encode(row, tokenizer, max_length) for row in rows), key=lambda pair: len(pair[0]))
     return [_collate(encoded[i : i + size], device) for i in range(0, len(encoded), size)]
 
@@ -88,7 +100,7 @@ def _collate(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) 
 
 
 def _chat(tokenizer: Any, messages: list[Any], prompt: bool) -> list[int]:
-    """Token ids of a conversation by the tokenizer's own template."""
+    """Return token ids of a conversation in the tokenizer's chat template."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

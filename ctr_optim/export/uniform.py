@@ -1,4 +1,4 @@
-"""A PEFT adapter of one rank, for readers that know only one."""
+"""Save a PEFT adapter with one rank for all layers, for programs that support only one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ctr_optim.export.files import CONFIG, WEIGHTS, read_adapter
 
 
 def export_uniform(model: Any, directory: str | os.PathLike[str], adapter: str = "default") -> int:
-    """Save a PEFT model's adapter padded with zeros to its largest rank: one ``r``, one ``lora_alpha``, no patterns.
+    """Save a PEFT model's adapter, zero-padded to its largest rank: one ``r``, one ``lora_alpha``, no patterns.
 
-    The function is the same; the file is larger. Layers whose scaling differs from the first one's have the ratio
-    folded into B.
+    The saved adapter gives the same outputs, in a larger file. If a layer's scaling differs from the first layer's, B
+    is multiplied by the ratio.
 
     Args:
         model: a ``PeftModel`` with a LoRA adapter.
-        directory: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        adapter: its name.
+        directory: directory to write, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter: the adapter's name (default: "default").
 
     Returns:
-        the rank written.
+        The written rank.
 
     Raises:
-        TypeError: if ``model`` is no PEFT model with that adapter.
+        TypeError: ``model`` is not a PEFT model with this adapter.
     """
     weights, scalings, config = adapter_of(model, adapter, "export_uniform")
     padded, rank, scaling = pad(weights, scalings)
@@ -40,10 +40,11 @@ def export_uniform(model: Any, directory: str | os.PathLike[str], adapter: str =
 
 
 def export_uniform_files(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> int:
-    """:func:`export_uniform` of an adapter that PEFT saved in ``source``; needs neither the model nor PEFT.
+    """Apply :func:`export_uniform` to an adapter that PEFT saved in ``source``. Needs neither the model nor PEFT.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no LoRA adapter in ``source``, or it is ``directory`` itself.
+        FileNotFoundError: an adapter file is missing in ``source``.
+        ValueError: the adapter is not LoRA, a file is damaged, or ``directory`` is ``source``.
     """
     from safetensors.torch import save_file
 
@@ -60,11 +61,14 @@ def export_uniform_files(source: str | os.PathLike[str], directory: str | os.Pat
 
 
 def pad(weights: Mapping[str, Tensor], scalings: Mapping[str, float]) -> tuple[dict[str, Tensor], int, float]:
-    """Weights padded with zeros to their largest rank and one scaling; and these two.
+    """Zero-pad weights to their largest rank, and bring them to one scaling.
 
     Args:
-        weights: as PEFT saves them.
-        scalings: of every layer, by its name in ``weights``.
+        weights: weights by PEFT's saved names.
+        scalings: scaling by layer name in ``weights``.
+
+    Returns:
+        The padded weights, the rank and the scaling.
     """
     rank = max(w.shape[0] for k, w in weights.items() if half_of(k) == "A")
     scaling = next(iter(scalings.values()))

@@ -1,4 +1,4 @@
-"""Thin bridges from training frameworks to the optimizer; each module imports one framework."""
+"""Integrations with training frameworks; each module imports one framework."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ctr_optim.optimizer import CTROptimizer
 
 
 def unwrap(optimizer: Any) -> CTROptimizer:
-    """The CTROptimizer within a framework's wrapper (Accelerate's, Lightning's).
+    """Return the CTROptimizer inside a framework's wrapper (Accelerate's or Lightning's).
 
     Raises:
-        TypeError: there is none.
+        TypeError: the wrapper contains no CTROptimizer.
     """
     inner = optimizer
     while not isinstance(inner, CTROptimizer):
@@ -27,31 +27,34 @@ def unwrap(optimizer: Any) -> CTROptimizer:
 
 
 def check_ownership(optimizer: CTROptimizer, model: nn.Module) -> None:
-    """Refuse an optimizer that owns none of the parameters that the model trains.
+    """Check that the optimizer owns at least one trainable parameter of the model.
 
     Raises:
-        ValueError: no trainable parameter of ``model`` is in a parameter group; the loss would stay where it is.
+        ValueError: no trainable parameter of ``model`` is in a parameter group, so the model would not train.
     """
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     owned = sum(1 for p in model.parameters() if p.requires_grad and id(p) in ours)
     if names and not owned:
         raise ValueError(
-            f"CTROptimizer: owns none of the {len(names)} parameters that the model trains ({names[0]}, ...), so that "
-            "nothing would train. The trainer added an adapter (peft_config=...), or copied the model, after the "
-            "optimizer was built. Call ctr_optim.integrations.transformers.attach(trainer, ...) after the trainer is "
-            "built, without optimizers=; or call peft.get_peft_model first, build CTROptimizer from the result, and "
-            "leave out peft_config="
+            f"CTROptimizer: owns none of the {len(names)} parameters that the model trains ({names[0]}, ...), so the "
+            "model would not train. The trainer added an adapter (peft_config=...) or copied the model after the "
+            "optimizer was built. Leave out optimizers=, and call "
+            "ctr_optim.integrations.transformers.attach(trainer, ...) on the finished trainer. Or call "
+            "peft.get_peft_model first, build CTROptimizer from the result, and leave out peft_config="
         )
 
 
 def accept_ranks(model: nn.Module) -> list[Any]:
-    """Hooks that let ``model`` load LoRA weights of any rank, for trainers that load before an optimizer exists."""
+    """Register hooks that let ``model`` load LoRA weights of any rank, and return the hooks.
+
+    Trainers that load a checkpoint before they build the optimizer need these hooks.
+    """
     return [hook for pair in find_pairs(model) for hook in resize_on_load(pair)]
 
 
 def set_length(optimizer: CTROptimizer, total_steps: int) -> None:
-    """Tell the rank scheduler how long the training is, unless it knows."""
+    """Set the rank scheduler's ``total_steps`` if it is None."""
     scheduler = optimizer.rank_scheduler
     if scheduler is not None and scheduler.total_steps is None and total_steps > 0:
         optimizer.rank_scheduler = replace(scheduler, total_steps=total_steps)

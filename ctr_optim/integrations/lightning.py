@@ -1,4 +1,4 @@
-"""Lightning, automatic and manual optimisation: ``Trainer(callbacks=[CTRCallback()])``."""
+"""Callback for Lightning, with automatic or manual optimization: ``Trainer(callbacks=[CTRCallback()])``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ctr_optim.report.log import EventLog, scalars
 
 
 class CTRCallback(pl.Callback):
-    """Logs what the optimizer does through ``log_dict``, and brings Trainer and rank scheduler together.
+    """Log the optimizer's metrics through ``log_dict``, and connect the Trainer with the rank scheduler.
 
-    Resuming with ``ckpt_path`` works after ranks have moved, and ``RankScheduler.total_steps``, where it is None,
-    becomes the number of steps that the Trainer expects.
+    The callback lets ``ckpt_path`` resume after ranks have moved. If ``RankScheduler.total_steps`` is None, the
+    callback sets it to the number of steps that the Trainer expects.
 
     Args:
         events: file or directory of the event log; None for the Trainer's log directory.
@@ -27,12 +27,17 @@ class CTRCallback(pl.Callback):
         self._hooks: list[Any] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the model load other ranks: Lightning loads it before it builds the optimizer."""
+        """Let the model load weights of any rank, because Lightning loads it before it builds the optimizer."""
         if stage == "fit":
             self._hooks = accept_ranks(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Model, optimizer and checkpoint are in place."""
+        """Check the optimizer, set the scheduler's length, and open the event log. The checkpoint is loaded already.
+
+        Raises:
+            TypeError: the Trainer's first optimizer is not a CTROptimizer.
+            ValueError: the optimizer owns no trainable parameter of the module.
+        """
         for hook in self._hooks:
             hook.remove()
         optimizer = unwrap(trainer.optimizers[0])
@@ -45,14 +50,14 @@ class CTRCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, as often as the Trainer does."""
+        """Log the metrics every ``log_every_n_steps`` steps."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._log is not None and trainer.global_step % every == 0:
             losses = {"loss": float(outputs["loss"])} if isinstance(outputs, dict) and "loss" in outputs else {}
             pl_module.log_dict(scalars(self._log.log(**losses)))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the losses of a validation to the event log."""
+        """Write the validation losses to the event log."""
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
         if self._log is not None and found and not trainer.sanity_checking:
             self._log.evaluated(**found)

@@ -1,7 +1,7 @@
-"""LLaMA-Factory, both of its trainers.
+"""Integration with LLaMA-Factory, versions 0 and 1.
 
-Version 1: ``import ctr_optim.integrations.llamafactory`` registers the optimizer ``ctr``; in the config
-``optim_config: {name: ctr, max_kl: 0.1}``. Version 0 hard-codes its optimizers; a launch script of two lines::
+Version 1: ``import ctr_optim.integrations.llamafactory`` registers the optimizer ``ctr``. Select it in the config with
+``optim_config: {name: ctr, max_kl: 0.1}``. Version 0 hard-codes its optimizers, and needs a launch script::
 
     from ctr_optim.integrations.llamafactory import install; install(max_kl=0.1)
     from llamafactory.train.tuner import run_exp; run_exp()
@@ -20,22 +20,25 @@ from torch import nn
 from ctr_optim.integrations.transformers import CTRFactory
 from ctr_optim.optimizer import CTROptimizer
 
-_TRAINERS = ("sft", "dpo", "kto", "pt", "rm")  # of PPO, TRL's old trainer needs an optimizer of its own
+_TRAINERS = ("sft", "dpo", "kto", "pt", "rm")  # without PPO, because TRL's old PPO trainer needs its own optimizer
 
 
 def build(model: nn.Module, config: Mapping[str, Any]) -> CTROptimizer:
-    """The optimizer of version 1's ``optim_config``, whose entries but ``name`` are CTROptimizer's arguments."""
+    """Build the optimizer of version 1's ``optim_config``. All entries except ``name`` are CTROptimizer arguments."""
     return CTRFactory()(model, **{name: value for name, value in dict(config).items() if name != "name"})
 
 
 def install(**options: Any) -> list[str]:
-    """Make version 0's trainers build a CTROptimizer with ``options`` in place of ``optim``.
+    """Make the trainers of version 0 build a CTROptimizer instead of the config's ``optim``.
+
+    Args:
+        options: arguments of CTROptimizer.
 
     Returns:
-        the trainers' modules.
+        Names of the changed trainer modules.
 
     Raises:
-        RuntimeError: none of version 0's trainers has the function to replace; nothing was changed.
+        RuntimeError: no trainer module has the function to replace. Nothing is changed.
     """
 
     def create_custom_optimizer(model: nn.Module, *_: Any) -> CTROptimizer:
@@ -51,14 +54,14 @@ def install(**options: Any) -> list[str]:
                 found.append(module)
     if not found:
         raise RuntimeError(
-            "install: no create_custom_optimizer in llamafactory.train.*.trainer; this LLaMA-Factory is newer than "
-            "0.9.5, or is version 1: use optim_config with name: ctr"
+            "install: no create_custom_optimizer in llamafactory.train.*.trainer, expected LLaMA-Factory 0.9.5 or "
+            "older; with version 1, use optim_config with name: ctr"
         )
     return found
 
 
 def _register() -> None:
-    """Register ``ctr`` with version 1, where it is installed."""
+    """Register ``ctr`` with version 1, if it is installed."""
     try:
         plugins = import_module("llamafactory.v1.plugins.trainer_plugins.optimizer")
     except ImportError:

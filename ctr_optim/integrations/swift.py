@@ -1,9 +1,9 @@
-"""ms-swift: an external plugin. A file ``ctr_plugin.py`` of two lines::
+"""Plugin for ms-swift. Write a file ``ctr_plugin.py``::
 
     from ctr_optim.integrations.swift import register
     register(max_kl=0.1)
 
-and ``swift sft --external_plugins ctr_plugin.py --optimizer ctr ...``.
+and run ``swift sft --external_plugins ctr_plugin.py --optimizer ctr ...``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ctr_optim.optimizer import CTROptimizer
 
 
 def register(**options: Any) -> None:
-    """Add the optimizer ``ctr`` to ms-swift's map; ``options`` are CTROptimizer's arguments."""
+    """Add the optimizer ``ctr`` to ms-swift's registry; ``options`` are arguments of CTROptimizer."""
 
     class CTROptimizerCallback(OptimizerCallback):  # type: ignore[misc]
-        """Builds the optimizer when the trainer asks for it."""
+        """Build the optimizer when the trainer requests it."""
 
         def create_optimizer(self, model: Any = None) -> CTROptimizer:
             trainer = self.trainer

@@ -1,7 +1,7 @@
-"""From a name in a config to batches: ``retain`` and ``holdout`` given as a file, a dataset or ``"eval"``.
+"""Convert ``retain`` and ``holdout`` of a config (a file, a dataset or ``"eval"``) to batches.
 
-Every function is pure but for reading files. The result is what ``CTROptimizer(retain=..., holdout=...)`` takes: the
-text ``"self"``, or a list of batches, each a tensor ``(B, S)`` of token ids or a dict for ``model(**batch)``.
+The results are valid arguments of ``CTROptimizer(retain=..., holdout=...)``: ``"self"``, or a list of batches. A batch
+is a tensor ``(B, S)`` of token ids, or a dict for ``model(**batch)``.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LENGTH = 512  # tokens a row
-ROWS = 8  # rows a batch
-TOKENS = 16_384  # in all; more of them do not change the measured statistics
-HELD_OUT = 4  # batches that judge the bound; each costs a forward when it is asked
+LENGTH = 512  # tokens in a row
+ROWS = 8  # rows in a batch
+TOKENS = 16_384  # most tokens of retained text; more tokens do not change the measured statistics
+HELD_OUT = 4  # number of hold-out batches; each costs one forward pass at every hold-out measurement
 
 _FOR_MODELS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 
 
 def retained(value: Any, tokenizer: Any = None, *, length: int = LENGTH, rows: int = ROWS, tokens: int = TOKENS) -> Any:
-    """The ``retain`` argument that a config's value names.
+    """Return the ``retain`` argument for a value of a config.
 
     Args:
-        value: ``"self"``; the path of a ``.txt``, ``.jsonl`` or ``.json`` file; a ``datasets.Dataset``, or a list of
-            texts or of rows; anything else (None, batches, a ``Retention``) is returned as it is.
-        tokenizer: of the model; needed for texts. A processor with a ``tokenizer`` serves as well.
-        length: tokens a row; texts are joined, with the end-of-text token between them, and cut into such rows.
-        rows: rows a batch.
-        tokens: most tokens in all.
+        value: the path of a ``.txt``, ``.jsonl`` or ``.json`` file, a ``datasets.Dataset``, or a list of texts or rows.
+            Other values (``"self"``, None, batches, a ``Retention``) are returned unchanged.
+        tokenizer: the model's tokenizer, or a processor with a ``tokenizer``. Needed for texts.
+        length: tokens in a row. Texts are joined, with the end-of-text token after each, and cut into rows.
+        rows: rows in a batch.
+        tokens: largest number of tokens in total.
 
     Raises:
-        ValueError: no file of that name, an empty one, or rows without text or token ids.
-        TypeError: text without a tokenizer.
+        ValueError: the file does not exist or is empty, or a row has neither text nor token ids.
+        TypeError: ``value`` holds text, and there is no tokenizer.
     """
     if value is None or (isinstance(value, str) and value == "self") or isinstance(value, Tensor):
         return value
@@ -48,44 +48,54 @@ def retained(value: Any, tokenizer: Any = None, *, length: int = LENGTH, rows: i
 
 
 def held_out(value: Any, eval_batches: Iterable[Any] | None = None, tokenizer: Any = None, **sizes: int) -> Any:
-    """The ``holdout`` argument that a config's value names.
+    """Return the ``holdout`` argument for a value of a config.
 
     Args:
-        value: ``"eval"`` for the first batches of the trainer's evaluation data; else as in :func:`retained`.
+        value: ``"eval"`` for the first batches of the trainer's evaluation data; otherwise as in :func:`retained`.
         eval_batches: batches of the trainer's evaluation loader.
         tokenizer: as in :func:`retained`.
-        sizes: as in :func:`retained`; by default four batches.
+        sizes: ``length``, ``rows`` and ``tokens`` as in :func:`retained`; the default is four batches.
 
     Raises:
-        ValueError: ``"eval"`` without evaluation data, or with batches that no causal model takes.
+        ValueError: ``value`` is ``"eval"`` and there is no evaluation data, or a batch has no tensor ``input_ids``; or
+            ``value`` is ``"self"``; or as in :func:`retained`.
+        TypeError: as in :func:`retained`.
     """
     if isinstance(value, str) and value == "eval":
         if eval_batches is None:
             raise ValueError(
                 "holdout: got 'eval', but there is no evaluation data; pass eval_dataset= to the trainer and call "
-                "attach(trainer, holdout='eval'), or give batches"
+                "attach(trainer, holdout='eval'), or pass batches"
             )
         found = [model_batch(batch) for batch in islice(eval_batches, HELD_OUT)]
         if not found:
-            raise ValueError("holdout: got 'eval', expected at least one batch of evaluation data, found none")
+            raise ValueError(
+                "holdout: got 'eval', expected at least one batch of evaluation data, found none; pass a longer "
+                "eval_dataset="
+            )
         return found
     if isinstance(value, str) and value == "self":
-        raise ValueError("holdout: got 'self', expected 'eval', a file, a dataset or batches; its loss needs real text")
+        raise ValueError(
+            "holdout: got 'self', expected 'eval', a file, a dataset or batches; the hold-out loss needs real text"
+        )
     limits = {"tokens": HELD_OUT * ROWS * LENGTH, **sizes}
     return retained(value, tokenizer, **limits)
 
 
 def model_batch(batch: Any) -> dict[str, Tensor]:
-    """A trainer's batch as a dict for ``model(**batch)``; labels from TRL's ``completion_mask`` where it has none.
+    """Convert a trainer's batch to a dict for ``model(**batch)``.
+
+    If the batch has no labels, the input ids become labels, masked with TRL's ``completion_mask`` or else with
+    ``attention_mask``.
 
     Raises:
-        ValueError: a batch without a tensor ``input_ids``.
+        ValueError: the batch has no tensor ``input_ids``.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor):
         has = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            f"holdout: got 'eval', but a batch of the evaluation data has no tensor input_ids ({has}); give batches, a "
+            f"holdout: got 'eval', but a batch of the evaluation data has no tensor input_ids ({has}); pass batches, a "
             "file or a dataset with text instead"
         )
     found = {name: batch[name] for name in _FOR_MODELS if isinstance(batch.get(name), Tensor)}
@@ -98,24 +108,29 @@ def model_batch(batch: Any) -> dict[str, Tensor]:
 def token_batches(
     texts: Iterable[Any], tokenizer: Any, *, length: int = LENGTH, rows: int = ROWS, tokens: int = TOKENS
 ) -> list[Tensor]:
-    """Texts, joined and cut, as tensors ``(rows, length)`` of token ids; fewer than ``length`` tokens make one row.
+    """Join texts, cut them into rows, and return tensors ``(rows, length)`` of token ids.
+
+    Tokens after the last full row are dropped. If all texts have fewer than ``length`` tokens, they make one row.
 
     Raises:
-        ValueError: fewer than two tokens in all.
+        ValueError: there are fewer than two tokens, or a row has neither text nor token ids.
+        TypeError: there is text and no tokenizer.
     """
     stream = list(islice(_stream(texts, tokenizer), tokens))
     if len(stream) < 2:
-        raise ValueError(f"retain: the text has {len(stream)} tokens, expected at least 2 and better {TOKENS}")
+        raise ValueError(
+            f"retain: the text has {len(stream)} tokens, expected at least 2; pass more text, about {TOKENS} tokens"
+        )
     length = min(length, len(stream))
     table = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     return list(torch.split(table, rows))
 
 
 def read_texts(path: str | Path) -> list[Any]:
-    """The texts of a file: paragraphs of a ``.txt``, lines of a ``.jsonl``, the list in a ``.json``.
+    """Return the texts of a file: lines of a ``.jsonl``, the list in a ``.json``, paragraphs of any other file.
 
     Raises:
-        ValueError: there is no such file, or it holds nothing.
+        ValueError: the file does not exist, or has no text.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -133,7 +148,7 @@ def read_texts(path: str | Path) -> list[Any]:
 
 
 def _stream(texts: Iterable[Any], tokenizer: Any) -> Iterator[int]:
-    """Token ids of all texts, an end-of-text token after each."""
+    """Yield the token ids of all texts, with the end-of-text token after each text."""
     for row in texts:
         yield from _ids(row, tokenizer)
         end = getattr(tokenizer, "eos_token_id", None)
@@ -142,14 +157,14 @@ def _stream(texts: Iterable[Any], tokenizer: Any) -> Iterator[int]:
 
 
 def _ids(row: Any, tokenizer: Any) -> Sequence[int]:
-    """Token ids of one text or row."""
+    """Return the token ids of one text or row."""
     if isinstance(row, Mapping) and row.get("input_ids") is not None:
         ids: Sequence[int] = torch.as_tensor(row["input_ids"]).flatten().tolist()
         return ids
     if tokenizer is None:
         raise TypeError(
             "retain: text needs the model's tokenizer; pass processing_class= to the trainer, add CTRCallback to its "
-            "callbacks, or give token ids"
+            "callbacks, or pass token ids"
         )
     if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
         return _ids({"input_ids": tokenizer.apply_chat_template(row["messages"], return_dict=False)}, tokenizer)
@@ -158,7 +173,7 @@ def _ids(row: Any, tokenizer: Any) -> Sequence[int]:
 
 
 def _text(row: Any) -> str:
-    """The text of a row: ``text``, or ``prompt`` and ``completion`` (``target``, ``chosen``) one after the other."""
+    """Return the text of a row: ``text``, or the joined ``prompt``, ``completion``, ``target`` and ``chosen``."""
     if isinstance(row, str):
         return row
     if isinstance(row, Mapping):
@@ -167,21 +182,23 @@ def _text(row: Any) -> str:
         if text:
             return text
     shown = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-    raise ValueError(f"retain: got a row with {shown}, expected a text, or text, messages, input_ids or prompt in it")
+    raise ValueError(
+        f"retain: got a row with {shown}, expected a text, or a dict with text, messages, input_ids or prompt"
+    )
 
 
 def _callable(tokenizer: Any) -> Any:
-    """The tokenizer within a processor of several kinds of input."""
+    """Return the tokenizer inside a multimodal processor; a tokenizer is returned unchanged."""
     return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def _is_dataset(value: Any) -> bool:
-    """Whether this is a ``datasets.Dataset`` or ``IterableDataset``, without importing the library."""
+    """Return whether this is a ``datasets.Dataset`` or ``IterableDataset``, without importing the library."""
     return type(value).__module__.partition(".")[0] == "datasets"
 
 
 def _is_row(value: Any) -> bool:
-    """Whether a list of these holds texts and not batches."""
+    """Return whether a list element is a text or a row, and not a batch."""
     return isinstance(value, str) or (
         isinstance(value, Mapping) and not any(isinstance(v, Tensor) and v.dim() > 1 for v in value.values())
     )

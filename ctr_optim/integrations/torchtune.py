@@ -1,4 +1,7 @@
-"""torchtune: the optimizer is a line of YAML (``_component_: ctr_optim.CTROptimizer``); resuming needs a word more."""
+"""Model builder for torchtune that loads adapters of any rank, for resuming after ranks have moved.
+
+The optimizer itself needs only YAML: ``_component_: ctr_optim.CTROptimizer``.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from ctr_optim.integrations import accept_ranks
 
 
 def lora_model(builder: str, **options: Any) -> nn.Module:
-    """The model of one of torchtune's LoRA builders, which loads adapters of any rank.
+    """Return the model of a torchtune LoRA builder, with hooks that let it load adapters of any rank.
 
-    torchtune's recipes build the model with one rank for all layers and load the adapter before the optimizer exists.
-    In a config::
+    torchtune's recipes build the model with one rank for all layers, and load the adapter before they build the
+    optimizer. In a config::
 
         model:
           _component_: ctr_optim.integrations.torchtune.lora_model
@@ -24,18 +27,19 @@ def lora_model(builder: str, **options: Any) -> nn.Module:
           lora_alpha: 16
 
     Args:
-        builder: the builder's dotted name.
-        options: its arguments.
+        builder: dotted name of the builder function.
+        options: arguments of the builder.
 
     Raises:
-        ValueError: ``builder`` names no function.
+        ValueError: there is no function of this name.
     """
     module, _, name = builder.rpartition(".")
     try:
         build = getattr(import_module(module), name)
     except (AttributeError, ImportError, ValueError) as error:
         raise ValueError(
-            f"builder: got {builder!r}, expected the dotted name of one of torchtune's builders"
+            f"builder: got {builder!r}, expected the dotted name of a torchtune builder, such as "
+            "torchtune.models.llama3_2.lora_llama3_2_1b"
         ) from error
     model: nn.Module = build(**options)
     accept_ranks(model)

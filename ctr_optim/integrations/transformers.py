@@ -1,4 +1,4 @@
-"""Hugging Face Trainer and every trainer that derives from it, as all of TRL's do.
+"""Integration with the Hugging Face Trainer and its subclasses, such as TRL's trainers.
 
 ::
 
@@ -6,8 +6,9 @@
     attach(trainer, max_kl=0.05)
     trainer.train()
 
-``Trainer(optimizer_cls_and_kwargs=(CTRFactory, {"max_kl": 0.05}), callbacks=[CTRCallback()])`` does the same where a
-trainer takes that argument. ``optimizers=(CTROptimizer(...), None)`` is right only for a model that has its adapter.
+``Trainer(optimizer_cls_and_kwargs=(CTRFactory, {"max_kl": 0.05}), callbacks=[CTRCallback()])`` does the same if the
+trainer accepts this argument. Use ``optimizers=(CTROptimizer(...), None)`` only for a model that already has its
+adapter.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from ctr_optim.report.log import EventLog, scalars
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
-# the tokenizer of each model that a trainer with a CTRCallback holds: a factory gets the model alone
+# Tokenizer of each model whose trainer has a CTRCallback. CTRFactory needs it, and gets only the model.
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def attach(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
-    """Make ``trainer`` train with a CTROptimizer; the optimizer is built when training begins.
+    """Make ``trainer`` train with a CTROptimizer. The optimizer is built when training starts.
 
     The call is the same for Trainer and for TRL's SFT, DPO, KTO, GRPO, RLOO and reward trainers, with and without
-    ``peft_config=``. The trainer makes the schedule from ``lr_scheduler_type`` and ``warmup_steps`` as ever.
+    ``peft_config=``. The trainer builds the schedule from ``lr_scheduler_type`` and ``warmup_steps`` as usual.
 
     Args:
         trainer: a trainer that was built without ``optimizers=``.
-        options: arguments of :class:`~ctr_optim.CTROptimizer`. ``retain`` may be ``"self"``, the path of a text file or
-            a ``datasets.Dataset``, and ``holdout`` those or ``"eval"``, the first batches of the evaluation data; the
-            trainer's ``processing_class`` makes tokens of text.
+        options: arguments of :class:`~ctr_optim.CTROptimizer`. ``retain`` may also be the path of a text file or a
+            ``datasets.Dataset``. ``holdout`` may also be one of these, or ``"eval"`` for the first batches of the
+            evaluation data. The trainer's ``processing_class`` tokenizes text.
 
     Returns:
-        the trainer, so that ``attach(trainer).train()`` works.
+        The trainer, so that ``attach(trainer).train()`` works.
 
     Raises:
-        ValueError: the trainer has an optimizer already.
+        ValueError: the trainer has an optimizer already, or ``holdout="eval"`` finds no usable evaluation data.
     """
     if trainer.optimizer is not None:
         raise ValueError(
@@ -71,13 +72,20 @@ def attach(trainer: AnyTrainer, **options: Any) -> AnyTrainer:
 
 
 class CTRFactory:
-    """For ``optimizer_cls_and_kwargs``: builds a CTROptimizer from the model, when the Trainer wants one.
+    """Factory for ``optimizer_cls_and_kwargs``: builds a CTROptimizer from the model when the Trainer requests it.
 
-    ``retain`` and ``holdout`` may be names, as in :func:`attach`, but for ``holdout="eval"``, which needs the trainer.
+    ``retain`` and ``holdout`` may be files or datasets, as in :func:`attach`. ``holdout="eval"`` works only with
+    :func:`attach`, because it needs the trainer.
     """
 
     def __call__(self, model: nn.Module, *_: Any, **kwargs: Any) -> CTROptimizer:
-        """An optimizer of every parameter that wants a gradient; axolotl passes its arguments second."""
+        """Return an optimizer of all parameters that require a gradient.
+
+        Args:
+            model: the model to train.
+            _: ignored; axolotl passes the training arguments here.
+            kwargs: arguments of CTROptimizer.
+        """
         for name, resolve in (("retain", retained), ("holdout", partial(held_out, eval_batches=None))):
             if name in kwargs:
                 kwargs[name] = resolve(kwargs[name], tokenizer=_tokenizer_of(model))
@@ -85,13 +93,14 @@ class CTRFactory:
 
 
 class CTRCallback(TrainerCallback):
-    """Logs what the optimizer does, and brings Trainer and rank scheduler together.
+    """Log the optimizer's metrics, and connect the Trainer with the rank scheduler.
 
-    - Every log entry with a loss gets ``ctr/mean_rank``, ``ctr/kl_from_base``, ``ctr/trust/scale`` and the like, for
-      every logger that the Trainer reports to.
-    - An event log with all layers goes to ``events.jsonl``; ``ctr-optim report`` reads it.
-    - ``RankScheduler.total_steps``, where it is None, becomes the Trainer's number of steps.
-    - ``resume_from_checkpoint`` works after ranks have moved, also where the optimizer is built after the loading.
+    - Every log entry with a loss gets ``ctr/mean_rank``, ``ctr/kl_from_base``, ``ctr/trust/scale`` and other metrics.
+      Every logger of the Trainer receives them.
+    - ``events.jsonl`` gets an event log with all layers, for ``ctr-optim report``.
+    - If ``RankScheduler.total_steps`` is None, it becomes the Trainer's number of steps.
+    - ``resume_from_checkpoint`` works after ranks have moved, even if the optimizer is built after the checkpoint is
+      loaded.
 
     Args:
         events: file or directory of the event log; None for the Trainer's ``output_dir``.
@@ -103,7 +112,7 @@ class CTRCallback(TrainerCallback):
         self._hooks: list[Any] = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the model load other ranks before there is an optimizer that sees to it; remember the tokenizer."""
+        """Store the tokenizer; if there is no optimizer yet, let the model load weights of any rank."""
         if kwargs.get("model") is not None and kwargs.get("processing_class") is not None:
             _TOKENIZERS[kwargs["model"]] = kwargs["processing_class"]
         if kwargs.get("optimizer") is None and kwargs.get("model") is not None:
@@ -112,11 +121,16 @@ class CTRCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Model, optimizer and checkpoint are in place."""
+        """Check the optimizer, set the scheduler's length, and open the event log. The checkpoint is loaded already.
+
+        Raises:
+            ValueError: the Trainer would use nn.DataParallel, or the optimizer owns no trainable parameter.
+            TypeError: the Trainer's optimizer is not a CTROptimizer.
+        """
         if args.n_gpu > 1:
             raise ValueError(
-                f"CTROptimizer: the Trainer would spread this process over {args.n_gpu} GPUs with nn.DataParallel, "
-                "whose replicas hide the layers; launch with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
+                f"CTROptimizer: the Trainer would run {args.n_gpu} GPUs in one process with nn.DataParallel, expected "
+                "one GPU in each process; launch with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         for hook in self._hooks:
             hook.remove()
@@ -137,7 +151,7 @@ class CTRCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add our numbers to an entry of the training log."""
+        """Add the optimizer's metrics to a log entry with a loss; write evaluation results to the event log."""
         if self._log is None or logs is None:
             return
         numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
@@ -152,13 +166,13 @@ class CTRCallback(TrainerCallback):
 
 
 def _tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer of a model that a trainer may have wrapped since."""
+    """Return the tokenizer of a model or of a module inside it, because a trainer may have wrapped the model."""
     found = [_TOKENIZERS[module] for module in model.modules() if module in _TOKENIZERS]
     return found[0] if found else None
 
 
 def _eval_batches(trainer: Trainer) -> list[Any] | None:
-    """The first batches of the evaluation data; the random state stays as it is."""
+    """Return the first batches of the evaluation data, without a change of the random state; None without data."""
     if trainer.eval_dataset is None:
         return None
     with torch.random.fork_rng(devices=[]):
@@ -166,24 +180,26 @@ def _eval_batches(trainer: Trainer) -> list[Any] | None:
 
 
 def _warn_of_ignored_rate(args: TrainingArguments, optimizer: CTROptimizer) -> None:
-    """Warn where the user chose ``TrainingArguments.learning_rate``, which an optimizer of one's own does not get."""
+    """Warn if the user set ``TrainingArguments.learning_rate``, because the Trainer does not pass it on."""
     rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     default = type(args).__dataclass_fields__["learning_rate"].default
     if args.learning_rate not in (default, rate):
         warnings.warn(
-            f"CTROptimizer ignores TrainingArguments.learning_rate={args.learning_rate:g}: its lr is {rate:g}, and "
-            "max_kl limits each step. Leave out learning_rate; warm-up and schedule of TrainingArguments apply",
+            f"CTROptimizer ignores TrainingArguments.learning_rate={args.learning_rate:g}. The optimizer's lr is "
+            f"{rate:g}, and max_kl limits each step. Leave out learning_rate; the warm-up and schedule of "
+            "TrainingArguments still apply",
             stacklevel=2,
         )
 
 
 def _move_to_front(callback: TrainerCallback) -> None:
-    """Move this callback before the loggers in the calling handler, because loggers read ``logs`` when they are called.
+    """Move this callback before the loggers in the calling handler, so that loggers see the added metrics.
 
-    The Trainer calls user callbacks last and does not pass its handler, which is two frames up the stack.
+    Loggers read ``logs`` when they are called, and the Trainer calls user callbacks last. The Trainer does not pass its
+    callback handler, so this function takes the handler from two frames up the stack.
     """
     frame = inspect.currentframe()
     caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     handler = caller.f_locals.get("self") if caller is not None else None
-    if isinstance(handler, CallbackHandler):  # a new list: the handler is walking through the old one
+    if isinstance(handler, CallbackHandler):  # assign a new list, because the handler iterates over the old one
         handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]

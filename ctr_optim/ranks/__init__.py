@@ -1,1 +1,1 @@
-"""Ranks that move: what directions are worth (utility), who gets them (scheduler), and moving them (resize)."""
+"""LoRA ranks: utilities of directions (valuation), rank allocation (scheduler) and rank changes (resize)."""

@@ -1,4 +1,4 @@
-"""One rank event: survey every layer, share out the budget, resize."""
+"""One rank event: compute every layer's utilities, allocate the budget, and resize the layers."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ C = TypeVar("C", Core, Existing)
 
 @dataclass(frozen=True)
 class Survey:
-    """What one layer could do with rank. All but ``rows`` and ``typical`` is in float64 on the host.
+    """Utilities of one layer's existing directions and of k candidate directions.
+
+    All tensors except ``rows`` and ``typical`` are float64 on the CPU.
 
     Attributes:
-        block: what the layer is stacked with.
+        block: the stack that contains the layer.
         pair: the layer.
-        rank: the directions that it uses.
-        core: their factors and bases.
-        existing: their utilities.
-        absent: ``(k,)`` utilities of directions that it lacks.
-        rows: ``(k, d_in)`` rows of A for them, of the mean norm of A's own rows.
+        rank: number of directions in use, r.
+        core: factors and bases of the r directions.
+        existing: utilities of the r directions, and the maps that keep the best of them.
+        absent: ``(k,)`` utilities of candidate directions, which the layer does not have yet.
+        rows: ``(k, d_in)`` rows of A for the candidates; their norm is the mean norm of A's rows.
         cross, inner: ``A C rows^T (r, k)`` and ``rows C rows^T (k, k)``.
-        typical: mean over directions of the second moments of A ``(1, d_in)`` and B ``(1, d_out)``; None for one that
-            is not trained.
+        typical: mean over directions of the second moments of A ``(1, d_in)`` and of B ``(1, d_out)``; None for a
+            matrix that is not trained.
     """
 
     block: Factored
@@ -62,7 +64,7 @@ class Survey:
 
 
 def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
-    """Return the surveys; layers without directions get the mean second moment of all other layers for new ones."""
+    """Return the surveys; layers of rank 0 get the mean second moments of all other layers as ``typical``."""
     if all(s.rank for s in surveys):
         return list(surveys)
     home = surveys[0].rows
@@ -83,11 +85,14 @@ def lend_second_moments(surveys: Sequence[Survey]) -> list[Survey]:
 def survey(
     block: Factored, count: float, damping: float, fresh: bool = False, ranks: Mapping[str, int] | None = None
 ) -> list[Survey]:
-    """Utilities of a block's layers, from their factors and from sketches summed over ``count`` steps.
+    """Return a survey of every layer of a block.
 
     Args:
-        fresh: A's rows mean nothing yet, and what they reach counts as absent, too.
-        ranks: directions in use, by layer; None: all allocated directions.
+        block: layers of one shape, with their factors and gradient sketches.
+        count: number of steps that the sketches sum over.
+        damping: damping of the whitening, relative to the mean eigenvalue.
+        fresh: whether the adapter is untrained. Directions in the span of A's random rows then count as absent.
+        ranks: number of directions in use, by layer name; None for all allocated directions.
     """
     whiteners, weights = block.whiteners(damping), block.weights()
     in_use = [pair.rank if ranks is None else ranks[pair.name] for pair in block.pairs]
@@ -100,7 +105,7 @@ def survey(
 
 
 def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Split into groups of at most 64, so that launches are few and the float64 copies of one group fit into memory."""
+    """Split into groups of at most 64: few kernel launches, and the float64 copies of one group fit into memory."""
     return (items[i : i + 64] for i in range(0, len(items), 64))
 
 
@@ -113,7 +118,7 @@ def _survey_alike(
     count: float,
     fresh: bool,
 ) -> list[Survey]:
-    """Survey the layers of a block that use ``rank`` directions."""
+    """Return surveys of the given layers of a block, which all use ``rank`` directions."""
     at = torch.tensor(list(layers), device=block.H.device)
     a, b = weights[0][at, :rank], weights[1][at, :, :rank]
     H, D, C, S = host(block.H[at, :rank, :rank]), host(block.D[at, :rank, :rank]), block.C[at], block.S[at]
@@ -121,7 +126,7 @@ def _survey_alike(
     if block.sketch:
         omega, psi = block.test_matrices()
         w_in, w_out = (of_layers(whitener, at) for whitener in whiteners)
-        # A's rows in whitened coordinates are A W^-1 = A C W^T (undamped, only their span matters)
+        # A's rows in whitened coordinates are A W^-1 = A C W^T. Only their span matters, so damping is left out.
         span_in = block.structure.whiten(w_in, C.matmul(a.mT))
         span_out = block.structure.whiten(w_out, S.matmul(b))
         span_in = torch.zeros_like(span_in) if fresh else span_in
@@ -130,12 +135,12 @@ def _survey_alike(
         rows = block.structure.whiten(w_in, directions, transpose=True)
         if (
             block.a is not None and VECTORS in block.a.tensors
-        ):  # new rows begin in the coordinates that the others learn in
+        ):  # A learns in transformed coordinates, so new rows need the same transform
             rows = product(rows.mT, {key: t[at] for key, t in block.a.tensors.items()}).mT
         length = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
-        # what a sketch knows nothing of is as good as any: random, as fresh adapters are
+        # Where the sketch holds no further direction, use random rows, as a fresh adapter does.
         rows, length = torch.where(length > 0, rows, omega), torch.where(length > 0, length, omega.norm(dim=-2))
-        # as long as the layer's own rows, or as fresh adapters have them
+        # Give new rows the mean norm of the layer's rows, or the norm in a fresh adapter for a layer of rank 0.
         norm = torch.linalg.vector_norm(a, dim=-1).mean(-1) if rank else a.new_full((len(layers),), 3**-0.5)
         rows = (rows * (norm.view(-1, 1, 1) / length.clamp_min(1e-30))).mT
     else:
@@ -176,13 +181,18 @@ def reallocate(
     masked: bool = False,
     coupling: float = 1.0,
 ) -> list[RankEvent]:
-    """Share out the budget and resize the layers that change; the same way in every process.
+    """Allocate the budget, resize the layers that change, and return one event for each of them.
+
+    All processes follow the candidates of the first process, so their ranks are equal.
 
     Args:
-        state: the optimizer's state of a parameter, changed in place; None for one that it does not train.
-        fresh: take new directions only (before the first step).
-        masked: layers keep the shapes that they were allocated with.
-        coupling: of the whole adapter; turns utilities into nats, for a scheduler with a tolerance.
+        surveys: one survey for each layer.
+        scheduler: the scheduler that allocates ranks.
+        state: returns the optimizer state of a parameter, which is changed in place; None if it is not trained.
+        step: optimizer steps taken so far.
+        fresh: whether to replace all directions by new ones (before the first step).
+        masked: whether layers keep their allocated shapes.
+        coupling: coupling of the whole adapter. It converts utilities to nats for a scheduler with a tolerance.
     """
     by_name = {s.pair.name: s for s in lend_second_moments(surveys)}
     ranks = {name: s.rank for name, s in by_name.items()}
@@ -228,13 +238,16 @@ def reallocate(
 def resize(
     some: Sequence[Survey], kept: int, added: int, state: Callable[[Tensor], State | None], masked: bool = False
 ) -> None:
-    """Keep the best ``kept`` directions of layers and give each its ``added`` most useful absent ones.
+    """Keep the best ``kept`` directions of each layer, and add its ``added`` most useful absent directions.
 
-    A layer is truncated to the directions in use, resized, and zero-padded: to the allocated rank if ``masked``, else
-    to the new rank, at least 1, because libraries have no layers of rank 0.
+    A layer is truncated to the directions in use, resized, and zero-padded. The padded rank is the allocated rank if
+    ``masked``; else it is the new rank, at least 1, because LoRA libraries have no layers of rank 0.
 
     Args:
-        some: layers of one block that use as many directions.
+        some: surveys of layers of one block that use the same number of directions.
+        kept, added: number of directions to keep and to add.
+        state: as in :func:`reallocate`.
+        masked: as in :func:`reallocate`.
     """
     pairs = [s.pair for s in some]
     room = pairs[0].rank if masked else max(1, kept + added)
@@ -271,14 +284,16 @@ def _move(
     room: int,
     state: Callable[[Tensor], State | None],
 ) -> tuple[Tensor, State]:
-    """Weights of A (side 0) or B (side 1) after a resize, and their moments where they train; layers first.
+    """Return weights and moments of A (side 0) or B (side 1) after a resize; no moments if it is not trained.
 
     Args:
-        new: ``(L, k, d)`` weights of new directions; their first moments are zero, their second are typical.
+        new: ``(L, k, d)`` weights of new directions. Their first moments are zero, their second moments typical.
+        maps: ``(L, 3, e, r)`` maps of weights and of both moments (:func:`carry`).
+        room: rank after zero-padding.
     """
 
     def turned(t: Tensor) -> Tensor:
-        return t.mT if side else t  # the rank's dimension before the wide one, and back
+        return t.mT if side else t  # B stores the rank dimension last; carry() expects it before the wide one
 
     parameters = [s.pair.B if side else s.pair.A for s in some]
     states = [found for p in parameters if (found := state(p))]
@@ -298,7 +313,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _stacked(layers: Sequence[C]) -> C:
-    """The tensors of several layers, stacked."""
+    """Stack the tensors of several layers."""
     names = [field.name for field in fields(layers[0])]
     return type(layers[0])(*(torch.stack([getattr(layer, name) for layer in layers]) for name in names))
 

@@ -1,4 +1,4 @@
-"""Cut a trained adapter to the fewest parameters that a tolerance in nats allows."""
+"""Cut a trained adapter to the fewest parameters within a tolerance in nats."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ctr_optim.ranks.truncation import Removal, cumulative, farthest, ranks_afte
 from ctr_optim.ranks.valuation import Existing, existing_directions
 from ctr_optim.runtime.messages import users_line
 
-_REFIT_GAIN = 3.0  # a refit was seen to lower the cost by a factor of 2 to 4: where the search begins
-_REFITS = 4  # trials of the search
+_REFIT_GAIN = 3.0  # first guess of the factor by which a refit lowers the cost; factors of 2 to 4 were measured
+_REFITS = 4  # trials of the search, each of which runs all refit steps
 
 
 class Compression(list[RankEvent]):
     """One event for each layer whose rank changed, and the measured cost of the cut.
 
     Attributes:
-        ranks: the ranks of all layers, by name; 0 for a layer that lost every direction.
-        parameters_before, parameters_after: of the LoRA layers' A and B.
-        loss_before, loss_after: mean loss on the batches, nats per loss token.
-        kl: ``KL(before || after)`` on the batches, nats per loss token.
-        tokens: loss tokens of the batches.
+        ranks: rank of every layer, by name; 0 for a layer that lost every direction.
+        parameters_before, parameters_after: number of parameters in A and B of the LoRA layers.
+        loss_before, loss_after: mean loss on the batches, in nats per loss token.
+        kl: ``KL(before || after)`` on the batches, in nats per loss token; NaN if the model's output has no logits.
+        tokens: number of loss tokens in the batches; 0 if the model's output has no logits.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Compression(list[RankEvent]):
 
     @property
     def cost(self) -> float:
-        """The measured cost in nats per loss token: the KL or the rise of the loss, whichever is larger."""
+        """Measured cost in nats per loss token: the larger of the KL and the increase of the loss."""
         return _cost(Cost(self.kl, self.loss_after), self.loss_before)
 
     @property
@@ -73,39 +73,41 @@ def compress(
 ) -> Compression:
     """Cut a trained adapter, in place, to the fewest parameters whose removal costs at most ``tolerance``.
 
-    One forward and backward pass of the batches measures the factors ``H = A C A^T`` and ``D = B^T S B`` of every
+    One forward and backward pass over the batches measures the factors ``H = A C A^T`` and ``D = B^T S B`` of every
     layer. They give the best approximation of every rank in the Fisher metric, and the utility of every direction.
-    Directions go in the order of utility per parameter, over all layers. Forward passes find how far: the cost is
-    measured on the model, not predicted.
+    Directions are removed in the order of utility per parameter, over all layers. Forward passes measure the cost of a
+    cut on the model, and a search finds the largest cut within the tolerance.
 
-    The cost is the rise of the loss or ``KL(uncut || cut)``, whichever is larger, as a mean over loss tokens. So the
-    loss on the batches rises by at most ``tolerance``, and the predictions move by at most ``tolerance``, too, where
-    a cut happens to lower the loss.
+    The cost is the larger of the increase of the loss and ``KL(uncut || cut)``, both as means over loss tokens. So the
+    loss on the batches rises by at most ``tolerance``. The KL limits the change even if a cut lowers the loss.
 
     Args:
-        model: with LoRA layers of PEFT, torchtune or your own; A and B are linear maps (other layers stay as they are).
-        tolerance: nats per loss token.
-        batches: of the data that the adapter is for, about 2,000 loss tokens or more: dicts for ``model(**batch)``, or
-            tensors of token ids. Rows that were not trained on are best.
-        adapter: its name (default: the only one, or the active one).
-        multiple: ranks that remain are multiples of this number (8 or 16 for kernels).
-        uniform: all layers end with one rank, for programs that serve only one.
-        min_rank: no layer falls below this rank (default: 0, a layer may lose its adapter).
-        refit: steps in which the cut adapter learns the uncut one's predictions, so that more can go (default: 0; 24
-            to 100 serve well). Half of the batches are for these steps, and the other half judges the result. The uncut
-            adapter's logits of all loss tokens stay in memory.
-        loss_fn: ``loss_fn(model, batch)`` where ``model(**batch).loss`` is not the loss.
+        model: a model with LoRA layers of PEFT, of torchtune or of your own. Layers whose A and B are not linear maps
+            stay unchanged.
+        tolerance: largest cost, in nats per loss token.
+        batches: data of the adapter's task, about 2,000 loss tokens or more: dicts for ``model(**batch)``, or tensors
+            of token ids. Rows that were not trained on are best.
+        adapter: the adapter's name (default: the only adapter, or the active one).
+        multiple: remaining ranks are multiples of this number (8 or 16 for fast kernels).
+        uniform: whether all layers get one rank, for servers that support only one.
+        min_rank: smallest rank of a layer (default: 0, a layer may lose its adapter).
+        refit: number of optimizer steps in which the cut adapter learns the uncut adapter's predictions (default: 0;
+            24 to 100 work well). More directions can then be removed. Half of the batches are for these steps; the
+            other half measures the cost. The uncut adapter's logits of all loss tokens stay in memory.
+        loss_fn: called as ``loss_fn(model, batch)`` if ``model(**batch).loss`` is not the loss.
 
     Returns:
-        the events, one for each layer that changed, with the measured cost.
+        One event for each layer whose rank changed, with the measured cost.
 
-    A layer of rank 0 keeps one direction of zeros: libraries have no layers without rank.
-    :func:`ctr_optim.export_compact` leaves such layers out. A layer that no loss token passes (an expert without
-    traffic) stays as it is. Optimizers that hold the adapter are void afterwards.
+    A layer of rank 0 keeps one direction of zeros, because LoRA libraries have no layers of rank 0.
+    :func:`ctr_optim.export_compact` leaves such layers out. A layer that no loss token passes (such as an unused
+    expert) stays unchanged. Do not use an optimizer of the adapter's parameters after the call.
 
     Raises:
-        ValueError, TypeError: for a tolerance that is not positive, batches without loss tokens, a model without LoRA
-            layers, and adapters that cannot be cut (PiSSA and other starts that change the base, merged weights).
+        TypeError: the tolerance is not a number, or a batch has an unknown type.
+        ValueError: an argument is out of range, the batches have no loss tokens, the model has no LoRA layers, or the
+            adapter cannot be cut. Adapters with merged weights, and initializations such as PiSSA that change the base
+            weights, cannot be cut.
     """
     _check(tolerance, batches, multiple, min_rank, refit)
     assert batches is not None
@@ -115,8 +117,8 @@ def compress(
     unseen = sorted(set(layers.pairs) - set(factors))
     if unseen:
         warnings.warn(
-            f"compress: no loss token passes {len(unseen)} of {len(layers.pairs)} layers ({unseen[0]}, ...); they keep "
-            "their ranks. Pass batches that reach them",
+            f"compress: no loss token passes {len(unseen)} of {len(layers.pairs)} layers ({unseen[0]}, ...). These "
+            "layers keep their ranks. To cut them, pass batches whose tokens reach them",
             stacklevel=users_line(),
         )
     directions = {name: existing_directions(f.H, f.D) for name, f in factors.items()}
@@ -134,8 +136,8 @@ def compress(
     ranks = cutter.ranks(result.count)
     if not any(ranks.values()):
         warnings.warn(
-            f"compress: without the adapter the cost is at most the tolerance of {tolerance:g} nats per token, so that "
-            "no direction is left. Pass a smaller tolerance",
+            f"compress: removing the whole adapter costs at most the tolerance of {tolerance:g} nats per token, so no "
+            "direction is left. Pass a smaller tolerance",
             stacklevel=users_line(),
         )
     events = []
@@ -159,7 +161,14 @@ def compress(
 
 @dataclass(frozen=True)
 class _Result:
-    """A cut: how many removals, the weights after them, their measured cost, and that over the predicted cost."""
+    """One cut of the adapter.
+
+    Attributes:
+        count: number of removals.
+        weights: weights after the removals.
+        cost: measured cost of the cut.
+        coupling: measured over predicted cost.
+    """
 
     count: int
     weights: Weights
@@ -168,21 +177,21 @@ class _Result:
 
 
 class _Cutter:
-    """An adapter, its directions, and the order in which they go."""
+    """An adapter, its directions, and the order of their removal."""
 
     def __init__(self, layers: Adapter, directions: Mapping[str, Existing], order: Sequence[Removal]) -> None:
         self.layers, self.directions, self.order, self.predicted = layers, directions, order, cumulative(order)
 
     def ranks(self, count: int) -> dict[str, int]:
-        """Ranks after some removals."""
+        """Return the ranks after the first ``count`` removals."""
         return ranks_after(self.order, count, {name: len(a) for name, (a, _) in self.layers.whole.items()})
 
     def weights(self, count: int) -> Weights:
-        """Weights after some removals."""
+        """Return the weights after the first ``count`` removals."""
         return self.layers.cut(self.directions, self.ranks(count))
 
     def search(self, measurement: Measurement, tolerance: float) -> _Result:
-        """The farthest cut within the tolerance. The weights that the model holds afterwards are any."""
+        """Return the largest cut within the tolerance. The model's weights are those of the last trial afterwards."""
         layers, found = self.layers, dict[int, Cost]()
 
         def measured(count: int) -> float:
@@ -197,11 +206,14 @@ class _Cutter:
     def search_refitted(
         self, fitting: Measurement, judging: Measurement, tolerance: float, steps: int, start: _Result
     ) -> _Result:
-        """The farthest cut whose refitted weights stay within the tolerance; ``start`` is the one without a refit.
+        """Return the largest cut whose refitted weights stay within the tolerance.
 
         Args:
-            fitting: batches for the steps.
-            judging: batches that the cost is measured on.
+            fitting: batches for the refit steps.
+            judging: batches on which the cost is measured.
+            tolerance: largest cost, in nats per loss token.
+            steps: number of refit steps in each trial.
+            start: the largest cut without a refit, at which the search starts.
         """
         layers, found = self.layers, dict[int, tuple[Weights, Cost]]()
 
@@ -219,11 +231,11 @@ class _Cutter:
 
 
 def _nothing() -> None:
-    """The weights are in place, and so are the references."""
+    """Do nothing: the weights are in the model already, and the reference logits are stored."""
 
 
 def _cost(cost: Cost, loss_before: float) -> float:
-    """The larger of the KL and the rise of the loss; a cost that is not finite counts as infinite."""
+    """Return the larger of the KL and the increase of the loss; infinity if it is not finite."""
     kl = cost.kl if not math.isnan(cost.kl) else 0.0
     largest = max(kl, cost.loss - loss_before)
     return largest if math.isfinite(largest) else math.inf
@@ -239,6 +251,6 @@ def _check(tolerance: Any, batches: Any, multiple: Any, min_rank: Any, refit: An
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}")
     if batches is None:
         raise ValueError(
-            "batches: got None, expected a few batches of the adapter's data; weights alone do not tell how many nats "
-            "a direction is worth"
+            "batches: got None, expected a few batches of the adapter's task; without data the cost of a cut cannot be "
+            "measured"
         )

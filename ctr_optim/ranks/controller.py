@@ -1,4 +1,4 @@
-"""Rank events during training: when to sketch, when to reallocate, and which listeners to call."""
+"""Rank events during training: count sketched steps, reallocate ranks, and call the listeners."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ctr_optim.runtime.messages import warn_failed
 
 @dataclass(slots=True)
 class RankState:
-    """Numbers of the ranks that a checkpoint carries.
+    """Numbers that a checkpoint stores for the rank controller.
 
     Attributes:
-        sketched: steps that the open sketches sum over; skipped steps add nothing to a sketch, and do not count.
-        budget: mean rank that the model started with; None before the first event.
+        sketched: number of steps that the open sketches sum over, without skipped steps.
+        budget: mean rank of the model at the start of training; None before the first event.
     """
 
     sketched: int = 0
@@ -34,7 +34,19 @@ class RankState:
 
 
 class RankController:
-    """Drives one RankScheduler; what it needs between events lives in the optimizer's state."""
+    """Runs the rank events of one RankScheduler. Sketches between events live in the optimizer's state.
+
+    Args:
+        scheduler: decides when ranks move and how the budget is allocated.
+        damping: damping of the whitening, relative to the mean eigenvalue.
+        pairs: all LoRA layers of the model.
+        listeners: functions that are called with every event.
+        numbers: numbers that a checkpoint stores.
+        counters: counts of skipped steps and failed decompositions.
+
+    Raises:
+        ValueError: two layers have the same name, or the budget is impossible.
+    """
 
     def __init__(
         self,
@@ -47,8 +59,11 @@ class RankController:
     ) -> None:
         twice = [name for name, count in Counter(pair.name for pair in pairs).items() if count > 1]
         if twice:
-            raise ValueError(f"rank_scheduler: several layers are named {twice[0]!r}; train one model an optimizer")
-        # Refuse impossible budgets at construction, not at the first event.
+            raise ValueError(
+                f"rank_scheduler: several layers are named {twice[0]!r}, expected one model; build one optimizer for "
+                "each model"
+            )
+        # Reject impossible budgets at construction, not at the first event.
         scheduler.allocate(
             {pair.name: [0.0] * pair.max_rank for pair in pairs},
             {pair.name: pair.cost for pair in pairs},
@@ -65,41 +80,41 @@ class RankController:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Directions in use, by layer; counted in the weights at first, and after they were loaded."""
+        """Number of directions in use, by layer name; counted in the weights at the start and after a load."""
         if self._in_use is None:
             self._in_use = dict(zip((p.name for p in self._pairs), ranks_in_use(self._pairs), strict=True))
         return self._in_use
 
     @property
     def known(self) -> dict[str, int]:
-        """Directions in use as far as known, else the allocated ones; waits for no device and no process."""
+        """Like :attr:`ranks`, without waiting for a device or a process: allocated ranks if the counts are unknown."""
         return {p.name: p.rank for p in self._pairs} if self._in_use is None else dict(self._in_use)
 
     def use(self, scheduler: RankScheduler) -> None:
-        """Follow another scheduler."""
+        """Replace the scheduler. Warn if the new scheduler has no event."""
         self.scheduler = scheduler
         if scheduler.next_event(0) is None:
             checks.warn_no_event(scheduler)
 
     def forget_ranks(self) -> None:
-        """The weights were loaded: count anew."""
+        """Count the directions in use again at the next access, because the weights were loaded."""
         self._in_use = None
 
     def begin_sketch(self) -> None:
-        """Count sketched steps from zero."""
+        """Reset the count of sketched steps to zero."""
         self.numbers.sketched, self._counted = 0, None
 
     def count_sketched(self, finite: Tensor) -> None:
-        """Count one sketched step, unless it is skipped; does not wait for the device.
+        """Count one sketched step, unless it is skipped. Does not wait for the device.
 
         Args:
-            finite: ``()`` whether the step's gradients are finite.
+            finite: ``()`` boolean, whether the step's gradients are finite.
         """
         one = finite.long()
         self._counted = one if self._counted is None else self._counted + one.to(self._counted.device)
 
     def settle(self) -> None:
-        """Move the count of sketched steps from the device to the numbers; waits for the device."""
+        """Add the device's count of sketched steps to ``numbers.sketched``. Waits for the device."""
         if self._counted is not None:
             self.numbers.sketched += int(self._counted)
             self._counted = None
@@ -112,22 +127,27 @@ class RankController:
         masked: bool,
         coupling: float | None = None,
     ) -> list[RankEvent]:
-        """Survey the layers, allocate ranks and resize; return the events, none if a decomposition failed.
+        """Survey the layers, allocate ranks and resize. Return the events; none if a decomposition failed.
 
-        :meth:`notify` calls the listeners. The event drops the sketches from the state, so the caller restacks in any
-        case. The budget that the model starts with is kept: the next event may use what one event leaves unspent.
+        This method removes the sketches from the state, so the caller must restack the parameters, also if no rank
+        changed. It does not call the listeners (:meth:`notify` does). The budget does not shrink when an event leaves
+        a part of it unused.
 
         Args:
-            coupling: of the whole adapter (``Coupling.of_adapter``); a scheduler with a tolerance needs it.
+            blocks: layers of one shape each, with their factors and sketches.
+            state: the optimizer's state by parameter, changed in place.
+            step: optimizer steps taken so far.
+            masked: whether layers keep their allocated shapes.
+            coupling: coupling of the whole adapter (``Coupling.of_adapter``). A scheduler with a tolerance needs it.
 
         Raises:
-            ValueError: a tolerance in nats, and no coupling that turns utilities into nats.
+            ValueError: the scheduler has a tolerance in nats, and no coupling was measured.
         """
         if self.scheduler.tolerance is not None and coupling is None:
             raise ValueError(
-                "rank_scheduler: tolerance is in nats, and the optimizer has not measured the coupling that turns "
-                "utilities into nats (metrics()['trust/source'] says why); use RankScheduler(budget=...), or "
-                "ctr_optim.compress after training"
+                "rank_scheduler: tolerance is in nats, and the optimizer has not measured the coupling that converts "
+                "utilities to nats (metrics()['trust/source'] gives the reason). Use RankScheduler(budget=...), or "
+                "call ctr_optim.compress after training"
             )
         ranks = self.ranks
         self.settle()
@@ -147,7 +167,7 @@ class RankController:
         full = scheduler.parameters({p.name: p.cost for p in self._pairs}, ranks) >= self._allocated()
         if masked and full and scheduler.tolerance is None:
             checks.warn_if_full()
-        self.forget_ranks()  # an event that fails halfway leaves ranks that only the weights tell
+        self.forget_ranks()  # if the resize fails halfway, the ranks must be counted in the weights again
         events = reallocate(
             surveys,
             scheduler,
@@ -161,20 +181,20 @@ class RankController:
         return events
 
     def notify(self) -> None:
-        """Call every listener with every event since the last call; then raise the first error of a listener."""
+        """Call every listener with every new event, then raise the first error that a listener raised."""
         events, self._pending = self._pending, []
         errors: list[Exception] = []
         for event in events:
             for listener in self.listeners:
                 try:
                     listener(event)
-                except Exception as error:  # the other listeners, such as logs, must not miss the event
+                except Exception as error:  # one failing listener must not hide the event from the others
                     errors.append(error)
         if errors:
             raise errors[0]
 
     def _with_budget(self, surveys: Sequence[Survey], step: int) -> RankScheduler:
-        """The scheduler with the budget of this event; as it is where it has a tolerance instead."""
+        """Return the scheduler with this event's budget; unchanged if it has a tolerance instead of a budget."""
         if self.scheduler.tolerance is not None:
             return self.scheduler
         if self.numbers.budget is None:
@@ -184,5 +204,5 @@ class RankController:
         return replace(self.scheduler, budget=max(budget, self.scheduler.min_rank), gradual=False)
 
     def _allocated(self) -> int:
-        """Allocated parameters."""
+        """Return the number of allocated LoRA parameters."""
         return sum(pair.rank * pair.cost for pair in self._pairs)

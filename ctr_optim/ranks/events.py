@@ -1,4 +1,4 @@
-"""RankEvent: one layer's rank changed."""
+"""RankEvent: a change of one layer's rank or directions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RankEvent:
-    """One layer's rank changed.
+    """A change of one layer's rank or directions.
 
     Attributes:
-        step: optimizer steps taken when it happened.
-        name: the layer.
-        old_rank, new_rank: ranks.
-        kept: directions carried over; ``new_rank - kept`` are new ones.
-        utility: of the layer's last direction chosen, nats per token and million parameters.
-        reason: ``"grow"``, ``"shrink"`` or ``"turn"`` (same rank, some directions exchanged).
+        step: optimizer steps taken before the event.
+        name: name of the layer.
+        old_rank, new_rank: rank before and after the event.
+        kept: number of directions that were kept. The other ``new_rank - kept`` directions are new.
+        utility: utility of the layer's last chosen direction, in nats per token and million parameters.
+        reason: ``"grow"``, ``"shrink"`` or ``"turn"`` (same rank, some directions replaced).
     """
 
     step: int
@@ -28,5 +28,5 @@ class RankEvent:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for logs."""
+        """Return the fields as a dict of plain values, for logs."""
         return asdict(self)

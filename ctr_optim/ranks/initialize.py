@@ -1,4 +1,4 @@
-"""Ranks and start directions from a few batches, before the first step."""
+"""Choose ranks and initial directions from a few batches, before the first step."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ def initialize(
     damping: float = 0.1,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> list[RankEvent]:
-    """Give every fresh LoRA layer the directions in which the loss falls fastest, and the rank that they are worth.
+    """Choose the ranks of an untrained adapter, and start A in the directions of steepest loss decrease.
 
-    Two passes over ``batches`` (forward and backward, no step): the first measures the Kronecker factors, the second
-    sketches the whitened gradient. A gets the leading right singular directions, B stays zero: the model's function
-    does not change. Build the training's optimizer afterwards.
+    The function makes two forward and backward passes over ``batches``, without training steps. The first pass
+    measures the Kronecker factors; the second sketches the whitened gradient. A gets the leading right singular
+    directions of this gradient. B stays zero, so the model's outputs do not change. Build the optimizer for training
+    after this call.
 
     Args:
-        model: with LoRA layers whose B is zero.
-        batches: a handful (six serve well); dicts are passed as ``model(**batch)``, whose ``.loss`` is used.
-        budget: mean rank; None for what the model has.
-        min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean.
-        move_ranks: False gives start directions only, at the ranks that the layers have.
-        factor_structure: ``"diagonal"``, ``"lowrank"`` or ``"dense"`` whitening.
-        damping: of the whitening, relative to the mean eigenvalue.
-        loss_fn: ``loss_fn(model, batch)`` where ``model(**batch).loss`` is not the loss.
+        model: a model with LoRA layers whose B is zero.
+        batches: a few batches (six work well). Dicts are passed as ``model(**batch)``, whose ``.loss`` is used.
+        budget: mean rank; None for the model's own.
+        min_rank, max_rank: smallest and largest rank of a layer. ``max_rank=None`` is four times the mean rank.
+        move_ranks: whether to change ranks. If False, layers keep their ranks and get only new directions.
+        factor_structure: structure of the whitening: ``"diagonal"``, ``"lowrank"`` or ``"dense"``.
+        damping: damping of the whitening, relative to the mean eigenvalue.
+        loss_fn: called as ``loss_fn(model, batch)`` if ``model(**batch).loss`` is not the loss.
 
     Returns:
-        one event a layer.
+        One event for each layer.
 
     Raises:
-        ValueError: where an adapter is not fresh, there are no batches, or the budget cannot be met.
+        ValueError: the adapter is trained already, there are no batches, or the budget is impossible.
+        TypeError: a batch is not a dict, and ``loss_fn`` is not given.
     """
     kept = list(batches)
     if not kept:
-        raise ValueError("initialize: got no batches, expected a few (six serve well)")
+        raise ValueError("initialize: got no batches, expected a few (six work well)")
     trainable = [p for p in model.parameters() if p.requires_grad]
     scout = CTROptimizer(
         trainable,
@@ -68,8 +70,8 @@ def initialize(
         stale = [pair.name for pair in scout.pairs if bool((pair.B != 0).any())]
         if stale or not scout.pairs:
             raise ValueError(
-                f"initialize: expected fresh LoRA layers (B = 0), found {stale[:3] if stale else 'none at all'}; "
-                "call it before training, and not with PiSSA, OLoRA or other starts of their own"
+                f"initialize: expected untrained LoRA layers (B = 0), found {stale[:3] if stale else 'none at all'}. "
+                "Call it before training. Do not use it with PiSSA, OLoRA or another method that initializes B"
             )
         mean = sum(p.rank for p in scout.pairs) / len(scout.pairs)
         cap = max_rank if max_rank is not None else max(min_rank, round(4 * (budget or mean)))
@@ -93,7 +95,7 @@ def initialize(
 def _pass(
     scout: CTROptimizer, model: nn.Module, batches: list[Any], loss_fn: Callable[[nn.Module, Any], Tensor] | None
 ) -> None:
-    """Forward, backward and a step of no length for every batch: only the scout's factors change."""
+    """Run forward, backward and a step with lr=0 for every batch; only the scout's statistics change."""
     for batch in batches:
         with torch.enable_grad():
             if loss_fn is not None:
@@ -101,7 +103,7 @@ def _pass(
             elif isinstance(batch, Mapping):
                 loss = model(**batch).loss
             else:
-                raise TypeError(f"initialize: a batch is a {type(batch).__name__}; pass dicts, or loss_fn=...")
+                raise TypeError(f"initialize: got a batch of type {type(batch).__name__}; pass dicts, or loss_fn=...")
             loss.backward()  # type: ignore[no-untyped-call]
         scout.step()
         scout.zero_grad()

@@ -1,6 +1,7 @@
 """Measure an adapter on batches: the factors of its layers, and the cost of a change of its weights.
 
-Both run the model in eval mode, so that neither dropout nor norm statistics add noise, and leave no trace.
+Both measurements run the model in eval mode, so that dropout and batch statistics add no noise. They restore training
+modes, gradients and ``requires_grad`` afterwards.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from ctr_optim.ranks.valuation import host
 from ctr_optim.trust_region.logits import kl_divergence, logits_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-_MOST_KEPT = 2**28  # logits of the uncut adapter that stay in memory; where there are more, they are computed again
+_MOST_KEPT = 2**28  # most reference logits (numbers) that stay in memory; more are computed again for each trial
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A layer's r x r statistics over loss tokens, in float64 on the host.
+    """A layer's r x r statistics over loss tokens, in float64 on the CPU.
 
     Attributes:
         H: ``A C A^T (r, r)``.
@@ -38,10 +39,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a change of the weights costs, in nats per loss token.
+    """Cost of a change of the weights, in nats per loss token.
 
     Attributes:
-        kl: ``KL(before || after)``, the mean over loss tokens; NaN for a model whose output holds no logits.
+        kl: ``KL(before || after)``, the mean over loss tokens; NaN for a model whose output has no logits.
         loss: the mean loss after the change.
     """
 
@@ -50,38 +51,47 @@ class Cost:
 
 
 class Measurement:
-    """Batches with a loss, run through a model.
+    """A model with batches that measure its loss and the KL of its predictions.
+
+    Call :meth:`factors` first: it drops batches without loss tokens, and finds the loss tokens of the others.
 
     Args:
         model: a model with LoRA layers.
         batches: dicts for ``model(**batch)``, whose ``.loss`` is used, or tensors of token ids.
-        loss_fn: ``loss_fn(model, batch)`` where ``model(**batch).loss`` is not the loss.
+        loss_fn: called as ``loss_fn(model, batch)`` if ``model(**batch).loss`` is not the loss.
         who: the caller's name, for error messages.
 
     Raises:
-        ValueError, TypeError: for batches without loss tokens, or that the model makes no loss of.
+        ValueError: there are no batches.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn | None, who: str) -> None:
         self.model, self.batches, self.loss_fn, self.who = model, list(batches), loss_fn, who
         if not self.batches:
-            raise ValueError(f"{who}: got no batches, expected a few of the training's (64 rows serve well)")
-        self.counts: list[list[Tensor]] = []  # by batch and forward: which rows of the logits the loss looks at
-        self.losses: list[float] = []  # by batch, with the weights that factors() saw
-        self.weights: list[float] = []  # by batch: its share in the mean over loss tokens
+            raise ValueError(f"{who}: got no batches, expected a few of the adapter's task (64 rows work well)")
+        self.counts: list[list[Tensor]] = []  # by batch and chunk of logits: mask of the loss tokens
+        self.losses: list[float] = []  # by batch: the loss, with the weights at the call of factors()
+        self.weights: list[float] = []  # by batch: its share of the mean over loss tokens
         self._kept: dict[int, list[Tensor]] = {}
         self.loss = math.nan
 
     @property
     def tokens(self) -> int:
-        """Loss tokens of all batches; 0 where the model's output holds no logits."""
+        """Number of loss tokens in all batches; 0 if the model's output has no logits."""
         return sum(int(mask.sum()) for masks in self.counts for mask in masks)
 
     def factors(self, pairs: Sequence[LoRAPair], max_tokens: int | None = None) -> dict[str, Factors]:
-        """Return the statistics of every layer that a loss token passes.
+        """Return the statistics of every layer that a loss token passes, by layer name.
 
-        One forward and backward pass of every batch. H and D are exact means over loss tokens: no structure of C and S
-        enters.
+        Each batch runs forward and backward once. H and D are means over loss tokens, and do not depend on the
+        structure of C and S.
+
+        Args:
+            pairs: layers to measure.
+            max_tokens: most tokens that a layer uses in one forward pass; None for all.
+
+        Raises:
+            ValueError, TypeError: no batch has a loss token, or the model returns no loss for a batch.
         """
         with self.training(pairs) as parameters:
             scout = CTROptimizer(
@@ -103,10 +113,11 @@ class Measurement:
 
     @torch.no_grad()
     def cost(self, before: Callable[[], Any], after: Callable[[], Any]) -> Cost:
-        """Return the cost of ``after``'s weights, compared with those of ``before``.
+        """Return the cost of the weights that ``after`` writes, compared with those that ``before`` writes.
 
         Args:
-            before, after: write the weights into the model. Those of ``after`` are in place on return.
+            before, after: functions that write weights into the model. On return, the model has the weights of
+                ``after``.
         """
         kl = loss = 0.0
         tokens = self.tokens
@@ -121,7 +132,10 @@ class Measurement:
         return Cost(kl if tokens else math.nan, loss)
 
     def divergence(self, index: int) -> Tensor:
-        """Return ``KL(reference || model)`` of one batch, the mean over its loss tokens, with a graph for backward."""
+        """Return ``KL(reference || model)`` of batch ``index``: ``()``, mean over loss tokens, differentiable.
+
+        Needs the batch's reference logits (:meth:`keep_references`).
+        """
         seen: list[Tensor] = []
         with torch.enable_grad(), self._logits(seen):
             self._loss_of(self.batches[index])
@@ -132,7 +146,7 @@ class Measurement:
 
     @torch.no_grad()
     def keep_references(self, before: Callable[[], Any]) -> None:
-        """Keep the logits of all batches with the weights that ``before`` writes, however many there are."""
+        """Store the logits of all batches for the weights that ``before`` writes, without a limit of memory."""
         before()
         with self._quiet():
             for index, batch in enumerate(self.batches):
@@ -140,7 +154,7 @@ class Measurement:
                     self._kept[index] = self._forward(index, batch)[1]
 
     def part(self, indices: Sequence[int]) -> Measurement:
-        """Return the measurement of some of the batches; loss and references are known already."""
+        """Return a measurement of some of the batches, with their known losses, loss tokens and references."""
         part = Measurement(self.model, [self.batches[i] for i in indices], self.loss_fn, self.who)
         part.counts = [self.counts[i] for i in indices]
         part.losses = [self.losses[i] for i in indices]
@@ -150,18 +164,18 @@ class Measurement:
 
     @contextmanager
     def training(self, pairs: Sequence[LoRAPair]) -> Iterator[list[nn.Parameter]]:
-        """Backward passes that only A and B of these layers get gradients from, without dropout."""
+        """Set eval mode, and let only A and B of these layers require gradients; yield these parameters."""
         with self._quiet(), _trained(self.model, pairs) as parameters:
             yield parameters
 
     def _weigh(self) -> None:
-        """Weights of the batches, and their mean loss."""
+        """Compute each batch's share of the loss tokens, and the mean loss."""
         shares = [float(sum(int(mask.sum()) for mask in masks)) if masks else 1.0 for masks in self.counts]
         self.weights = [share / sum(shares) for share in shares]
         self.loss = math.fsum(weight * loss for weight, loss in zip(self.weights, self.losses, strict=True))
 
     def _reference(self, index: int, batch: Any, before: Callable[[], Any]) -> list[Tensor]:
-        """The logits of loss tokens before the change; kept where all of them fit into memory."""
+        """Return the logits ``(n, V)`` of a batch's loss tokens before the change; store them if all batches fit."""
         if index in self._kept:
             return self._kept[index]
         before()
@@ -171,7 +185,7 @@ class Measurement:
         return logits
 
     def _backward_all(self, scout: CTROptimizer) -> None:
-        """Gradients of every batch, a step of no length after each; and which tokens the losses look at."""
+        """Run every batch forward and backward with a step of lr=0, and record losses and loss tokens."""
         losses, kept, counts = [], [], []
         for batch in self.batches:
             seen: list[Tensor] = []
@@ -179,7 +193,7 @@ class Measurement:
                 loss = self._loss_of(batch)
                 masks = [_loss_rows(logits) for logits in seen]
                 if not (loss.requires_grad and bool(torch.isfinite(loss))):
-                    continue  # a mean over no tokens
+                    continue  # a batch without loss tokens: its mean loss is NaN, or has no graph
                 loss.backward()  # type: ignore[no-untyped-call]
             tokens = sum(int(mask.sum()) for mask in masks) if masks else 1
             if tokens:
@@ -190,13 +204,14 @@ class Measurement:
             scout.zero_grad()
         if not kept:
             raise ValueError(
-                f"{self.who}: none of {len(self.batches)} batches has a loss token; expected labels other than -100"
+                f"{self.who}: none of {len(self.batches)} batches has a loss token; pass batches with labels other "
+                "than -100"
             )
         self.batches, self.counts, self.losses = kept, counts, losses
         self._weigh()
 
     def _forward(self, index: int, batch: Any) -> tuple[float, list[Tensor]]:
-        """The loss, and the logits ``(n, V)`` of loss tokens."""
+        """Return a batch's loss, and the logits ``(n, V)`` of its loss tokens, one tensor for each chunk."""
         seen: list[Tensor] = []
         with self._logits(seen):
             loss = float(self._loss_of(batch))
@@ -216,7 +231,7 @@ class Measurement:
 
     @contextmanager
     def _logits(self, seen: list[Tensor]) -> Iterator[None]:
-        """Collect the logits of the model's forward passes."""
+        """Append the logits of the model's forward passes to ``seen``."""
 
         def look(module: nn.Module, args: Any, output: Any) -> None:
             if (logits := logits_of(output)) is not None:
@@ -230,7 +245,7 @@ class Measurement:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Eval mode for a while; no gradients are left."""
+        """Set eval mode, and restore the modes of all modules afterwards."""
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
         try:
@@ -242,7 +257,7 @@ class Measurement:
 
 @contextmanager
 def _trained(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[list[nn.Parameter]]:
-    """Only A and B of these layers want gradients, whatever the user froze; their own gradients come back after."""
+    """Let only A and B of these layers require gradients; restore ``requires_grad`` and gradients afterwards."""
     parameters = [p for pair in pairs for p in (pair.A, pair.B)]
     before = [(p, p.requires_grad, p.grad) for p in {*model.parameters(), *parameters}]
     try:
@@ -259,7 +274,7 @@ def _trained(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[list[nn.Pa
 
 
 def _loss_rows(logits: Tensor) -> Tensor:
-    """Return a mask ``(...)`` of rows of logits ``(..., V)``; backward marks the rows that the loss depends on."""
+    """Return a mask ``(...)`` for logits ``(..., V)``. The backward pass marks the tokens with a nonzero gradient."""
     mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
 
     def mark(grad: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Win back by a few steps what a cut lost: the cut adapter learns the predictions of the uncut one."""
+"""Train a cut adapter for a few steps to reproduce the predictions of the uncut adapter."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.ranks.adapter import Adapter, Weights
 from ctr_optim.ranks.measurement import Measurement
 
-MAX_KL = 0.1  # the first step's bound, over the tolerance
+MAX_KL = 0.1  # KL bound of the first step, as a fraction of the tolerance
 
 
 def refit(layers: Adapter, measurement: Measurement, steps: int, tolerance: float) -> Weights:
-    """Return the weights after ``steps`` steps that lower ``KL(uncut || cut)`` on the batches; they are in place, too.
+    """Train the cut adapter to lower ``KL(uncut || cut)`` on the batches, and return its weights.
 
-    Labels play no part: rows that were trained on serve as well as others. The optimizer is CTROptimizer with a bound
-    of a tenth of the tolerance, which falls along a cosine.
+    The objective does not use labels, so rows of the training data are as good as other rows. CTROptimizer starts with
+    a KL bound of a tenth of the tolerance; the bound falls with ``lr``, which follows a cosine. The model has the
+    returned weights afterwards.
 
     Args:
-        layers: cut already, in the shapes of the smaller ranks.
-        measurement: with the references of the uncut adapter.
+        layers: the cut adapter, in the shapes of the smaller ranks.
+        measurement: batches with the reference logits of the uncut adapter.
+        steps: number of optimizer steps.
+        tolerance: tolerance of the cut, in nats per loss token.
     """
     pairs = [pair for pair in layers.pairs.values() if bool(pair.A.any()) and bool(pair.B.any())]
     if pairs:
@@ -40,21 +43,22 @@ def refit(layers: Adapter, measurement: Measurement, steps: int, tolerance: floa
 
 
 def halves(measurement: Measurement, reference: Callable[[], Any]) -> tuple[Measurement, Measurement]:
-    """Return two measurements: of the batches to refit on, and of those that judge the result.
+    """Split the batches in two: one measurement for the refit steps, and one for the cost of the result.
 
     Args:
-        reference: writes the uncut adapter's weights, whose logits on all batches stay in memory.
+        measurement: at least two batches with loss tokens.
+        reference: writes the uncut adapter's weights into the model. Their logits on all batches stay in memory.
 
     Raises:
-        ValueError: for fewer than two batches, and a model whose output holds no logits.
+        ValueError: there are fewer than two batches, or the model's output has no logits.
     """
     if len(measurement.batches) < 2:
         raise ValueError(
-            f"refit: got {len(measurement.batches)} batch with loss tokens, expected at least two, half of which judge "
-            "the result"
+            f"refit: got {len(measurement.batches)} batch with loss tokens, expected at least two: half of the batches "
+            "are for the refit, the other half measures the cost. Pass more batches"
         )
     if not measurement.tokens:
-        raise ValueError("refit: the model's output holds no logits to learn from; leave refit at 0")
+        raise ValueError("refit: expected a model whose output has logits, found none; leave refit at 0")
     measurement.keep_references(reference)
     count = len(measurement.batches)
     return measurement.part(range(0, count, 2)), measurement.part(range(1, count, 2))

@@ -1,12 +1,13 @@
-"""Change a pair's rank: the function goes on, and so does the optimizer.
+"""Change the rank of layers, with their weights, moments and factors.
 
-A shrink keeps a subspace: ``A <- N A``, ``B <- B M`` with ``M N`` the Fisher-orthogonal projector on the best
-directions. N has orthonormal rows, so that A keeps its scale. Gradients follow as ``g_A <- M^T g_A``,
-``g_B <- g_B N^T``, and so do first moments, exactly; factors as ``H <- N H N^T``, ``D <- M^T D M``. Growth appends rows
-to A and zero columns to B: the function is unchanged, and the new columns' first gradient points where the loss falls.
+A shrink keeps a subspace: ``A <- N A``, ``B <- B M``, where ``M N`` is the Fisher-orthogonal projector on the best
+directions. N has orthonormal rows, so A keeps its scale. Gradients transform as ``g_A <- M^T g_A`` and
+``g_B <- g_B N^T``; first moments transform in the same way, exactly. Factors become ``H <- N H N^T`` and
+``D <- M^T D M``. Growth appends rows to A and zero columns to B, so the layer's output does not change. The new
+columns of B get a gradient in the next step.
 
-What is r x r is worked out on the host, in float64; what is wide then moves by one product a side (:func:`carry`), and
-nothing waits for the device.
+All r x r matrices are computed in float64 on the CPU. One product a side then moves the wide tensors (:func:`carry`),
+without waiting for the device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Core:
-    """The ``(..., r, r)`` part of layers' states: H, D, and the bases that the moments of A and of B are in."""
+    """The ``(..., r, r)`` matrices of layers: factors H and D, and the bases of the moments of A and of B."""
 
     H: Tensor
     D: Tensor
@@ -35,23 +36,33 @@ class Core:
 
 @dataclass(frozen=True)
 class Projection:
-    """N ``(..., e, r)`` with orthonormal rows, and M ``(..., r, e)``, with ``N M = I``."""
+    """A projection on e of r directions.
+
+    Attributes:
+        keep: N ``(..., e, r)``, with orthonormal rows.
+        restore: M ``(..., r, e)``, with ``N M = I``.
+    """
 
     keep: Tensor
     restore: Tensor
 
 
 def projection(existing: Existing, count: int) -> Projection:
-    """The projection on each layer's ``count`` best directions."""
+    """Return the projection on each layer's ``count`` best directions."""
     rows = existing.keep[..., :count, :]
     q, triangle = torch.linalg.qr(rows.mT)  # rows = triangle^T q^T
     return Projection(q.mT, existing.restore[..., :count] @ triangle.mT)
 
 
 def shrink(core: Core, on: Projection) -> tuple[Core, list[Tensor]]:
-    """What is left of a core, and ``(..., 3, e, r)`` maps of weights and of both moments, for A and for ``B^T``.
+    """Return the core after a projection, and the maps of weights and moments for A and for ``B^T``.
 
-    Moments go to the eigenbasis of the new factor; second moments as in a change of basis, ``v <- (R o R) v``.
+    The moments move to the eigenbases of the new factors. Second moments move as in a change of basis,
+    ``v <- (R o R) v``.
+
+    Returns:
+        The core ``(..., e, e)``, and two tensors ``(..., 3, e, r)``: maps of the weights, of the first and of the
+        second moments.
     """
     n, m = on.keep, on.restore
     h, d = n @ core.H @ n.mT, m.mT @ core.D @ m
@@ -71,28 +82,31 @@ def unchanged(core: Core) -> tuple[Core, list[Tensor]]:
 
 
 def grow(core: Core, cross: Tensor, inner: Tensor) -> Core:
-    """A core with k new directions, of which B has nothing yet; they are their own basis.
+    """Return a core with k new directions, whose columns in B are zero. The bases get unit vectors for them.
 
     Args:
-        cross: ``A C rows^T (..., r, k)``; inner: ``rows C rows^T (..., k, k)``: what H becomes.
+        core: the core of the r present directions.
+        cross: ``A C rows^T (..., r, k)``, the off-diagonal block of the new H.
+        inner: ``rows C rows^T (..., k, k)``, the new diagonal block of H.
     """
     H = torch.cat([torch.cat([core.H, cross], -1), torch.cat([cross.mT, inner], -1)], -2)
     return padded(replace(core, H=H), H.shape[-1])
 
 
 def padded(core: Core, room: int) -> Core:
-    """Return a core enlarged to ``room``; the added directions have no factors and are their own basis."""
+    """Return a core zero-padded to rank ``room``; the bases get unit vectors for the added directions."""
     factors = sized(core.H, (-2, -1), room), sized(core.D, (-2, -1), room)
     return Core(*factors, padded_basis(core.basis_a, room), padded_basis(core.basis_b, room))
 
 
 def carry(old: Tensor, maps: Tensor, new: Tensor, room: int) -> Tensor:
-    """Weights and moments of one side after a resize, ``(..., n, room, d)`` in float64.
+    """Return weights and moments of A or of ``B^T`` after a resize, ``(..., n, room, d)`` in float64.
 
     Args:
-        old: ``(..., n, r, d)``: the weights, and both moments where there are any.
-        maps: ``(..., 3, e, r)`` for the directions that are kept.
-        new: ``(..., n, k, d)``: what new directions start with.
+        old: ``(..., n, r, d)``; n = 1: weights; n = 3: weights, first and second moments.
+        maps: ``(..., 3, e, r)`` maps of the kept directions.
+        new: ``(..., n, k, d)`` initial values of the new directions.
+        room: rank after zero-padding.
     """
     kept = maps[..., : old.shape[-3], :, :].to(old.device, non_blocking=True) @ old.double()
     return sized(torch.cat([kept, new.to(kept)], -2), (-2,), room)

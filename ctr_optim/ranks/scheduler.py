@@ -1,4 +1,4 @@
-"""RankScheduler: a budget and utilities in, ranks out. Pure, deterministic, the same on every process."""
+"""RankScheduler: compute ranks from a budget and utilities. Deterministic, and equal in every process."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from ctr_optim.runtime.options import suggests_options
 
 @dataclass(frozen=True)
 class RankScheduler:
-    """When ranks move, and how a budget of parameters is shared out.
+    """Schedule of rank events, and allocation of a parameter budget to layers.
 
     Args:
-        budget: mean rank over layers (each layer counts with its own cost), or None for what the model starts with.
-        gradual: the budget is reached in equal parts from the model's own ranks, at the last event (needs
-            ``total_steps``); else at the first event. Allocate twice the budget, and the final adapter is chosen from
-            twice the directions.
+        budget: mean rank over layers, each layer weighted with the parameters of one direction. None keeps the
+            model's initial mean rank.
+        gradual: whether the budget falls in equal parts from the model's initial mean rank, and is reached at the last
+            event. If False, or without ``total_steps``, the budget applies from the first event. Allocate twice the
+            budget to choose the final adapter from twice as many directions.
         interval: steps between events.
         start, until: first and last event, as fractions of ``total_steps``.
-        total_steps: length of the training; None: events never stop.
-        min_rank, max_rank: of every layer; ``max_rank=None`` is four times the mean. With ``min_rank=0`` a layer may be
-            dropped (its weights are zero; :func:`ctr_optim.export_compact` leaves it out) and come back. Where ranks
-            are masked (see ``resize``), no layer gets more than it was allocated with.
-        hysteresis: a direction that exists counts for ``1 + hysteresis`` times its utility, so that ranks do not
-            swing to and fro on noise.
-        absent: what a direction that a layer lacks is taken to be worth. ``"spectrum"``: what the fall of the layer's
-            own utilities promises for the next one; ``"sketch"``: what the sketched gradient says that it would gain.
-        max_change: the most by which a rank rises or falls at one event, ``multiple`` at least; None for no limit.
-        multiple: ranks are multiples of this; None for a quarter of the mean rank, as a power of two: 1 below 8, 2 at
-            8, 4 at 16. Layers of one shape and rank are worked on at once, and half precision multiplies slower by odd
-            ranks than by multiples of 8.
-        window: steps before each event on which the gradient is sketched.
-        sketch_rank: candidate directions that a layer may gain at one event.
-        tolerance: nats per token that all events together may cost, in place of a budget: at each event, the directions
-            that are worth least per parameter go, as many as fit into the event's share. The cost is predicted, through
-            the coupling of the whole adapter that the optimizer measures. Training then wins back some of it. Allocate
-            more directions than you need. A layer loses at most half of its directions in one event. Layers grow only
-            where ``max_rank`` is given: one that lost nothing, and whose next direction promises ``1 + hysteresis``
-            times the price at which others keep theirs.
+        total_steps: number of training steps. With None, events never stop.
+        min_rank, max_rank: smallest and largest rank of a layer. ``max_rank=None`` is four times the mean rank. With
+            ``min_rank=0`` a layer may lose all directions and get new ones later (its weights are zero meanwhile, and
+            :func:`ctr_optim.export_compact` leaves it out). With masked ranks (see ``resize``), no layer exceeds its
+            allocated rank.
+        hysteresis: existing directions count with ``1 + hysteresis`` times their utility, so that noise does not
+            change ranks back and forth.
+        absent: how to estimate the utility of a direction that a layer does not have. ``"spectrum"`` extrapolates the
+            utilities of the layer's own directions. ``"sketch"`` uses the sketched gradient.
+        max_change: largest change of a layer's rank at one event, at least ``multiple``; None for no limit.
+        multiple: ranks are multiples of this number. None is a quarter of the mean rank, rounded down to a power of
+            two: 1 below 8, 2 at 8, 4 at 16. Few different ranks are faster, because layers of one shape and rank share
+            batched calls. In half precision, multiples of 8 multiply faster than odd ranks.
+        window: number of steps before each event in which the gradient is sketched.
+        sketch_rank: largest number of directions that a layer can gain at one event.
+        tolerance: cost of all events together in nats per token, in place of a budget. Each event removes the
+            directions with the least utility per parameter until its share of the tolerance is spent. The cost is
+            predicted with the measured coupling of the whole adapter; later training recovers a part of it. Start with
+            more directions than you need. A layer loses at most half of its directions at one event. Layers grow only
+            if ``max_rank`` is given: a layer that lost nothing grows if the utility per parameter of its next
+            directions exceeds ``1 + hysteresis`` times that of the cheapest remaining removal.
     """
 
     budget: float | None = None
@@ -79,7 +81,7 @@ class RankScheduler:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least {least}{hint}")
         if self.gradual and self.budget is None:
             raise ValueError(
-                "gradual: got True without a budget to reach; set RankScheduler(budget=...), the mean rank"
+                "gradual: got True without a budget; set RankScheduler(budget=...), the mean rank at the last event"
             )
         if self.tolerance is not None:
             if not (math.isfinite(self.tolerance) and self.tolerance > 0):
@@ -103,19 +105,23 @@ class RankScheduler:
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected at least 0")
 
     def multiple_at(self, mean: float) -> int:
-        """Return the number that ranks are multiples of, for a mean rank."""
+        """Return the number of which ranks are multiples, for a given mean rank."""
         if self.multiple is not None:
             return self.multiple
         most = min(mean / 4, self.sketch_rank)
         return 1 << int(math.log2(most)) if most >= 1 else 1
 
     def most_change(self, mean: float) -> int | None:
-        """Return ``max_change``, but at least one multiple, for a mean rank."""
+        """Return the largest change of a rank at one event, for a given mean rank; None for no limit."""
         return None if self.max_change is None else max(self.max_change, self.multiple_at(mean))
 
     @staticmethod
     def of(given: RankScheduler | Mapping[str, Any]) -> RankScheduler:
-        """A scheduler, or one from a config's dict of its arguments."""
+        """Return the given scheduler, or build one from a dict of its arguments.
+
+        Raises:
+            TypeError: ``given`` is neither, or the dict has an unknown argument.
+        """
         if isinstance(given, RankScheduler):
             return given
         if isinstance(given, Mapping):
@@ -125,20 +131,21 @@ class RankScheduler:
         )
 
     def next_event(self, step: int) -> int | None:
-        """The first event at or after ``step`` steps taken; None when there are no more."""
+        """Return the step of the first event at or after ``step``; None if there are no more events."""
         first, last = 1.0, math.inf
         if self.total_steps is not None:
-            # rounded: 0.07 * 100 is a little more than 7
+            # Round first, because 0.07 * 100 is slightly more than 7 in floating point.
             first = max(1.0, round(self.start * self.total_steps, 6))
             last = round(self.until * self.total_steps, 6)
         due = max(1, math.ceil(max(step, first) / self.interval)) * self.interval
         return due if due <= last else None
 
     def budget_at(self, step: int, start: float) -> float:
-        """The budget as a mean rank, at the event after ``step`` steps.
+        """Return the budget at the event after ``step`` steps, as a mean rank.
 
         Args:
-            start: the mean rank that the model started with.
+            step: optimizer steps taken so far.
+            start: the model's initial mean rank.
         """
         if self.budget is None:
             return start
@@ -150,9 +157,15 @@ class RankScheduler:
         return start + (self.budget - start) * min(1.0, done)
 
     def share(self) -> float:
-        """Nats per token of the tolerance that one event may spend: equal parts, a tenth where events never stop."""
+        """Return one event's part of the tolerance, in nats per token.
+
+        All events get equal parts. Without ``total_steps``, each event gets a tenth of the tolerance.
+
+        Raises:
+            ValueError: the scheduler has no tolerance.
+        """
         if self.tolerance is None:
-            raise ValueError("share: this scheduler has no tolerance")
+            raise ValueError("share: expected a scheduler with a tolerance; set RankScheduler(tolerance=...)")
         first = self.next_event(0)
         if self.total_steps is None or first is None:
             return self.tolerance / 10
@@ -160,18 +173,18 @@ class RankScheduler:
         return self.tolerance / (1 + (last - first) // self.interval)
 
     def sketches(self, step: int) -> bool:
-        """Whether the step that is about to be taken (``step`` taken so far) is in the window before an event."""
+        """Return whether the next step is in the sketch window of an event; ``step`` steps were taken so far."""
         due = self.next_event(step + 1)
         return due is not None and due - step <= min(self.window, self.interval)
 
     def parameters(self, costs: Mapping[str, int], ranks: Mapping[str, int]) -> int:
-        """The budget in parameters."""
+        """Return the budget as a number of parameters."""
         if self.budget is None:
             return sum(ranks[name] * cost for name, cost in costs.items())
         return int(self.budget * sum(costs.values()) + 1e-6)
 
     def mean_rank(self, costs: Mapping[str, int], ranks: Mapping[str, int]) -> float:
-        """The budget as a mean rank, each layer counting with its own cost."""
+        """Return the budget as a mean rank, each layer weighted with its cost."""
         return self.parameters(costs, ranks) / sum(costs.values())
 
     def allocate(
@@ -182,30 +195,36 @@ class RankScheduler:
         limits: Mapping[str, int] | None = None,
         floors: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """Share out the budget: the most useful direction per parameter first.
+        """Allocate the budget greedily, in the order of utility per parameter, and return the new ranks.
 
         Args:
-            utilities: for each layer, its candidate directions' utilities, largest first.
-            costs: for each layer, parameters a direction costs (d_in + d_out).
-            ranks: today's ranks; the budget when ``self.budget`` is None.
-            limits, floors: for each layer, the most and the fewest directions that it can hold.
+            utilities: utilities of each layer's candidate directions, largest first, by layer name.
+            costs: parameters of one direction (d_in + d_out), by layer name.
+            ranks: current ranks. They define the budget if ``self.budget`` is None.
+            limits, floors: largest and smallest number of directions, by layer name.
 
         Returns:
-            the new ranks; never over budget. Ties go to the layer that is named first in the alphabet, so that the
-            order of layers does not matter. Today's ranks stay where they fit and nothing better is found (the fill is
-            optimal where all costs are equal, and nearly so elsewhere).
+            New ranks within the budget, by layer name. Ties go to the alphabetically first layer, so the order of
+            layers does not matter. The current ranks are returned if they fit and their total utility is at least as
+            large. The result is optimal if all costs are equal, and nearly optimal otherwise.
 
         Raises:
-            ValueError: unknown layers, utilities that rise, or a budget too small for ``min_rank`` everywhere.
+            ValueError: the arguments name different layers, utilities increase, or the budget cannot hold ``min_rank``
+                in every layer.
         """
         for what, given in (("utilities", utilities), ("ranks", ranks)):
             if given is not None and set(given) != set(costs):
                 raise ValueError(f"{what} and costs name different layers: {sorted(set(given) ^ set(costs))[:5]}")
         for name, worth in utilities.items():
             if not all(a >= b for a, b in pairwise(worth)):
-                raise ValueError(f"utilities: those of {name!r} are not in falling order: {list(worth)[:8]}")
+                raise ValueError(
+                    f"utilities: got {list(worth)[:8]} for {name!r}, not in falling order; sort them, largest first"
+                )
         if ranks is None and self.budget is None:
-            raise ValueError("budget: None means today's parameters; pass ranks, or set RankScheduler(budget=...)")
+            raise ValueError(
+                "budget: got None, which means the parameters of the current ranks; pass ranks, or set "
+                "RankScheduler(budget=...)"
+            )
         total = self.parameters(costs, ranks or {})
         mean = self.mean_rank(costs, ranks or {})
         cap = self.max_rank if self.max_rank is not None else max(self.min_rank, math.ceil(4 * mean))
@@ -217,15 +236,15 @@ class RankScheduler:
         new = dict(least)
         left = total - sum(new[n] * costs[n] for n in costs)
         if left < 0 and floors:
-            return self.allocate(utilities, costs, ranks, limits)  # a shrunken budget wins over gradual change
+            return self.allocate(utilities, costs, ranks, limits)  # the budget takes precedence over max_change
         if left < 0:
             raise ValueError(
                 f"budget: {total} parameters do not hold min_rank={self.min_rank} in each of {len(costs)} layers, in "
-                f"multiples of {multiple} ({total - left} needed); raise the budget or lower min_rank or multiple"
+                f"multiples of {multiple}, which needs {total - left}; raise the budget, or lower min_rank or multiple"
             )
 
         def next_of(name: str) -> tuple[float, str]:
-            """Minus the worth per parameter of a layer's next directions, so that the smallest comes first."""
+            """Return minus the utility per parameter of a layer's next directions, because heapq is a min-heap."""
             return -sum(utilities[name][new[name] : new[name] + multiple]) / (multiple * costs[name]), name
 
         queue = [next_of(n) for n in sorted(costs) if new[n] + multiple <= most[n]]
@@ -233,7 +252,7 @@ class RankScheduler:
         while queue:
             _, name = heapq.heappop(queue)
             if multiple * costs[name] > left:
-                continue  # this layer is full; a cheaper one may still fit
+                continue  # this layer's next directions exceed the budget; those of a cheaper layer may still fit
             left -= multiple * costs[name]
             new[name] += multiple
             if new[name] + multiple <= most[name]:
@@ -251,13 +270,17 @@ class RankScheduler:
         ranks: Mapping[str, int],
         limits: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """Return ranks whose missing directions are worth at most an event's :meth:`share` of the tolerance.
+        """Return new ranks, such that the removed directions cost at most an event's :meth:`share` of the tolerance.
 
         Args:
-            utilities: for each layer, in nats per token, those of its ``ranks`` directions, largest first, followed by
-                those that directions which it lacks promise.
-            costs: for each layer, parameters a direction costs (d_in + d_out).
-            limits: for each layer, the most directions that it can hold.
+            utilities: utilities in nats per token, by layer name: first those of the layer's ``ranks`` directions,
+                largest first, then the estimates for directions that it does not have.
+            costs: parameters of one direction (d_in + d_out), by layer name.
+            ranks: current ranks, by layer name.
+            limits: largest number of directions, by layer name.
+
+        Raises:
+            ValueError: the scheduler has no tolerance.
         """
         multiple = self.multiple_at(sum(ranks[n] * costs[n] for n in costs) / sum(costs.values()))
         have = {name: list(utilities[name][:rank]) for name, rank in ranks.items()}

@@ -1,9 +1,10 @@
-"""Which directions an adapter can do without: an order of removal, and how far to follow it.
+"""Order in which directions are removed from an adapter, and search for the number of removals.
 
-Notation: a layer's directions have utilities ``u_1 >= u_2 >= ... >= u_r``, the nats per token that the loss rises when
-one of them goes (:mod:`ctr_optim.ranks.valuation`), and each saves ``d_in + d_out`` parameters. The smallest adapter
-within a tolerance is a knapsack: directions go in the order of utility per parameter saved. For layers of equal cost
-this order is optimal. Everything here is a pure function of numbers.
+Notation: a layer's directions have utilities ``u_1 >= u_2 >= ... >= u_r``. A utility is the increase of the loss, in
+nats per token, when the direction is removed (:mod:`ctr_optim.ranks.valuation`). Each removed direction saves
+``d_in + d_out`` parameters. Finding the smallest adapter within a tolerance is a knapsack problem. The greedy solution
+removes directions in the order of utility per parameter; it is optimal for layers of equal cost. All functions of this
+module are pure functions of numbers.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-ZERO = 1e-12  # of the sum of all utilities: below, a direction is worth nothing
+ZERO = 1e-12  # fraction of the sum of all utilities at or below which a utility counts as zero
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Some directions that go together.
+    """Directions that are removed together.
 
     Attributes:
-        layers: the layers that lose directions.
-        rank: the rank that these layers have afterwards.
-        utility: what the directions are worth together, nats per token.
-        parameters: what they save together.
+        layers: names of the layers that lose directions.
+        rank: rank of these layers after the removal.
+        utility: sum of the directions' utilities, in nats per token.
+        parameters: number of parameters that the removal saves.
     """
 
     layers: tuple[str, ...]
@@ -42,16 +43,16 @@ def removals(
     uniform: bool = False,
     min_rank: int | Mapping[str, int] = 0,
 ) -> list[Removal]:
-    """Return every removal that can be made, in the order of utility per parameter, cheapest first.
+    """Return all possible removals in the order of utility per parameter, smallest first.
 
     Args:
-        utilities: for each layer, its directions' utilities, largest first.
-        costs: for each layer, the parameters of one direction.
-        multiple: ranks that remain are multiples of this number.
-        uniform: all layers have one rank afterwards (or the smaller rank that they had).
-        min_rank: no layer falls below this rank; one for all, or (not with ``uniform``) one for each.
+        utilities: utilities of each layer's directions, largest first, by layer name.
+        costs: parameters of one direction, by layer name.
+        multiple: remaining ranks are multiples of this number.
+        uniform: whether each removal cuts all layers to one rank. Layers of smaller rank keep their rank.
+        min_rank: smallest rank of a layer: one number, or one for each layer (with ``uniform``, their maximum holds).
 
-    Ties go by the layers' names, so that the order of layers does not matter.
+    Ties are broken by layer name, so the order of layers does not matter.
     """
     least = min_rank if isinstance(min_rank, Mapping) else dict.fromkeys(utilities, min_rank)
     if uniform:
@@ -76,12 +77,12 @@ def removals(
 
 
 def cumulative(order: Sequence[Removal]) -> list[float]:
-    """Return the predicted cost, in nats per token, of the first ``0, 1, ..., len(order)`` removals."""
+    """Return the predicted costs of the first ``0, 1, ..., len(order)`` removals, in nats per token."""
     return [0.0, *accumulate(removal.utility for removal in order)]
 
 
 def worthless(order: Sequence[Removal]) -> int:
-    """Return how many removals at the front of the order are worth nothing."""
+    """Return the number of removals at the front of the order whose utility counts as zero."""
     threshold = ZERO * math.fsum(removal.utility for removal in order)
     return next((i for i, removal in enumerate(order) if removal.utility > threshold), len(order))
 
@@ -105,16 +106,19 @@ def farthest(
 ) -> tuple[int, float]:
     """Return the largest number of removals that costs at most ``tolerance``, and its measured cost.
 
-    The measured cost is close to a power of the predicted one. Each trial interpolates in the logarithms of both, or
-    halves the interval where interpolation makes no progress. The search ends where the cost is at least
-    ``close * tolerance``, where two neighbours enclose the tolerance, or after ``passes`` trials. Whatever ends it, the
-    returned number of removals has been measured, and costs at most ``tolerance``.
+    The measured cost is close to a power of the predicted cost. Each trial interpolates in the logarithms of both;
+    every fourth trial halves the interval instead. The search ends when the cost is at least ``close * tolerance``,
+    when two neighbours enclose the tolerance, or after ``passes`` trials. The result is ``start``, or a number whose
+    measured cost is at most ``tolerance``.
 
     Args:
-        predicted: of :func:`cumulative`.
-        measure: the cost of a number of removals; it may be noisy.
-        start: removals that are known to cost nothing.
-        coupling: a first guess of measured over predicted cost.
+        predicted: predicted costs of 0, 1, ... removals (:func:`cumulative`), in nats per token.
+        measure: function that measures the cost of a number of removals, in nats per token. It may be noisy.
+        tolerance: largest cost, in nats per token.
+        start: number of removals that are known to cost nothing.
+        coupling: first guess of the measured over the predicted cost.
+        close: fraction of the tolerance at which the search may end.
+        passes: largest number of trials.
     """
     low, cost_low, high, cost_high = start, 0.0, len(predicted), math.inf
     for trial in range(passes):
@@ -142,7 +146,7 @@ def farthest(
 
 
 def _levels(rank: int, multiple: int, least: int) -> list[int]:
-    """Return the smaller ranks that a layer of ``rank`` may have: multiples, largest first, down to ``least``."""
+    """Return all multiples of ``multiple`` below ``rank`` and not below ``least``, largest first."""
     return [r for r in range(rank - 1, -1, -1) if r % multiple == 0 and r >= least]
 
 

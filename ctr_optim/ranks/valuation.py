@@ -1,13 +1,13 @@
-"""What a direction is worth, in nats per token: the marginal utility of rank.
+"""Utilities of directions, in nats per token: the marginal value of rank.
 
-A direction that the adapter has is worth what the loss would rise without it, ``sigma^2 / 2`` with sigma its singular
-value in the Fisher metric; these come from r x r factors alone. A direction that it lacks is worth what the best step
-along it would gain, ``sigma^2 / 2`` with sigma a singular value of the whitened gradient ``G~ = S^-1/2 G C^-1/2``;
-these come from a sketch. Utilities of one layer fall from one direction to the next, so that filling a budget greedily
-is optimal.
+The utility of an existing direction is the increase of the loss without it, ``sigma^2 / 2`` with sigma its singular
+value in the Fisher metric. It follows from r x r factors. The utility of an absent direction is the decrease of the
+loss by the best step along it. This is ``sigma^2 / 2`` with sigma a singular value of the whitened gradient
+``G~ = S^-1/2 G C^-1/2``, and follows from a sketch of G~. A layer's utilities are in decreasing order, so greedy
+allocation of a budget is optimal for layers of equal cost.
 
-Layers of one shape are worked on at once. What is as wide as a layer enters through Gram matrices alone, and these and
-all that is r x r is decomposed on the host (:func:`host`).
+Batched calls process all layers of one shape. Wide matrices enter through their Gram matrices; all small matrices are
+decomposed on the CPU (:func:`host`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Existing:
-    """A layer's directions, most useful first: utility ``(r,)``, and the maps that keep the best of them.
+    """A layer's directions, largest utility first. Several layers add leading batch dimensions.
 
-    ``B A ~ (B restore[:, :e]) (keep[:e] A)`` is the best approximation of rank e. Several layers: batch dimensions.
+    ``B A ~ (B restore[:, :e]) (keep[:e] A)`` is the best approximation of rank e.
+
+    Attributes:
+        utility: ``(r,)`` utilities.
+        keep: ``(r, r)`` map of the rows of A.
+        restore: ``(r, r)`` map of the columns of B, the inverse of ``keep``.
     """
 
     utility: Tensor
@@ -33,20 +38,24 @@ class Existing:
 
 
 def host(matrices: Tensor) -> Tensor:
-    """Small matrices in float64 on the host; waits for the device.
+    """Return small matrices in float64 on the CPU; waits for the device.
 
-    LAPACK decomposes a 16 x 16 matrix in some 40 microseconds, a layer's six in less than a single call to a device's
-    solver takes, and what follows from them needs no further transfer.
+    LAPACK on the CPU decomposes a 16 x 16 matrix in about 40 microseconds. A layer's six decompositions take less time
+    than one call of a GPU solver.
     """
     return matrices.double().cpu()
 
 
 def existing_directions(H: Tensor, D: Tensor) -> Existing:
-    """Fisher-weighted singular directions of B A from ``H = A C A^T`` and ``D = B^T S B``, each ``(..., r, r)``.
+    """Return the Fisher-weighted singular directions of B A.
 
-    With ``H^1/2 D H^1/2 = U L U^T``, ``S^1/2 B A C^1/2`` has the singular values ``L^1/2``, and
-    ``B (H^1/2 U_e) (U_e^T H^-1/2) A`` is its best approximation of rank e (Eckart & Young in the Fisher metric).
-    All in float64, whatever comes in: H may be near singular, and what is dropped must be what is worth nothing.
+    With ``H^1/2 D H^1/2 = U L U^T``, the matrix ``S^1/2 B A C^1/2`` has the singular values ``L^1/2``. The best
+    approximation of ``B A`` of rank e in the Fisher metric is ``B (H^1/2 U_e) (U_e^T H^-1/2) A`` (Eckart and Young).
+    The computation is in float64 for any input, because H may be nearly singular.
+
+    Args:
+        H: ``A C A^T (..., r, r)``.
+        D: ``B^T S B (..., r, r)``.
     """
     H, D = host(H), host(D)
     if not H.numel():
@@ -64,22 +73,23 @@ def existing_directions(H: Tensor, D: Tensor) -> Existing:
 def absent_directions(
     range_: Tensor, corange: Tensor, psi: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Utilities ``(..., k)``, largest first, and right singular vectors ``(..., d_in, k)`` of what is out of reach.
+    """Return utilities and right singular vectors of the whitened gradient outside the spans of A and B.
 
-    A step of B moves the layer along A's rows, a step of A along B's columns; both are taken out of the whitened
-    gradient, which the sketch determines as ``G~ ~ Y (Psi^T Y)^+ Z`` (Tropp et al., 2017).
+    A step of B changes the layer along A's rows, and a step of A along B's columns. Both spans are projected out of the
+    whitened gradient, which the sketch gives as ``G~ ~ Y (Psi^T Y)^+ Z`` (Tropp et al., 2017).
 
-    Gram matrices square what they are made of, but in float64: singular values down to 1e-8 of the largest survive,
-    and the float32 sums that come in are no finer than 1e-7. What lies below 1e-6 is given up for noise.
+    A Gram matrix squares the singular values. In float64, singular values down to 1e-8 of the largest survive this; the
+    float32 sums of the sketch have a precision of about 1e-7. Singular values below 1e-6 of the largest count as noise.
 
     Args:
         range_, corange: ``Y = G~ Omega (..., d_out, k)`` and ``Z = Psi^T G~ (..., l, d_in)``.
-        psi: ``(d_out, l)``.
-        rows: what spans A in whitened coordinates, ``(..., d_in, r)``.
-        columns: what spans B in whitened coordinates, ``(..., d_out, r)``.
+        psi: test matrix Psi ``(d_out, l)``.
+        rows: columns that span A's rows in whitened coordinates, ``(..., d_in, r)``.
+        columns: columns that span B's columns in whitened coordinates, ``(..., d_out, r)``.
 
     Returns:
-        utilities in float64 on the host, and the vectors, zero where the sketch knows of no further direction.
+        Utilities ``(..., k)`` in float64 on the CPU, largest first, and vectors ``(..., d_in, k)``. Vectors are zero
+        where the sketch holds no further direction.
     """
     k = range_.shape[-1]
     left, right = torch.cat([range_, columns], -1).double(), torch.cat([corange.mT, rows], -1).double()
@@ -87,23 +97,24 @@ def absent_directions(
     left_gram, _ = _outside(host(left.mT @ left), k)
     right_gram, spanned = _outside(host(right.mT @ right), corange.shape[-2])
     inverse = torch.linalg.pinv(core.mT @ core, rtol=1e-13, hermitian=True) @ core.mT
-    # R with R^T R the left Gram matrix: R (Psi^T Y)^+ Z has the singular values and right vectors wanted
+    # For R with R^T R equal to the left Gram matrix, R (Psi^T Y)^+ Z has the same singular values and right vectors.
     values, vectors = torch.linalg.eigh(left_gram)
     half = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT @ inverse
     energy, u = torch.linalg.eigh(half @ right_gram @ half.mT)
     energy, u = energy.flip(-1).clamp_min(0), u.flip(-1)
     known = energy > 1e-12 * energy[..., :1]
     mix = half.mT @ u * torch.where(known, energy, torch.inf).rsqrt().unsqueeze(-2)
-    mix *= mix.gather(-2, mix.abs().argmax(-2, keepdim=True)).sign()  # rounding must not choose the sign
+    mix *= mix.gather(-2, mix.abs().argmax(-2, keepdim=True)).sign()  # fix the sign, which rounding would choose
     mix = torch.cat([mix, -spanned @ mix], -2)
     return 0.5 * energy, (right @ mix.to(right.device, non_blocking=True)).to(range_.dtype)
 
 
 def _outside(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What of the first ``count`` columns is out of the others' reach, from the Gram matrix of all.
+    """Project the first ``count`` columns off the span of the other columns, given the Gram matrix of all.
 
     Returns:
-        its Gram matrix ``(..., count, count)``, and the others' part in the first, ``(..., others, count)``.
+        The Gram matrix of the projected columns ``(..., count, count)``, and the coefficients of the removed part in
+        the other columns ``(..., others, count)``.
     """
     cross = gram[..., count:, :count]
     spanned = torch.linalg.pinv(gram[..., count:, count:], rtol=1e-12, hermitian=True) @ cross
@@ -113,13 +124,13 @@ def _outside(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 # -- from utilities to the order in which directions are chosen -------------------------------------------------------
 
-Candidates = list[tuple[float, bool]]  # utility, and whether the direction exists; the most useful first
+Candidates = list[tuple[float, bool]]  # utility and whether the direction exists, largest utility first
 
 
 def extrapolate(utility: Sequence[float], count: int) -> list[float]:
-    """Return the next ``count`` utilities of a layer: they continue the geometric fall of its spectrum.
+    """Return the next ``count`` utilities of a layer by geometric extrapolation.
 
-    The mean ratio of neighbours is used; 1/2 for a layer of rank 1.
+    The ratio is the geometric mean of the ratios of neighbouring utilities; 1/2 for a layer of rank 1.
     """
     if not utility:
         return [0.0] * count
@@ -129,14 +140,16 @@ def extrapolate(utility: Sequence[float], count: int) -> list[float]:
 
 
 def exchange_rate(utilities: Iterable[tuple[Sequence[float], Sequence[float]]]) -> float:
-    """Return the median over layers of the next direction's utility by the spectrum over its utility by the sketch.
+    """Return the factor that converts utilities of the sketch to the scale of extrapolated utilities.
+
+    It is the median over layers of the ratio of both estimates for the next direction; 1 if no layer needs it.
 
     Args:
-        utilities: of existing and of absent directions, for each layer.
+        utilities: for each layer, utilities of existing directions, and of absent directions by the sketch.
     """
     layers = list(utilities)
     if all(existing for existing, _ in layers):
-        return 1.0  # only a layer without a spectrum needs the rate
+        return 1.0  # only layers of rank 0 need the rate
     rates = [
         extrapolate(existing, 1)[0] / absent[0] for existing, absent in layers if existing and absent and absent[0] > 0
     ]
@@ -147,11 +160,11 @@ def ordered(existing: Sequence[float], absent: Sequence[float], favour: float, e
     """Return the candidates of one layer, largest utility first.
 
     Args:
-        existing: utilities of the directions that the layer has.
-        absent: utilities by the sketch of the directions that it lacks.
-        favour: factor on existing directions, at least 1: hysteresis.
-        exchange: value absent directions by the layer's spectrum, or by this factor times the sketch where a layer has
-            no spectrum; None: by the sketch alone.
+        existing: utilities of the layer's directions.
+        absent: utilities of absent directions by the sketch.
+        favour: factor on existing directions, at least 1 (hysteresis).
+        exchange: None to use ``absent`` as given. Otherwise absent directions get extrapolated utilities; in a layer
+            of rank 0, they get this factor times ``absent``.
     """
     if exchange is not None:
         absent = extrapolate(existing, len(absent)) if existing else [exchange * u for u in absent]
@@ -161,15 +174,17 @@ def ordered(existing: Sequence[float], absent: Sequence[float], favour: float, e
 
 
 def in_nats(existing: Sequence[float], absent: Sequence[float], coupling: float) -> Candidates:
-    """Return the candidates of one layer in nats per token: existing directions, then the spectrum's continuation.
+    """Return the candidates of one layer in nats per token: existing directions, then extrapolated ones.
 
     Args:
-        coupling: of the whole adapter, from the block-diagonal form to nats.
+        existing: utilities of the layer's directions, in the block-diagonal metric.
+        absent: utilities of absent directions; only their number is used.
+        coupling: coupling of the whole adapter, which converts utilities to nats.
     """
     known = [coupling * u for u in existing]
     return [(u, True) for u in known] + [(u, False) for u in extrapolate(known, len(absent))]
 
 
 def own_utility(candidate: float, exists: bool, favour: float) -> float:
-    """Return a candidate's utility without the factor that favours existing directions."""
+    """Return a candidate's utility without the hysteresis factor on existing directions."""
     return candidate / favour if exists else candidate

@@ -236,7 +236,7 @@ def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
     """Return ``()`` the ratio of a step's kappa to the average kappa, from the loss's slope along the step.
 
     Layers and tokens that lower the loss together also change the predictions together. The KL of a step follows
-    ``q^0.4 slope^1.2`` much better than q alone, and kappa drifts less (benchmarks/README.md). The ratio of
+    ``q^0.4 slope^1.2`` much better than q alone, and kappa drifts less (benchmarks/quality/README.md). The ratio of
     ``slope^2 / q`` to its average is clamped to [1/9, 9], because a step with slope 0 also changes the predictions.
 
     Args:

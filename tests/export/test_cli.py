@@ -1,4 +1,4 @@
-"""The command line, on real small files."""
+"""The command line, on small real files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_run_that_resumed_reads_as_one(tmp_path: Path) -> None:
 
     rank = dict(name="a", old_rank=4, kept=3, utility=0.0, reason="shrink")
     lines = [
-        line("start", 0, ranks={"a": 2}), line("log", 5),  # overwritten by a run from the beginning
+        line("start", 0, ranks={"a": 2}), line("log", 5),  # the next start at step 0 replaces this line
         line("start", 0, ranks={"a": 4}), line("log", 10), line("rank", 20, new_rank=3, **rank), line("log", 20),
         line("start", 10, ranks={"a": 4}), line("rank", 30, new_rank=2, **rank),
     ]  # fmt: skip
@@ -92,7 +92,7 @@ def test_no_run_there(tmp_path: Path, content: str | None, capsys: pytest.Captur
 
 
 def adapter(folder: Path, **lora: Any) -> Any:
-    """A saved adapter of several ranks and scalings."""
+    """Save an adapter with several ranks and scalings, and return its model."""
     pytest.importorskip("peft", reason="the adapters are PEFT's")
     options = dict(rank_pattern={"q_proj": 2, "down_proj": 6}, alpha_pattern={"v_proj": 5})
     model = tiny_llama(dtype=torch.float32, **{**options, **lora})
@@ -141,7 +141,7 @@ def test_no_adapter_there(tmp_path: Path, command: list[str], capsys: pytest.Cap
 
 
 def test_an_adapter_without_safetensors(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)  # not there
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # makes the import fail
     monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
     assert main(["inspect", str(tmp_path)]) == 1
     assert "ctr_optim[hf]" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ctr-optim compress: files in, files out."""
+"""The command ctr-optim compress, which reads and writes files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 
 def tokenizer() -> Any:
-    """Words to ids, the first four special."""
+    """Return a tokenizer of words, whose first four ids are special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model with its tokenizer, an adapter and rows."""
+    """Return a folder with a base model, its tokenizer, an adapter and rows."""
     folder = tmp_path_factory.mktemp("files")
     tiny_llama(torch.float32, peft=False).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")

@@ -1,4 +1,4 @@
-"""A loop of one's own with Accelerate: accumulation, clipping, a schedule, rank events, saving and resuming."""
+"""A custom Accelerate loop: accumulation, clipping, a schedule, rank events, saving and resuming."""
 
 from __future__ import annotations
 

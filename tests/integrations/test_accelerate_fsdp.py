@@ -1,4 +1,4 @@
-"""Accelerate shards the model (FSDP2) after it was given the optimizer: two processes over gloo."""
+"""Accelerate with FSDP2, which shards the model after the optimizer was built: two processes over gloo."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ pytestmark = [
 
 
 def accelerator_of(rank: int, **plugin: Any) -> Any:
-    """As ``accelerate launch`` with ``fsdp_version: 2`` would have it; on the CPU it shards nothing unless made to."""
+    """Return the Accelerator of ``accelerate launch`` with ``fsdp_version: 2``, forced to shard on the CPU."""
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # what came before
+    AcceleratorState._reset_state(reset_partial_state=True)  # removes the state of earlier tests
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -76,7 +76,7 @@ def _resume(rank: int, folder: Path) -> Any:
     accelerator, model = accelerator_of(rank), model_of(**lora)
     inner = CTROptimizer(model.parameters(), **OPTIONS, **options)
     heard: list[Any] = []
-    inner.on_rank_event(heard.append)  # before the model is sharded
+    inner.on_rank_event(heard.append)  # registered before the model is sharded
     model, opt = accelerator.prepare(model, inner)
     go(accelerator, model, opt, rank, range(4))
     accelerator.save_state(str(folder / "state"))
@@ -92,7 +92,7 @@ def test_resuming_after_a_rank_event_is_exact(tmp_path: Path) -> None:
     for heard, (weights, numbers), (others, other_numbers) in spawn(_resume, tmp_path):
         assert heard > 0 and same(weights, others)
         for told in (numbers, other_numbers):
-            told.pop("utility")  # of the last event, which the second run has not lived through
+            told.pop("utility")  # the second run resumes after the event, so it has no utility
         assert numbers == other_numbers
 
 

@@ -1,4 +1,4 @@
-"""One call for every trainer: ``attach``. And a refusal where the optimizer owns none of what trains."""
+"""``attach`` for every trainer, and the error if the optimizer owns none of the trainable parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def trainer_of(
     name: str, folder: Path, adapter: bool = True, options: Any = None, model: Any = None, **extra: Any
 ) -> Any:
-    """A trainer with an adapter: its own (``peft_config=``), or one that the model has already."""
+    """Return a trainer that adds the adapter itself (``peft_config=``), or gets a model with an adapter."""
     rows, args, more = TRAINERS[name]
     torch.manual_seed(0)
     if model is None:
@@ -64,7 +64,7 @@ def test_the_same_call_trains_every_trainer(name: str, adapter: bool, tmp_path: 
     after = adapters(trainer.model)
     assert optimizer.steps == 4 and optimizer.metrics()["trust/source"] == "measured"
     assert len(optimizer.pairs) == 14
-    # where the model brings its adapter, TRL keeps a frozen copy of it, "ref", to compare with
+    # If the model already has an adapter, TRL adds a frozen copy, "ref", as the reference model.
     stayed = {key for key in before if "lora_B" in key and torch.equal(before[key], after[key])}
     assert stayed == {key for key in before if "lora_B.ref." in key}
     assert (tmp_path / "events.jsonl").exists()
@@ -72,7 +72,7 @@ def test_the_same_call_trains_every_trainer(name: str, adapter: bool, tmp_path: 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_an_optimizer_of_the_bare_model_is_refused(name: str, tmp_path: Path) -> None:
-    """TRL adds the adapter and freezes what the optimizer owns: nothing would train."""
+    """TRL adds the adapter and freezes the parameters that the optimizer owns, so nothing would train."""
     model = base()
     optimizer = CTROptimizer(model.parameters())
     trainer = trainer_of(name, tmp_path, model=model, optimizers=(optimizer, None), callbacks=[CTRCallback()])

@@ -19,7 +19,7 @@ from ctr_optim.runtime import distributed
 
 pytestmark = needs_gloo
 
-STEPS, SHARE = 6, 9  # of nine rows, a process calibrates on one
+STEPS, SHARE = 6, 9  # with nine rows, each process measures the coupling on one row
 MOVING: dict[str, Any] = dict(
     resize="masked",
     rank_scheduler=dict(budget=2, interval=2, window=2, sketch_rank=2, hysteresis=0.0, absent="sketch"),
@@ -32,13 +32,13 @@ def rows_of(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def joined(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both processes' rows, one and one, so that the first two are those that the processes calibrate on."""
+    """Return both processes' rows in turn, so the first two rows are those that the processes measure on."""
     (a, la), (b, lb) = rows_of(step, 0), rows_of(step, 1)
     return torch.stack([a, b], 1).flatten(0, 1), torch.stack([la, lb], 1).flatten(0, 1)
 
 
 def alone(**options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The same training in one process."""
+    """Return weights and numbers of the same training in one process."""
     model = net()
     opt = CTROptimizer(trainable(model), **{**OPTIONS, **options}, model=model)
     for step in range(STEPS):
@@ -82,13 +82,13 @@ def test_two_processes_are_one(tmp_path: Path, ddp: dict[str, Any], bare: bool, 
     (first, numbers), (second, others) = spawn(_train, tmp_path, ddp, bare, options)
     assert same(first, second) and numbers == others
     weights, expected = alone(**options)
-    for name, value in weights.items():  # rows out of a sketch are as well conditioned as its gradient
+    for name, value in weights.items():  # new rows are only as well conditioned as the sketched gradient
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6 if options is MOVING else 1e-8)
     for name in ("trust/predicted_kl", "trust/scale", "trust/coupling", "kl_from_base"):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-5), name
     assert list(numbers["ranks"].values()) == list(expected["ranks"].values())
     logged = [e for e in read_events(tmp_path) if e["event"] == "log"]
-    assert len(logged) == STEPS  # the first process alone writes
+    assert len(logged) == STEPS  # only the first process writes
     assert len({str(e["ranks"]) for e in logged}) > 1 or options is not MOVING
 
 
@@ -115,7 +115,7 @@ def test_accumulation_without_synchronising(tmp_path: Path) -> None:
 
 
 class _Wrapped:
-    """An input that only its owner knows how to copy."""
+    """An input of a type that only the user's code can copy."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
@@ -127,7 +127,7 @@ class _Picky(torch.nn.Module):
         self.net = net()
         self.norm = (
             torch.nn.BatchNorm1d(7).double().requires_grad_(False)
-        )  # its buffers make each forward a conversation
+        )  # DDP broadcasts buffers in every forward pass
 
     def forward(self, ids: Any) -> torch.Tensor:
         return self.net(ids.ids if isinstance(ids, _Wrapped) else ids)
@@ -162,7 +162,7 @@ def _adapt(rank: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             ids, labels = rows_of(step, rank)
             loss = loss_of(wrapped(ids), labels)
             loss.backward()
-            # what one process sees is far from what the other sees
+            # The two processes get very different data.
             return loss.detach() * (1 + 50 * rank * (step % 2))
 
         opt.step(closure)
@@ -172,11 +172,11 @@ def _adapt(rank: int, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 def test_an_adaptive_bound_is_one_bound(tmp_path: Path) -> None:
     (first, numbers), (second, others) = spawn(_adapt, tmp_path)
     assert same(first, second) and numbers == others
-    assert numbers["trust/max_kl"] != 1e-2  # it did move
+    assert numbers["trust/max_kl"] != 1e-2  # the bound changed
 
 
 def test_what_is_sent_lies_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL takes nothing else; gloo does not mind."""
+    """NCCL accepts only contiguous tensors; gloo accepts any."""
 
     def broadcast(t: torch.Tensor, source: int) -> None:
         assert t.is_contiguous()
@@ -222,7 +222,7 @@ def _trainer(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     from accelerate.state import AcceleratorState
     from test_transformers import trainer_of
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before the fork left
+    AcceleratorState._reset_state(reset_partial_state=True)  # removes the state of tests before the fork
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     trainer = trainer_of(folder, "factory", None, max_steps=4, save_strategy="no", ddp_backend="gloo")

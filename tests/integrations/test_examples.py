@@ -1,4 +1,4 @@
-"""Every example runs, on a few steps."""
+"""Every example runs for a few steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_example_with_ranks_that_move(name: str, needs: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name, needs", TRAINING)
 def test_an_example_ends_better_than_adamw_at_its_everyday_rate(name: str, needs: str, tmp_path: Path) -> None:
-    """The same script, steps and batches; ranks stay."""
+    """Both optimizers run the same script, steps and batches, with fixed ranks."""
     pytest.importorskip(needs, reason=f"examples/{name}.py is about it")
     script, steps = str(EXAMPLES / f"{name}.py"), ("--steps", "15")
     run(script, "--out", str(tmp_path / "ours"), *steps)
@@ -76,7 +76,7 @@ def test_the_demo(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [one["name"] for one in result["runs"]] == 3 * ["AdamW"] + 3 * ["CTR"]
     assert all(len(one["train_loss"]) == 2 and "2" in one["test_loss"] for one in result["runs"])
-    assert len({one["train_loss"][0] for one in result["runs"]}) == 1  # one start, one batch
+    assert len({one["train_loss"][0] for one in result["runs"]}) == 1  # all runs start with the same weights and batch
     assert "a title" in out and "4 test rows" in out and "forgetting" in out and "not tuned" not in out
     assert (tmp_path / "loss.png").is_file() and read_adapter(tmp_path / "adapter").layers
 

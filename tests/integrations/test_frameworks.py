@@ -1,6 +1,6 @@
-"""axolotl, LLaMA-Factory, ms-swift, torchtitan, NeMo, kohya, DeepSpeed: each driven through the call that it makes.
+"""axolotl, LLaMA-Factory, ms-swift, torchtitan, NeMo, kohya and DeepSpeed, through the calls that they make.
 
-Where a framework is not installed, a stand-in makes that call, written after the framework's own code (axolotl 0.19,
+If a framework is not installed, a stand-in makes the same calls as the framework's own code (axolotl 0.19,
 LLaMA-Factory 0.9.5, ms-swift 4.6, torchtitan 0.3, NeMo Automodel 0.7).
 """
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., types.ModuleType]:
-    """Put a stand-in into ``sys.modules``, and import one of ours anew on top of it."""
+    """Return a function that puts a stand-in into ``sys.modules``; its ``ours`` imports an integration again."""
 
     def add(name: str, **attributes: Any) -> types.ModuleType:
         parts = name.split(".")
@@ -59,7 +59,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Callable[..., types.ModuleType]:
 
 
 def bare_trainer(folder: Path, **extra: Any) -> Any:
-    """A Trainer with its everyday optimizer."""
+    """Return a Trainer with its default optimizer."""
     from integrations.test_transformers import data
     from transformers import Trainer, TrainingArguments
 
@@ -72,7 +72,7 @@ def bare_trainer(folder: Path, **extra: Any) -> Any:
 
 
 def trained_with_ours(trainer: Any, max_kl: float) -> None:
-    """The optimizer is ours, with the option that the config gave, and bounds its steps."""
+    """Train, and check that the optimizer is a CTROptimizer with the config's ``max_kl``, and bounds its steps."""
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     said = optimizer.metrics()
@@ -86,7 +86,7 @@ def test_axolotl(own_create: bool, modules: Any, tmp_path: Path) -> None:
     from transformers import Trainer
 
     class AxolotlTrainer(Trainer):
-        """Its mixin builds factories itself, and passes its arguments on."""
+        """A trainer like axolotl's mixin, which calls the factory itself, with the training arguments."""
 
         def create_optimizer(self, model: Any = None) -> Any:
             if not own_create:
@@ -118,7 +118,7 @@ def test_llamafactory_version_1(modules: Any) -> None:
     modules("llamafactory.v1.plugins.trainer_plugins.optimizer", OptimizerPlugin=OptimizerPlugin)
     modules.ours("llamafactory")
     model = net(dtype=torch.float32)
-    optimizer = registry["ctr"](model, {"name": "ctr", "max_kl": 0.02})  # as base_trainer.py calls it
+    optimizer = registry["ctr"](model, {"name": "ctr", "max_kl": 0.02})  # the call in base_trainer.py
     train(model, optimizer, 2)
     assert optimizer.metrics()["trust/max_kl"] <= 0.02 and len(optimizer.pairs) == 2
 
@@ -160,12 +160,12 @@ def test_swift(modules: Any, tmp_path: Path) -> None:
     modules("swift.optimizers", OptimizerCallback=OptimizerCallback, optimizers_map=optimizers_map)
     modules.ours("swift").register(max_kl=0.02)
     trained_with_ours(bare_trainer(tmp_path, cls=SwiftTrainer), 0.02)
-    assert (tmp_path / "events.jsonl").exists()  # the callback came along
+    assert (tmp_path / "events.jsonl").exists()  # the plugin also added the callback
 
 
 @dataclass
 class Group:
-    """torchtitan's ParamGroupConfig."""
+    """Stand-in for torchtitan's ParamGroupConfig."""
 
     pattern: str = ".*"
     optimizer_name: str = "CTR"
@@ -173,7 +173,7 @@ class Group:
 
 
 class Container(torch.optim.Optimizer):
-    """torchtitan's OptimizersContainer, as far as it builds and steps."""
+    """Stand-in for torchtitan's OptimizersContainer, which builds optimizers and steps."""
 
     def __init__(self, config: Any, *, model_parts: list[nn.Module]) -> None:
         import re
@@ -245,13 +245,13 @@ def test_torchtitan_refuses_half_a_trust_region(groups: Any, parts: int, message
 
 
 def resolved(path: str) -> Any:
-    """NeMo's ``_target_`` and kohya's ``--optimizer_type``: a dotted name."""
+    """Import a dotted name, as for NeMo's ``_target_`` and kohya's ``--optimizer_type``."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 class LinearLoRA(nn.Linear):
-    """NeMo Automodel's layer: a subclass of nn.Linear; its factor is called ``scale`` and stands between A and B."""
+    """Stand-in for NeMo Automodel's layer: an nn.Linear that multiplies by ``scale`` between A and B."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
@@ -284,7 +284,7 @@ def test_nemo() -> None:
 
 
 def test_kohya() -> None:
-    """``optimizer_class(trainable_params, lr=lr, **optimizer_args)`` with groups that have a rate each."""
+    """kohya calls ``optimizer_class(trainable_params, lr=lr, **optimizer_args)``; each group has its own rate."""
     model = net(dtype=torch.float32)
     groups = [{"params": trainable(model)[:2], "lr": 5e-2}, {"params": trainable(model)[2:], "lr": 1e-1}]
     optimizer = resolved("ctr_optim.CTROptimizer")(groups, lr=8e-2, max_kl=0.02)
@@ -293,7 +293,7 @@ def test_kohya() -> None:
 
 
 def test_deepspeed_zero_is_refused_at_every_stage(tmp_path: Path) -> None:
-    """Stages 1 and 2 put flat partitions into the groups, stage 3 leaves shells: neither trains in silence."""
+    """Stages 1 and 2 put flat partitions into the groups; stage 3 empties the weights. All raise an error."""
     model = tiny_llama(dtype=torch.float32)
     trainer = trainer_of(tmp_path, "optimizers", None, model=model)
     optimizer = trainer.optimizer

@@ -1,4 +1,4 @@
-"""FSDP2 (``fully_shard``): two processes that each hold a part of every parameter, over gloo."""
+"""FSDP2 (``fully_shard``): each of two processes holds a part of every parameter, over gloo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ctr_optim.runtime import distributed
 PeftModel = pytest.importorskip("peft", reason="the adapter is PEFT's").PeftModel
 pytestmark = [needs_gloo, needs_fsdp2, pytest.mark.usefixtures("a_token_is_enough")]
 
-STEPS, ROWS = 5, 8  # of eight rows, a process calibrates on one
+STEPS, ROWS = 5, 8  # with eight rows, each process measures the coupling on one row
 OPTIONS: dict[str, Any] = dict(
     lr=0.05, max_kl=1e-3, weight_decay=0.01, factor_interval=2, basis_interval=2, calibration_interval=2
 )
@@ -29,18 +29,18 @@ def rows_of(step: int, rank: int) -> dict[str, Tensor]:
 
 
 def joined(step: int) -> dict[str, Tensor]:
-    """Both processes' rows, one and one, so that the first two are those that the processes calibrate on."""
+    """Return both processes' rows in turn, so the first two rows are those that the processes measure on."""
     a, b = rows_of(step, 0), rows_of(step, 1)
     return {key: torch.stack([a[key], b[key]], 1).flatten(0, 1) for key in a}
 
 
 def model_of(**lora: Any) -> nn.Module:
-    """LoRA of rank 3, which two processes cannot share evenly, and a head that is trained whole."""
+    """Return a model with LoRA of rank 3, which two processes cannot shard evenly, and a fully trained head."""
     return tiny_llama(**{"r": 3, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"], **lora})
 
 
 def shard(model: nn.Module, mesh_shape: tuple[int, ...] = (2,), units: bool = True, **options: Any) -> nn.Module:
-    """Every decoder layer a unit of its own, as usual, and the rest another."""
+    """Shard every decoder layer as one FSDP unit, as usual, and the rest of the model as another."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -51,7 +51,7 @@ def shard(model: nn.Module, mesh_shape: tuple[int, ...] = (2,), units: bool = Tr
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters, gathered."""
+    """Return the trained parameters, gathered from both processes."""
     named = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
     return {k: p.full_tensor() if distributed.is_sharded(p) else p for k, p in named.items()}
 
@@ -64,7 +64,7 @@ def train(model: nn.Module, opt: CTROptimizer, data: Any, steps: range) -> None:
 
 
 def alone(**lora: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same training in one process."""
+    """Return weights and numbers of the same training in one process."""
     model = model_of(**lora)
     opt = CTROptimizer(trainable(model), **OPTIONS, model=model)
     train(model, opt, joined, range(STEPS))
@@ -72,15 +72,15 @@ def alone(**lora: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def assert_one(first: Any, second: Any, expected: Any) -> None:
-    """Both processes alike bit for bit, and equal to one process to rounding."""
+    """Assert that both processes agree bit for bit, and agree with one process to rounding."""
     (weights, numbers), (others, other_numbers), (right, right_numbers) = first, second, expected
     assert weights.keys() == right.keys() and numbers == other_numbers
     for name, value in right.items():
         assert torch.equal(weights[name], others[name]), name
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7)
     for name in ("trust/predicted_kl", "trust/scale", "trust/coupling"):
-        assert numbers[name] == pytest.approx(right_numbers[name], rel=1e-4), name  # from logits in float32
-    # a few 1e-5 nats, from differences of such logits
+        assert numbers[name] == pytest.approx(right_numbers[name], rel=1e-4), name  # computed from float32 logits
+    # Differences of float32 logits have errors of a few 1e-5 nats.
     assert numbers["kl_from_base"] == pytest.approx(right_numbers["kl_from_base"], rel=2e-3)
 
 
@@ -114,7 +114,7 @@ def _move(rank: int, folder: Path) -> Any:
 
 
 def test_ranks_move_alike(tmp_path: Path) -> None:
-    """Within the shapes that there are: the same events everywhere, and the weights of one process."""
+    """Masked ranks give the same events in both processes, and the weights of training in one process."""
     (weights, numbers, events), (others, other_numbers, other_events) = spawn(_move, tmp_path)
     model = model_of(r=6)
     opt = CTROptimizer(trainable(model), **MOVING, resize="masked", model=model)
@@ -149,7 +149,7 @@ def _resume(rank: int, folder: Path, lora: dict[str, Any], options: dict[str, An
         return model, CTROptimizer(model.parameters(), **OPTIONS, **options)
 
     model, opt = fresh()
-    opt.param_groups[0]["lr"] = 0.1  # the peak, which nothing but the checkpoint remembers
+    opt.param_groups[0]["lr"] = 0.1  # the peak lr, which only the checkpoint stores
     train(model, opt, data, range(2))
     opt.param_groups[0]["lr"] = 0.05
     train(model, opt, data, range(2, 3))
@@ -158,7 +158,7 @@ def _resume(rank: int, folder: Path, lora: dict[str, Any], options: dict[str, An
     train(model, opt, data, range(3, STEPS))
 
     again, resumed = fresh()
-    train(again, resumed, data, range(1))  # somewhere else
+    train(again, resumed, data, range(1))  # moves the weights away from the checkpoint
     weights, state = get_state_dict(again, resumed)
     dcp.load({"model": weights, "optim": state}, checkpoint_id=folder / "checkpoint")
     set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state)
@@ -166,7 +166,7 @@ def _resume(rank: int, folder: Path, lora: dict[str, Any], options: dict[str, An
     return [(whole(model), opt.metrics()), (whole(again), resumed.metrics())]
 
 
-EVENT = {**MOVING["rank_scheduler"], "interval": 3, "window": 1}  # at step 3, where the checkpoint is written
+EVENT = {**MOVING["rank_scheduler"], "interval": 3, "window": 1}  # an event at step 3, where the checkpoint is written
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_sharded_checkpoint_resumes_exactly_and_loads_in_one_process(
     for (weights, numbers), (others, other_numbers) in spawn(_resume, tmp_path, lora, options):
         assert same(weights, others)
         for told in (numbers, other_numbers):
-            told.pop("utility")  # of the last event, which the second run has not lived through
+            told.pop("utility")  # the second run resumes after the event, so it has no utility
         assert numbers == other_numbers
 
     model = model_of(**lora)
@@ -258,14 +258,14 @@ def alone_in_full_precision() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _evaluate_between(rank: int, folder: Path, evaluate: bool) -> Any:
-    model = shard(model_of(), units=False)  # the outermost unit, whose gathered copies stay after a forward
+    model = shard(model_of(), units=False)  # the root unit keeps its gathered parameters after a forward
     opt = CTROptimizer(model.parameters(), **OPTIONS)
     for step in range(STEPS):
         train(model, opt, lambda step: rows_of(step, rank), range(step, step + 1))
         if evaluate:
             with torch.no_grad():
                 llama_loss(model, rows_of(99, rank))
-            opt.load_state_dict(opt.state_dict())  # lays out the state anew, gathered copies in the parameters' places
+            opt.load_state_dict(opt.state_dict())  # restacks while gathered copies replace the parameters
             opt.metrics()
     return whole(model), opt.metrics()
 

@@ -1,4 +1,4 @@
-"""Set-ups that cannot work are refused, and told what to do instead."""
+"""Unsupported set-ups raise errors that say what to do instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctr_optim import CTROptimizer, RankScheduler
 def test_data_parallel_over_several_devices() -> None:
     model = net()
     wrapped = nn.DataParallel(model)
-    CTROptimizer(trainable(wrapped)).close()  # no device, or one: it only passes on
+    CTROptimizer(trainable(wrapped)).close()  # with at most one device, DataParallel only calls the module
     wrapped.device_ids = [0, 1]
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         CTROptimizer(trainable(wrapped))
@@ -95,14 +95,14 @@ def test_gradients_without_a_forward_that_was_seen() -> None:
     with pytest.warns(UserWarning, match=r"saw gradients, but no tokens.*torch\.compiler\.reset"):
         opt.step()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # the warning comes only once
         opt.step()
 
 
 def test_an_optimizer_built_after_the_model_was_compiled_and_run() -> None:
     model = net(dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
-    backward(compiled, batch())  # warm: the graph has no hooks
+    backward(compiled, batch())  # compiles a graph without hooks
     model.zero_grad()
     opt = optimizer(model)
     backward(compiled, batch())
@@ -131,7 +131,7 @@ def test_layers_without_a_gradient_give_no_warning() -> None:
 def test_moving_ranks_of_adapters_that_change_the_base(start: str) -> None:
     pytest.importorskip("peft", reason="PiSSA and OLoRA are PEFT's")
     model = tiny_llama(dtype=torch.float32, init_lora_weights=start)
-    CTROptimizer(trainable(model), model=model).close()  # without moving ranks it is fine
+    CTROptimizer(trainable(model), model=model).close()  # fixed ranks are supported
     with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"):
         CTROptimizer(trainable(model), model=model, rank_scheduler=RankScheduler())
     assert not any(m._forward_hooks for m in model.modules())
@@ -190,7 +190,7 @@ def test_a_model_over_two_devices_trains_as_on_one(foreach: bool | None) -> None
 
 
 def test_the_state_goes_where_the_model_goes() -> None:
-    """To torch's device without memory, which every machine has: shapes and sharing, though no values."""
+    """The test moves the model to torch's meta device, so it checks shapes and sharing, but no values."""
     model = net(dtype=torch.float32)
     opt = CTROptimizer([*trainable(model), nn.Parameter(torch.zeros(3))], max_kl=1e-3, model=model)
     train(model, opt, 2)
@@ -222,7 +222,7 @@ def test_what_was_compiled_later_keeps_its_shapes(how: str) -> None:
     elif how == "of a part":
         compiled = torch.compile(model.up, backend="eager")
     torch.compiler.reset()
-    assert not opt._masked()  # nothing has run compiled yet: what will may have any shapes
+    assert not opt._masked()  # no compiled graph exists yet, so shapes may change
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
     assert opt._masked() == (how != "not at all")
     del compiled

@@ -1,4 +1,4 @@
-"""Lightning: automatic and manual optimisation, and resuming by ``ckpt_path``."""
+"""Lightning: automatic and manual optimization, and resuming with ``ckpt_path``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Module(pl.LightningModule):
         return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, data: Any, index: int) -> Any:
-        ids, labels = batch(self.global_step)  # not data: Lightning does not wind plain loaders forward
+        ids, labels = batch(self.global_step)  # a resume does not skip seen batches of plain loaders
         loss = loss_of(self.model(ids), labels)
         if self.automatic_optimization:
             return loss

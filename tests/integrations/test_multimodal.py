@@ -1,4 +1,4 @@
-"""Tiny models of images and of speech train with moving ranks, and their steps are measured."""
+"""Tiny image and speech models train with moving ranks, and the KL of their steps is measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batches = Callable[[int], dict[str, Tensor]]
 
 
 def text(step: int, rows: int = 4, length: int = 14) -> dict[str, Tensor]:
-    """Ids without special tokens, and labels behind a prompt."""
+    """Return token ids without special tokens, and labels after a prompt."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(3, IMAGE - 3, (rows, length), generator=generator)
     labels = ids.clone()
@@ -32,7 +32,7 @@ def text(step: int, rows: int = 4, length: int = 14) -> dict[str, Tensor]:
 
 
 def llava(images: tuple[int, ...]) -> tuple[nn.Module, Batches]:
-    """Rows with as many images as ``images`` says; an image is four patches."""
+    """Return a Llava model, and rows with the given numbers of images of four patches each."""
     config = transformers.LlavaConfig(
         vision_config=dict(
             model_type="clip_vision_model", hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -52,7 +52,7 @@ def llava(images: tuple[int, ...]) -> tuple[nn.Module, Batches]:
 
 
 def qwen2_vl() -> tuple[nn.Module, Batches]:
-    """One image a row, its patches beside the text; four patches become one token."""
+    """Return a Qwen2-VL model, and rows with one image each; four patches become one token."""
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2VLConfig(
         text_config=dict(TEXT, rope_scaling=rope, rope_parameters={**rope, "rope_theta": 1e4}),

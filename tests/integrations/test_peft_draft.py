@@ -1,4 +1,4 @@
-"""The draft for PEFT: it works as PEFT's own optimizers do, and its config is what it takes."""
+"""The draft of a contribution to PEFT works like PEFT's own optimizers, and accepts its example config."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_it_trains_the_adapter_within_the_bound(create: Any) -> None:
 
 
 def test_it_has_the_form_of_peft_own(create: Any) -> None:
-    """The model first, all else by keyword, the rest passed on."""
+    """The function takes the model first and other arguments by keyword, and passes unknown ones on."""
     for theirs in (create, optimizers.create_loraplus_optimizer):
         first, *rest = inspect.signature(theirs).parameters.values()
         assert first.name == "model" and rest[-1].kind is inspect.Parameter.VAR_KEYWORD

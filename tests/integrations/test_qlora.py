@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on bases that bitsandbytes has quantised to 4 or 8 bits, on the CPU."""
+"""QLoRA: LoRA on base models that bitsandbytes quantised to 4 or 8 bits, on the CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def quantised(bits: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The tiny Llama without its adapter, its linear maps in ``bits`` bits; the same every time."""
+    """Return the tiny Llama without adapter, with linear layers of ``bits`` bits and always the same weights."""
     model = tiny_llama(dtype=dtype, peft=False)
     for name, module in list(model.model.named_modules()):
         if not isinstance(module, nn.Linear):
@@ -61,7 +61,7 @@ def adapted(bits: int, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @pytest.fixture(scope="module", params=[4, 8])
 def bits(request: pytest.FixtureRequest) -> int:
-    """Skips where bitsandbytes has no kernel for this machine."""
+    """Return the number of bits; skip the test if bitsandbytes has no kernel for this machine."""
     try:
         llama_loss(adapted(request.param), llama_batch()).backward()
     except (NotImplementedError, RuntimeError) as error:
@@ -104,12 +104,12 @@ def test_training_with_a_rank_event(bits: int, tmp_path: Path) -> None:
     data = {k: v for k, v in llama_batch(9).items() if k != "labels"}
     with (
         torch.no_grad()
-    ):  # in training mode: for evaluation, some CPUs repack weights, and layers as narrow as these fail
+    ):  # training mode, because eval mode repacks weights on some CPUs, which fails for narrow layers
         assert torch.equal(again.train()(**data).logits, model.train()(**data).logits)
 
 
 def test_half_precision_and_checkpointed_activations(bits: int) -> None:
-    """As QLoRA is run: the base prepared for it, activations checkpointed, compute in bfloat16."""
+    """The usual QLoRA set-up: a prepared base model, checkpointed activations, and compute in bfloat16."""
     base = peft.prepare_model_for_kbit_training(quantised(bits, torch.bfloat16), use_gradient_checkpointing=True)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear")).train()

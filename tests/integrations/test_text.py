@@ -1,4 +1,4 @@
-"""``retain`` and ``holdout`` by name in a config: files, datasets, the evaluation data."""
+"""``retain`` and ``holdout`` in a config: files, datasets, and the evaluation data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ datasets = pytest.importorskip("datasets", reason="a Dataset is one of the forms
 
 
 class Letters:
-    """A tokenizer: a token for each letter."""
+    """A tokenizer with one token for each letter."""
 
     eos_token_id = 0
 
@@ -37,7 +37,7 @@ def flat(batches: list[torch.Tensor]) -> list[int]:
 def test_texts_are_joined_with_an_end_and_cut_into_rows() -> None:
     batches = token_batches(["ab", "cde", "f"], Letters(), length=2, rows=2)
     assert [tuple(batch.shape) for batch in batches] == [(2, 2), (2, 2)]
-    assert flat(batches) == [1, 2, 0, 3, 4, 5, 0, 6]  # the end of "f" fills no row
+    assert flat(batches) == [1, 2, 0, 3, 4, 5, 0, 6]  # tokens after the last full row are dropped
 
 
 def test_no_more_tokens_than_wanted_and_short_text_is_one_row() -> None:
@@ -118,7 +118,7 @@ def test_evaluation_data_as_batches_for_the_model() -> None:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the optimizer is given for ``retain`` and ``holdout``."""
+    """Return a dict that records the optimizer's arguments ``retain`` and ``holdout``."""
     found: dict[str, Any] = {}
 
     def build(params: Any, model: Any, retain: Any = None, holdout: Any = None, **options: Any) -> CTROptimizer:

@@ -1,4 +1,4 @@
-"""torchtune: its own recipe, built from the example's YAML; and the adapter's config, which it writes wrongly."""
+"""torchtune: its own recipe with the example's YAML, and the repair of the adapter config that it writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = EXAMPLES / "assets" / "base5m"
 
 
 def as_torchtune_writes(directory: Path, rank: int, alpha: int) -> None:
-    """torchtune's config: the rank and alpha that the run began with."""
+    """Rewrite an adapter config as torchtune writes it, with the initial rank and alpha."""
     file = directory / "adapter_config.json"
     saved = json.loads(file.read_text())
     plain = {"r": rank, "lora_alpha": alpha, "target_modules": saved["target_modules"], "peft_type": "LORA"}
@@ -67,7 +67,7 @@ needs_torchtune = pytest.mark.skipif(
 
 
 def recipe_of(out: Path, **changes: Any) -> Any:
-    """The recipe, set up from the example's YAML with some changes."""
+    """Return the recipe, set up from the example's YAML with some changes."""
     import torchtune
     from omegaconf import OmegaConf
 
@@ -88,13 +88,13 @@ def recipe_of(out: Path, **changes: Any) -> Any:
 
 
 def adapter_of(out: Path) -> dict[str, Tensor]:
-    """The adapter as torchtune saved it for itself."""
+    """Return the adapter in torchtune's own checkpoint format."""
     return torch.load(out / "epoch_1" / "adapter_model.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """Two epochs of the recipe, an event in each; the model and where it was saved."""
+    """Run two epochs of the recipe with one event each; return the recipe and its output folder."""
     out = tmp_path_factory.mktemp("torchtune")
     sys.path.insert(0, str(EXAMPLES / "torchtune"))
     try:
@@ -148,7 +148,7 @@ def test_the_recipe_resumes_exactly_into_other_ranks(
 
 @needs_torchtune
 def test_the_repaired_adapter_is_the_trained_function(trained: tuple[Any, Path]) -> None:
-    """Merged into the Hugging Face model by hand: PEFT refuses the torchao that torchtune wants."""
+    """The test merges the adapter itself, because PEFT rejects the torchao version that torchtune needs."""
     transformers = pytest.importorskip("transformers", reason="the base model's class")
     recipe, out = trained
     assert main(["fix-torchtune-adapter", str(out / "epoch_1")]) == 0
@@ -158,7 +158,7 @@ def test_the_repaired_adapter_is_the_trained_function(trained: tuple[Any, Path])
             model.get_submodule(layer.name).weight += layer.scaling * layer.b @ layer.a
         ids = torch.arange(2, 26).view(2, 12)
         recipe._model.eval()
-        ours = torch.cat(recipe._model(ids), 1)  # the recipe's loss wants logits in chunks
+        ours = torch.cat(recipe._model(ids), 1)  # the recipe's model returns logits in chunks
         torch.testing.assert_close(model(ids).logits, ours, rtol=1e-3, atol=1e-3)
 
 

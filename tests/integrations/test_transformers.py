@@ -1,4 +1,4 @@
-"""The real Trainer: optimizers of both kinds, logs, rank events, and resuming exactly."""
+"""The real Trainer: an optimizer or a factory, logs, rank events, and exact resumes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("how", ["factory", "optimizers"])
-@pytest.mark.parametrize("stop", [5, 7])  # amid the window of a sketch, and where one begins
+@pytest.mark.parametrize("stop", [5, 7])  # inside a sketch window; at the start of one
 def test_resuming_after_rank_events_is_exact(tmp_path: Path, how: str, stop: int) -> None:
     whole = trainer_of(tmp_path, how, save_steps=stop)
     whole.train()
@@ -71,7 +71,7 @@ def test_resuming_after_rank_events_is_exact(tmp_path: Path, how: str, stop: int
     assert {p.shape[0] for n, p in again.model.named_parameters() if "lora_A" in n} == {4}
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     assert same(adapter(whole), adapter(again))
-    assert read_events(tmp_path)[-1]["ranks"] == events[-1]["ranks"]  # the log reads as one run
+    assert read_events(tmp_path)[-1]["ranks"] == events[-1]["ranks"]  # readers see one run
     steps = [e["step"] for e in read_events(tmp_path) if e["event"] == "log"]
     assert steps == sorted(set(steps))
 
@@ -90,7 +90,7 @@ def test_the_best_model_is_loaded_whatever_its_ranks(tmp_path: Path, how: str) -
         metric_for_best_model="runtime", greater_is_better=True,
     )  # fmt: skip
     trainer.add_callback(Keep())
-    # the first evaluation wins
+    # The first evaluation is the best one.
     losses = iter(range(100, 0, -1))
     evaluate = trainer.evaluate
     trainer.evaluate = lambda *a, **k: _with(evaluate(*a, **k), "eval_runtime", float(next(losses)))
@@ -127,7 +127,7 @@ def test_what_was_saved_after_rank_events_loads_into_plain_peft(tmp_path: Path) 
 def test_logs_reach_the_loggers(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
-    class Logger(TrainerCallback):  # reads as TensorBoard's and W&B's do, before any callback of the user's
+    class Logger(TrainerCallback):  # like TensorBoard's and W&B's, it runs before user callbacks
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 

@@ -76,7 +76,7 @@ def test_resuming_after_rank_events_is_exact(tmp_path: Path) -> None:
 
 
 def test_the_bound_is_a_kl_though_the_trainer_makes_no_logits(tmp_path: Path) -> None:
-    """SFTTrainer fuses the last layer with the loss; its outputs hold log-probabilities of single tokens alone."""
+    """SFTTrainer fuses the last layer with the loss, so its outputs have only log-probabilities of single tokens."""
     trainer = trainer_of(tmp_path, max_steps=1, bf16=False, lr_scheduler_type="constant")
     said: dict[str, Any] = {}
 
@@ -114,7 +114,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_trainers_that_prefer_and_reward(name: str, tmp_path: Path) -> None:
-    """They take an optimizer that was built of the adapted model."""
+    """DPO, KTO and GRPO trainers accept an optimizer that was built from the model with its adapter."""
     rows, args, extra = OTHERS[name]
     torch.manual_seed(0)
     model = peft.get_peft_model(base(), LORA)

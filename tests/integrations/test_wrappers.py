@@ -1,4 +1,4 @@
-"""Optimizers that wrap optimizers: Lookahead, of two libraries."""
+"""Optimizers that wrap another optimizer: Lookahead of two libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lookahead(library: str, opt: CTROptimizer) -> Any:
 
 
 def by_hand() -> dict[str, Tensor]:
-    """Lookahead (arXiv 1907.08610): after every K steps the weights go back towards the slow ones."""
+    """Return weights of a reference Lookahead (arXiv 1907.08610): every K steps, interpolate to slow weights."""
     model = net()
     opt = CTROptimizer(trainable(model), **OPTIONS, model=model)
     slow = [p.detach().clone() for p in trainable(model)]
@@ -40,7 +40,7 @@ def by_hand() -> dict[str, Tensor]:
 def test_lookahead_is_lookahead(library: str) -> None:
     model = net()
     opt = lookahead(library, CTROptimizer(trainable(model), **OPTIONS, model=model))
-    if library == "torch_optimizer":  # its slow weights would begin after the first step: let them begin before it
+    if library == "torch_optimizer":  # it copies its slow weights after the first step; the reference copies before
         for p in trainable(model):
             opt.state[p]["slow_param"] = p.detach().clone()
         opt.param_groups[0]["counter"] = 1

@@ -1,4 +1,4 @@
-"""Architectures and kinds of adapters, each trained with ranks that move, saved by PEFT and loaded again."""
+"""Architectures and adapter types: each trains with moving ranks, is saved by PEFT, and loads again."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def pictures() -> dict[str, Tensor]:
 
 
 class Case(NamedTuple):
-    """A model, what it is given, its adapters, and how many layers are ours to bound."""
+    """A model, its inputs, its adapter options, and the number of LoRA layers that the optimizer finds."""
 
     model: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
@@ -132,4 +132,4 @@ def test_it_trains_within_its_bound_and_loads_again(name: str, tmp_path: Path) -
     again = peft.PeftModel.from_pretrained(case.model(), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=0, atol=1e-6)
-        torch.testing.assert_close(again(**batch)[1], model(**batch)[1], rtol=0, atol=1e-6)  # the logits
+        torch.testing.assert_close(again(**batch)[1], model(**batch)[1], rtol=0, atol=1e-6)  # compares the logits

@@ -1,4 +1,4 @@
-"""An adapter cut to a tolerance: the function, the cost and the bookkeeping."""
+"""compress(): the cut adapter's outputs, the measured cost, and the layers' attributes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOLERANCES = [1e-3, 3e-3, 8e-3]
 
 
 def shifted(seed: int, **options: Any) -> dict[str, Tensor]:
-    """A batch for a causal model that shifts the labels itself."""
+    """Return a batch for a causal model that shifts the labels itself."""
     return {k: v for k, v in llama_batch(seed, **options).items() if k in ("input_ids", "labels")}
 
 
 def trained(**lora: Any) -> nn.Module:
-    """A tiny llama with an adapter whose directions differ in worth."""
+    """Return a tiny Llama with an adapter whose directions differ in utility."""
     model = tiny_llama(**{"r": 6, "lora_alpha": 6, **lora})
     with torch.no_grad():
         for pair in find_pairs(model):
@@ -38,7 +38,7 @@ def batches(count: int = 3) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, data: list[dict[str, Tensor]]) -> Tensor:
-    """Logits of all loss tokens, in eval mode."""
+    """Return the logits of all loss tokens, in eval mode."""
     mode = model.training
     model.eval()
     rows = [model(input_ids=b["input_ids"]).logits[:, :-1][b["labels"][:, 1:] != -100] for b in data]
@@ -74,7 +74,7 @@ def test_a_larger_tolerance_leaves_a_smaller_adapter() -> None:
 
 
 def test_cut_again_it_stays_as_it_is() -> None:
-    """The cost of what is left starts at zero again: only a tolerance far below its least direction cuts nothing."""
+    """A second cut measures its cost from the cut adapter, so only a much smaller tolerance cuts nothing."""
     model, data = trained(), batches()
     compress(model, 1e-2, data)
     before = snapshot(model)
@@ -89,7 +89,7 @@ def test_directions_that_are_worth_nothing_go_at_any_tolerance() -> None:
         for index, pair in enumerate(find_pairs(model)):
             ranks[pair.name] = 6 - index % 7
             pair.B[:, ranks[pair.name] :] = 0
-            turn = torch.linalg.qr(torch.randn(6, 6, dtype=pair.B.dtype))[0]  # no direction is zero by itself
+            turn = torch.linalg.qr(torch.randn(6, 6, dtype=pair.B.dtype))[0]  # makes all directions nonzero
             pair.A.copy_(turn @ pair.A)
             pair.B.copy_(pair.B @ turn.mT)
     before = logits_of(model, data)
@@ -115,7 +115,7 @@ def test_the_events_say_what_changed() -> None:
 
 
 def test_nothing_of_the_model_is_left_changed() -> None:
-    model = trained().requires_grad_(False)  # as PEFT loads adapters
+    model = trained().requires_grad_(False)  # PEFT loads adapters with frozen weights
     next(model.parameters()).requires_grad_(True)
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -222,7 +222,7 @@ def test_a_model_without_logits_is_cut_by_its_loss() -> None:
 def test_a_refit_leaves_less_within_the_same_tolerance() -> None:
     model, data = trained(), [shifted(seed, n=16, length=16) for seed in range(8)]
     plain = compress(trained(), 2e-3, data)
-    before = logits_of(model, data[1::2])  # the batches that judge
+    before = logits_of(model, data[1::2])  # the batches that measure the cost
     done = compress(model, 2e-3, data, refit=24)
     assert done.parameters_after < plain.parameters_after
     assert done.kl == pytest.approx(float(exact_kl(before, logits_of(model, data[1::2])).mean()), rel=1e-3)

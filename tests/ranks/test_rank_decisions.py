@@ -1,4 +1,4 @@
-"""Two processes decide on ranks as one process with the whole batch does: in float64, every event is the same."""
+"""Two processes make the same rank events as one process with the whole batch, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ctr_optim import CTROptimizer, RankEvent
 pytestmark = needs_gloo
 pytest.importorskip("peft")
 
-STEPS, ROWS = 12, 9  # of nine rows, a process measures the coupling on one
+STEPS, ROWS = 12, 9  # with nine rows, each process measures the coupling on one row
 OPTIONS: dict[str, Any] = dict(
     lr=0.08, max_kl=2e-3, factor_interval=2, basis_interval=2, calibration_interval=4, max_tokens=None, resize="masked",
     rank_scheduler=dict(budget=2, interval=5, window=3, sketch_rank=4, hysteresis=0.0, until=1.0),
@@ -24,13 +24,13 @@ OPTIONS: dict[str, Any] = dict(
 
 
 def rows_of(step: int, rank: int) -> dict[str, Tensor]:
-    """A task that can be learned: noise alone makes training amplify rounding."""
+    """Return rows of a learnable task, because training on noise amplifies rounding errors."""
     data = llama_batch(100 * step + rank, n=ROWS)
     return {**data, "labels": torch.where(data["labels"] < 0, data["labels"], (3 * data["input_ids"] + 1) % 64)}
 
 
 def joined(step: int) -> dict[str, Tensor]:
-    """Both processes' rows in turn, so that the first two are those that the processes measure on."""
+    """Return both processes' rows in turn, so the first two rows are those that the processes measure on."""
     first, second = rows_of(step, 0), rows_of(step, 1)
     return {key: torch.stack([first[key], second[key]], 1).flatten(0, 1) for key in first}
 

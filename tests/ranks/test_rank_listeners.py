@@ -1,4 +1,4 @@
-"""Rank events: listeners that raise, steps that are skipped, and utilities without the scheduler's preference."""
+"""Rank events: listeners that raise, skipped steps, and utilities without the hysteresis factor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_an_event_log_that_cannot_be_written_leaves_an_optimizer_that_works(tmp_
     log = EventLog(opt, tmp_path / "run" / "events.jsonl")
     train(model, opt, 3)
     log.path.unlink()
-    log.path.mkdir()  # opening it fails from now on, for any user
+    log.path.mkdir()  # opening a directory as a file fails for any user
     with pytest.raises(OSError):
         train(model, opt, 1, 3)
     log.path.rmdir()
@@ -103,7 +103,7 @@ def test_skipped_steps_are_not_among_those_that_a_sketch_sums_over(through_check
 
 
 def test_the_utility_of_an_event_is_free_of_hysteresis() -> None:
-    """Two layers at a budget that leaves each its best direction only: hysteresis changes no choice."""
+    """With a budget of one direction for each of two layers, hysteresis changes no choice."""
     worth = []
     for hysteresis in (0.0, 3.0):
         model = net()

@@ -1,4 +1,4 @@
-"""Ranks that move within the shapes that were allocated: the same training, nothing recompiled, processes alike."""
+"""Masked ranks, which move within the allocated shapes: equal training, no recompilation, equal processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def go(model: nn.Module, opt: CTROptimizer, steps: range) -> None:
 
 @pytest.mark.parametrize("min_rank", [1, 0])
 def test_masked_is_physical_to_rounding(min_rank: int) -> None:
-    """In float64, over six events: the same ranks, events, function, moments and constraint."""
+    """Masked and physical ranks agree in float64 over six events: ranks, events, outputs, moments and constraint."""
     runs: dict[str, Any] = {}
     for resize in ("physical", "masked"):
         model = tiny_llama(torch.float64, r=ROOM, lora_alpha=16)
@@ -68,12 +68,12 @@ def test_masked_is_physical_to_rounding(min_rank: int) -> None:
     for key in ("trust/predicted_kl", "trust/coupling", "kl_from_base"):
         assert masked.metrics()[key] == pytest.approx(physical.metrics()[key], rel=1e-6), key
     data = llama_batch(77)["input_ids"]
-    # faint directions come out of float64 Gram matrices with half of their digits
+    # Directions of small utility lose half of their digits in float64 Gram matrices.
     assert relative_error(other(input_ids=data).logits, one(input_ids=data).logits) < 1e-6
 
 
 def test_a_layer_that_was_dropped_comes_back() -> None:
-    """Most layers are emptied by a small budget; with a larger one, directions from the sketch fill them again."""
+    """A small budget empties most layers; with a larger budget, directions of the sketch fill them again."""
     model = tiny_llama(torch.float64, r=ROOM)
     opt = build(model, min_rank=0, max_change=None, budget=0.2)
     go(model, opt, range(4))
@@ -85,7 +85,7 @@ def test_a_layer_that_was_dropped_comes_back() -> None:
     before = model(input_ids=data).logits
     opt.param_groups[0]["lr"] = 0.0
     go(model, opt, range(5, 6))
-    assert relative_error(model(input_ids=data).logits.detach(), before.detach()) < 1e-6  # growth changes nothing
+    assert relative_error(model(input_ids=data).logits.detach(), before.detach()) < 1e-6  # growth keeps the outputs
     opt.param_groups[0]["lr"] = 0.05
     ranks = opt.metrics()["ranks"]
     assert any(ranks[name] > 0 for name in dropped)
@@ -130,7 +130,7 @@ def test_eigenbasis_keeps_what_it_knows_nothing_of_apart() -> None:
     assert torch.equal(eigenbasis(0 * matrix, basis), torch.eye(6).double().expand(2, 6, 6))
 
 
-@pytest.mark.parametrize("stop", [6, 8])  # right after an event, inside a sketch window
+@pytest.mark.parametrize("stop", [6, 8])  # directly after an event; inside a sketch window
 def test_resuming_is_exact_and_ranks_are_read_off_the_weights(stop: int) -> None:
     model = tiny_llama(torch.float32, r=ROOM)
     opt = build(model)
@@ -184,7 +184,7 @@ def test_a_compiled_model_is_not_compiled_again_at_events() -> None:
         opt.step()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert {pair.rank for pair in opt.pairs} == {6} and {9, 12} <= {event.step for event in events}
-    # with taps and without, sketching or not: each is compiled once, and no event (after steps 9 and 12) adds to them
+    # The graphs with and without hooks and sketches compile once each; the events after steps 9 and 12 add none.
     assert graphs[-1] == graphs[8], graphs
     torch.compiler.reset()
 
@@ -221,7 +221,7 @@ def test_ranks_in_use_are_counted_from_the_weights() -> None:
     opt = CTROptimizer(trainable(model), model=model)
     with torch.no_grad():
         model.up.lora_A.weight[1:] = 0
-        model.up.lora_B.weight[:, 3:] = 0  # the third column lives without a row
+        model.up.lora_B.weight[:, 3:] = 0  # column 2 of B stays nonzero, but its row of A is zero
         model.down.lora_A.weight.zero_()
         model.down.lora_B.weight.zero_()
     assert ranks_in_use(opt.pairs) == [3, 0] and ranks_in_use([]) == []

@@ -1,4 +1,4 @@
-"""What is saved after ranks have moved loads elsewhere, as the same function."""
+"""Adapters that are saved after ranks have moved load in PEFT with the same outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def moved(variant: str) -> tuple[nn.Module, CTROptimizer]:
-    """A model whose ranks have moved, twice."""
+    """Return a model whose ranks have moved twice, and its optimizer."""
     model = tiny_llama(torch.float32, **VARIANTS[variant])
     opt = CTROptimizer(trainable(model), lr=0.01, factor_interval=1, rank_scheduler=RANKS)
     before = opt.metrics()["ranks"]
@@ -41,7 +41,7 @@ def moved(variant: str) -> tuple[nn.Module, CTROptimizer]:
         llama_loss(model, llama_batch(step)).backward()
         opt.step()
     assert opt.metrics()["ranks"] != before
-    assert {pair.name: pair.scaling for pair in opt.pairs} == scalings  # a constant, whatever the rank
+    assert {pair.name: pair.scaling for pair in opt.pairs} == scalings  # the scaling does not depend on the rank
     return model, opt
 
 
@@ -60,7 +60,7 @@ def test_what_is_saved_loads_as_the_same_function(variant: str, tmp_path: Path) 
     model, opt = moved(variant)
     model.save_pretrained(tmp_path)
     config = peft.LoraConfig.from_pretrained(str(tmp_path))
-    for pair in opt.pairs:  # the patterns name only layers that differ from the config
+    for pair in opt.pairs:  # the patterns list only layers that differ from the config
         assert (f"^{re.escape(pair.name)}" in config.rank_pattern) == (pair.rank != config.r)
     fresh = reloaded(tmp_path)
     ranks = {pair.name: pair.rank for pair in find_pairs(fresh)}
@@ -83,7 +83,7 @@ def test_an_export_with_one_rank_is_the_same_function(variant: str, tmp_path: Pa
     assert {pair.rank for pair in find_pairs(fresh)} == {rank}
     assert len({pair.scaling for pair in find_pairs(fresh)}) == 1
     assert relative_error(outputs(fresh), outputs(model)) < 1e-5
-    assert model.peft_config["default"].rank_pattern  # the model's own bookkeeping is not touched
+    assert model.peft_config["default"].rank_pattern  # the model's own config does not change
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -112,8 +112,8 @@ def test_a_compact_export_leaves_out_what_is_not_in_use(variant: str, resize: st
     assert {p.name: p.rank for p in find_pairs(fresh)} == {n: r for n, r in written.items() if r and n in in_use}
     assert relative_error(outputs(fresh), outputs(model)) < 1e-6
     if variant == "patterns" and resize == "masked":
-        return  # PEFT itself does not reload patterns of the user's that overlap
-    model.save_pretrained(tmp_path / "plain")  # what anybody saves is the same function, only larger
+        return  # PEFT itself cannot reload overlapping patterns of the user
+    model.save_pretrained(tmp_path / "plain")  # PEFT's own save gives the same outputs, in a larger file
     assert relative_error(outputs(reloaded(tmp_path / "plain")), outputs(model)) < 1e-6
 
 
@@ -195,7 +195,7 @@ def test_plain_layers_keep_their_bookkeeping() -> None:
     model = net(rank=4)
     model.up.r, model.down.rank = 4, 4
     del model.down.scaling
-    type(model.down).scaling = 1.0  # as a constant of the class
+    type(model.down).scaling = 1.0  # a class attribute
     try:
         opt = CTROptimizer(trainable(model), lr=0.01, factor_interval=1, rank_scheduler={**RANKS, "budget": 3})
         train(model, opt, 4)

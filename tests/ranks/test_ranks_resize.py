@@ -1,4 +1,4 @@
-"""Ranks change; the function, the optimizer's moments and the factors go on."""
+"""Resizing layers keeps the outputs, the optimizer's moments and the factors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 10_000)
 
 
 def trained(seed: int = 0, rank: int = 4, **options: Any) -> tuple[Net, CTROptimizer]:
-    """A net with moments, factors and a sketch to grow from."""
+    """Return a net and its optimizer with moments, factors and a gradient sketch."""
     model = net(seed, **{"rank": rank, "dtype": torch.float64, **options})
     opt = optimizer(model, factor_structure="dense", lr=0.02, max_kl=None, basis_interval=2)
     train(model, opt, 3)
@@ -42,11 +42,11 @@ def resized(opt: CTROptimizer, kept: int, added: int) -> None:
         for name in ("sketch_range", "sketch_corange"):
             opt.state[s.pair.B].pop(name)
         resize([s], kept, added, opt.state.get)
-    opt.load_state_dict(opt.state_dict())  # the state was replaced: stack it anew
+    opt.load_state_dict(opt.state_dict())  # the resize replaced the state, so the optimizer must restack it
 
 
 def raw_moments(opt: CTROptimizer) -> dict[str, tuple[Tensor, Tensor]]:
-    """First moments of A and B in the coordinates of the weights."""
+    """Return the first moments of A and B in the coordinates of the weights."""
     found = {}
     for pair in opt.pairs:
         a, b = opt.state[pair.A], opt.state[pair.B]
@@ -90,7 +90,7 @@ def test_dropping_what_is_worth_nothing_leaves_the_function_alone(side: str, see
 
 
 def test_there_and_back_again() -> None:
-    """What a growth added, a shrink takes away: weights, moments and factors are what they were, up to a rotation."""
+    """A shrink after a growth restores weights, moments and factors, up to a rotation."""
     model, opt = trained()
     before, moments, factors = model(batch()[0]).detach(), raw_moments(opt), factors_of(opt)
     products = {p.name: (p.B @ p.A).detach() for p in opt.pairs}
@@ -110,7 +110,7 @@ def test_there_and_back_again() -> None:
 
 @given(seed=SEEDS, kept=st.integers(0, 3), added=st.integers(0, 2))
 def test_moments_move_like_gradients(seed: int, kept: int, added: int) -> None:
-    """The gradient at the new weights is ``M^T g_A``, ``g_B N^T``: autograd says so, and moments follow that map."""
+    """Autograd's gradients at the new weights are ``M^T g_A`` and ``g_B N^T``; first moments use the same maps."""
     if kept + added == 0:
         return
     _, opt = trained(seed)
@@ -138,7 +138,7 @@ def test_moments_move_like_gradients(seed: int, kept: int, added: int) -> None:
 def test_the_map_of_gradients_is_what_autograd_says() -> None:
     a, b, g = torch.randn(4, 9).double(), torch.randn(7, 4).double(), torch.randn(7, 9).double()
     H, D = a @ a.mT, b.mT @ b
-    on = projection(existing_directions(H, D), 4)  # all of them: only the coordinates change
+    on = projection(existing_directions(H, D), 4)  # keeps all four directions, so only the coordinates change
     old = [a.clone().requires_grad_(), b.clone().requires_grad_()]
     new = [(on.keep @ a).requires_grad_(), (b @ on.restore).requires_grad_()]
     g_a, g_b = torch.autograd.grad(((old[1] @ old[0]) * g).sum(), old)
@@ -149,7 +149,7 @@ def test_the_map_of_gradients_is_what_autograd_says() -> None:
 
 @given(seed=SEEDS, kept=st.integers(1, 4), added=st.integers(0, 2))
 def test_rank_factors_stay_those_of_the_wide_ones(seed: int, kept: int, added: int) -> None:
-    """H = A C A^T and D = B^T S B hold after a resize where they held before."""
+    """If H = A C A^T and D = B^T S B hold before a resize, they hold after it."""
     model = net(seed, rank=4)
     opt = optimizer(model, factor_structure="dense", lr=0.0, max_kl=None)
     train(model, opt, 2)

@@ -1,4 +1,4 @@
-"""RankScheduler: when events happen, and how a budget of parameters is shared out."""
+"""RankScheduler: steps of events, and allocation of a parameter budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORTH = st.floats(0, 1e3, allow_nan=False) | st.sampled_from([0.0, 1.0])
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """Layers with today's ranks, falling utilities, unequal costs, limits and floors."""
+    """Draw layers with current ranks, decreasing utilities, unequal costs, limits and floors."""
     names = draw(st.lists(st.text("abc.1", min_size=1, max_size=4), min_size=1, max_size=6, unique=True))
     ranks = {n: draw(st.integers(1, 5)) for n in names}
     return {
@@ -51,7 +51,7 @@ def test_the_budget_the_limits_and_the_floors_hold(problem: dict[str, Any]) -> N
 
 
 @given(problems())
-@example(  # the best direction per parameter leaves no room for the one worth most
+@example(  # the direction with the best utility per parameter leaves no budget for the one with the best utility
     {
         "utilities": {"large": [5.0, 4.9], "small": [9.0, 1.0]},
         "costs": {"large": 10, "small": 1},
@@ -93,7 +93,7 @@ def test_at_equal_costs_the_fill_is_optimal(problem: dict[str, Any]) -> None:
 
 @given(problems(), st.integers(1, 4))
 def test_ranks_are_multiples(problem: dict[str, Any], multiple: int) -> None:
-    """But for layers that cannot hold one; and none is lost that the budget pays for."""
+    """Ranks are multiples except in layers smaller than one multiple, and no affordable multiple stays unused."""
     costs = dict.fromkeys(problem["costs"], 7)
     utilities = problem["utilities"]
     new = RankScheduler(budget=6.0, max_rank=9, multiple=multiple).allocate(utilities, costs)
@@ -139,7 +139,7 @@ def test_a_budget_below_today_is_obeyed_at_once() -> None:
 def test_fractions_of_a_rank_count_in_parameters() -> None:
     scheduler = RankScheduler(budget=4.1)
     assert scheduler.parameters({"a": 50, "b": 30}, {}) == 328
-    mean = 1 / 3 + 1  # what one starts with must be affordable, rounding or not
+    mean = 1 / 3 + 1  # the initial ranks must fit into their own budget despite rounding
     assert RankScheduler(budget=mean).parameters({"a": 3, "b": 3, "c": 3}, {}) == 12
 
 
@@ -181,7 +181,7 @@ def test_a_gradual_budget_is_reached_in_equal_parts_at_the_last_event() -> None:
     assert scheduler.budget_at(60, 8.0) == 4.0
     assert replace(scheduler, gradual=False).budget_at(10, 8.0) == 4.0
     assert RankScheduler().budget_at(10, 8.0) == 8.0
-    assert replace(scheduler, total_steps=None).budget_at(10, 8.0) == 4.0  # nobody knows how long it will be
+    assert replace(scheduler, total_steps=None).budget_at(10, 8.0) == 4.0  # the budget applies at once
 
 
 def test_training_ends_at_a_gradual_budget() -> None:
@@ -205,7 +205,7 @@ def test_an_optimizer_refuses_an_impossible_budget_when_it_is_built() -> None:
     optimizer(net(rank=3), rank_scheduler={"budget": 4, "min_rank": 4})
 
 
-# -- when -------------------------------------------------------------------------------------------------------------
+# -- steps of events --------------------------------------------------------------------------------------------------
 
 
 def events(scheduler: RankScheduler, steps: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""RankScheduler(tolerance=...): what events may cost, in nats, in place of a budget."""
+"""RankScheduler(tolerance=...): a largest cost of all events in nats, in place of a budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORTH = st.floats(0, 1)
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """Layers with ranks, and falling utilities for these and some more directions."""
+    """Draw layers with ranks, and decreasing utilities of their directions and of some absent ones."""
     names = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5, unique=True))
     ranks = {n: draw(st.integers(0, 9)) for n in names}
     more = {n: draw(st.integers(0, 4)) for n in names}
@@ -42,7 +42,7 @@ def test_an_event_stays_within_its_share(problem: dict[str, Any], tolerance: flo
     new = scheduler.within(**problem)
     assert lost(problem, new) <= scheduler.share() * (1 + 1e-9)
     for name, rank in problem["ranks"].items():
-        assert min(rank, max(least, rank // 2)) <= new[name] <= rank  # half of a layer at most, and nothing grows
+        assert min(rank, max(least, rank // 2)) <= new[name] <= rank  # a layer loses at most half, and no layer grows
 
 
 @given(problems(), st.floats(1e-3, 3))
@@ -58,7 +58,7 @@ def test_a_full_and_useful_layer_grows_up_to_max_rank() -> None:
         "costs": {"full": 2, "idle": 2},
         "ranks": {"full": 2, "idle": 3},
     }
-    scheduler = RankScheduler(tolerance=4.0, multiple=1)  # a tenth of it an event
+    scheduler = RankScheduler(tolerance=4.0, multiple=1)  # without total_steps, an event gets a tenth
     assert scheduler.within(**problem) == {"full": 2, "idle": 2}
     for most, expected in ((3, 3), (2, 2)):
         grows = RankScheduler(tolerance=4.0, multiple=1, max_rank=most)
@@ -91,7 +91,7 @@ def test_bad_options(options: dict[str, Any], match: str) -> None:
 
 
 def built(model: nn.Module, **options: Any) -> CTROptimizer:
-    """An optimizer with four events in its first twelve steps."""
+    """Return an optimizer with four events in its first twelve steps."""
     ranks: dict[str, Any] = dict(interval=3, window=2, sketch_rank=4, tolerance=2e-3, total_steps=12, until=1.0)
     return CTROptimizer(trainable(model), lr=0.02, rank_scheduler={**ranks, **options.pop("ranks", {})}, **options)
 
@@ -134,7 +134,7 @@ def test_masked_is_physical() -> None:
 
 
 def test_a_larger_coupling_leaves_more() -> None:
-    """Utilities are in nats only after the coupling: the same tolerance buys less where the coupling is larger."""
+    """The coupling converts utilities to nats, so a larger coupling removes fewer directions."""
     left = []
     for coupling in (1.0, 30.0):
         model = tiny_llama(torch.float64, r=8, lora_alpha=16)

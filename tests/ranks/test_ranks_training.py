@@ -1,4 +1,4 @@
-"""Ranks that move during training: constraint, budget, checkpoints, and start directions."""
+"""Moving ranks during training: KL bound, budget, checkpoints, and initial directions."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_constraint_and_budget_hold_through_events(absent: str) -> None:
 
 
 def test_what_an_event_leaves_unspent_is_not_lost() -> None:
-    """Layers of unequal cost: the budget is that of the start, however many events there have been."""
+    """With layers of unequal cost, the budget stays the initial one after any number of events."""
     model = llama()
     opt = build(model, interval=2)
     start = parameters_of(opt)
@@ -148,10 +148,10 @@ def test_ranks_beyond_what_a_layer_can_use_come_down() -> None:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [5, 7, 8])  # between two events, inside a sketch window, right after an event
+@pytest.mark.parametrize("stop", [5, 7, 8])  # between two events; inside a sketch window; directly after an event
 @pytest.mark.parametrize("late", [False, True])
 def test_resuming_across_events_is_exact(stop: int, late: bool) -> None:
-    """``late``: the optimizer is built after the weights are loaded; else the model's own load resizes the layers."""
+    """With ``late``, the optimizer is built after the weights are loaded; else the model's load resizes the layers."""
     model = llama()
     opt = build(model)
     go(model, opt, range(stop))
@@ -180,7 +180,7 @@ def test_resuming_across_events_is_exact(stop: int, late: bool) -> None:
 
 
 def test_going_back_to_an_old_checkpoint_inside_a_sketch_window() -> None:
-    """One layer of another rank is loaded while all are being sketched: every sketch begins anew."""
+    """Loading one layer of another rank inside a sketch window restarts the sketches of all layers."""
     model = net(rank=3)
     opt = optimizer(model, rank_scheduler=RANKS)
     train(model, opt, 3)
@@ -264,7 +264,7 @@ def test_initialize_leaves_the_function_alone(structure: str, move_ranks: bool) 
 
 
 def test_start_directions_are_those_in_which_the_loss_falls_fastest() -> None:
-    """Without curvature to speak of (large damping), A's rows are the gradient's leading right singular vectors."""
+    """With large damping, A's rows are the leading right singular vectors of the plain gradient."""
     model = net(b_std=0.0)
     data = [torch.randint(0, 11, (4, 6)) for _ in range(2)]
 
@@ -313,7 +313,7 @@ def test_initialize_says_what_is_wrong() -> None:
 
 
 def test_ranks_move_where_only_b_is_trained() -> None:
-    """A is frozen and not ours: it is resized with B, and has no state of ours."""
+    """A frozen A is resized with B, and has no optimizer state."""
     model = net()
     for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(False)

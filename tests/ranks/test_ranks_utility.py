@@ -1,4 +1,4 @@
-"""What directions are worth: against dense singular value decompositions."""
+"""Utilities of directions, compared with dense singular value decompositions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 
 
 def layer(seed: int, rank: int, d_in: int = 9, d_out: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B, C and S."""
+    """Return A, B, C and S."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, d_in, generator=g, dtype=torch.float64)
     b = torch.randn(d_out, rank, generator=g, dtype=torch.float64)
@@ -45,7 +45,7 @@ def test_existing_directions_are_the_fisher_weighted_singular_values(seed: int, 
     torch.testing.assert_close((2 * found.utility).sqrt(), singular[:rank], rtol=1e-6, atol=1e-6 * float(singular[0]))
     for count in range(rank + 1):
         kept = power(S, 0.5) @ (b @ found.restore[:, :count]) @ (found.keep[:count] @ a) @ power(C, 0.5)
-        best = singular[count:].square().sum().sqrt()  # Eckart and Young
+        best = singular[count:].square().sum().sqrt()  # the smallest possible error, by Eckart and Young
         assert float((dense - kept).norm()) == pytest.approx(float(best), rel=1e-6, abs=1e-6 * float(singular[0]))
 
 
@@ -53,7 +53,7 @@ def test_existing_directions_are_the_fisher_weighted_singular_values(seed: int, 
 def test_directions_that_do_nothing_are_worth_nothing(seed: int, rank: int, side: str) -> None:
     a, b, C, S = layer(seed, rank + 1)
     if side == "a":
-        a[rank] = a[:rank].sum(0)  # a row that the others span
+        a[rank] = a[:rank].sum(0)  # a row in the span of the others
     else:
         b[:, rank] = 0
     utility = existing_directions(a @ C @ a.mT, b.mT @ S @ b).utility
@@ -69,7 +69,7 @@ def test_a_fresh_layer_is_worth_nothing_and_stays_finite() -> None:
 
 
 def sketch_of(G: Tensor, columns: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """``G Omega``, ``Psi^T G`` and Psi."""
+    """Return ``G Omega``, ``Psi^T G`` and Psi."""
     omega = torch.randn(G.shape[1], columns, generator=g, dtype=torch.float64)
     psi = torch.randn(G.shape[0], 2 * columns, generator=g, dtype=torch.float64)
     return G @ omega, psi.mT @ G, psi
@@ -91,7 +91,7 @@ def test_absent_directions_are_those_that_the_adapter_cannot_reach(seed: int, ra
     G = torch.randn(11, 6, generator=g, dtype=torch.float64) @ torch.randn(6, 9, generator=g, dtype=torch.float64)
     rows = torch.randn(9, rank, generator=g, dtype=torch.float64)
     columns = torch.randn(11, rank, generator=g, dtype=torch.float64)
-    columns[:, -1] = 0  # a direction that was grown a moment ago
+    columns[:, -1] = 0  # a new direction, whose column in B is still zero
     utility, vectors = absent_directions(*sketch_of(G, 6, g)[:3], rows, columns)
     out = torch.eye(11).double() - columns @ torch.linalg.pinv(columns)
     into = torch.eye(9).double() - rows @ torch.linalg.pinv(rows)
@@ -118,7 +118,7 @@ def test_the_next_utilities_go_on_falling(values: list[float], count: int) -> No
 
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "lowrank"])
 def test_the_taps_sketch_the_whitened_gradient(structure: str) -> None:
-    """Two steps, two micro-batches each, against the dense gradient of every layer's weight."""
+    """The sketch of two steps with two micro-batches each matches the dense gradient of every layer's weight."""
     model, damping = net(), 0.1
     opt = optimizer(model, factor_structure=structure, damping=damping, lr=0.0, max_kl=None)
     backward(model, batch(9))
@@ -152,7 +152,7 @@ def test_the_taps_sketch_the_whitened_gradient(structure: str) -> None:
                 )
                 assert relative_error(whitened, power(S, -0.5) @ g @ power(C, -0.5)) < 1e-8
             expected[name] = expected.get(name, 0) + whitened
-        opt.zero_grad()  # the oracle passed by the taps, too
+        opt.zero_grad()  # the oracle's backward pass went through the hooks, too
         for micro in range(2):
             backward(model, batch(10 * step + micro), weight=0.5)
         opt.step()
@@ -181,12 +181,12 @@ def test_new_rows_are_what_the_layer_lacks_and_as_long_as_its_own() -> None:
             torch.testing.assert_close(s.cross, a @ C @ s.rows.mT)
             torch.testing.assert_close(s.inner, s.rows @ C @ s.rows.mT)
             strength = float(s.cross[:, 0].norm() / (a @ C @ a.mT).norm())
-            assert (strength < 1e-9) != fresh  # what A's rows reach already is absent only from a fresh layer
+            assert (strength < 1e-9) != fresh  # A's span counts as absent only in an untrained layer
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "lowrank"])
 def test_layers_surveyed_together_are_what_each_is_alone(structure: str) -> None:
-    """A block of three layers, each with other ranks in use, against three blocks of one."""
+    """A block of three layers with different ranks in use gives the same surveys as three blocks of one layer."""
     torch.manual_seed(0)
     layers = {f"l{i}": LoRALinear(30, 24, 4, 2.0).double() for i in range(3)}
     in_use = {"l0": 4, "l1": 2, "l2": 4}
@@ -219,7 +219,7 @@ def test_layers_surveyed_together_are_what_each_is_alone(structure: str) -> None
 
 @given(SEEDS)
 def test_what_single_precision_knows_survives_its_gram_matrices(seed: int) -> None:
-    """Singular values that fall by a million, summed in float32: as good as a decomposition of the sketch itself."""
+    """For singular values over five decades in float32, the result is as good as a decomposition of the sketch."""
     g = torch.Generator().manual_seed(seed)
     left, _ = torch.linalg.qr(torch.randn(60, 6, generator=g, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(50, 6, generator=g, dtype=torch.float64))

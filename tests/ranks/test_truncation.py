@@ -1,4 +1,4 @@
-"""Which directions go: an order of removal, and a search along it."""
+"""Truncation: the order in which directions are removed, and the search for their number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lost(utilities: dict[str, list[float]], ranks: dict[str, int]) -> float:
 
 
 def within(utilities: dict[str, list[float]], costs: dict[str, int], tolerance: float, **options: object) -> dict:
-    """Ranks for a tolerance on the quadratic model, whose cost is the sum of the utilities."""
+    """Return the ranks for a tolerance in the quadratic model, whose cost is the sum of the utilities."""
     order = removals(utilities, costs, **options)  # type: ignore[arg-type]
     predicted = cumulative(order)
     count, cost = farthest(predicted, lambda n: predicted[n], tolerance, worthless(order), close=1.0, passes=60)
@@ -95,7 +95,7 @@ def test_prices_never_fall_along_the_order(utilities: dict[str, list[float]]) ->
 def test_the_search_finds_the_tolerance(
     steps: list[float], exponent: float, log_coupling: float, log_tolerance: float
 ) -> None:
-    """The real cost is another power of the predicted one, and a multiple of it: the search knows neither."""
+    """The measured cost is an unknown multiple of an unknown power of the predicted cost."""
     predicted = [0.0, *itertools.accumulate(sorted(steps))]
     tolerance, coupling = 10**log_tolerance, 10**log_coupling
     costs = [coupling * p**exponent for p in predicted]
