@@ -182,7 +182,7 @@ class CTROptimizer(Attached):
         if closure is not None and self._bound.needs_closure and step.bounded:
             self._trust.judge(closure, loss, stacks[0].group["maximize"], step.q)
         self._counters.steps += 1
-        if scale is not None:
+        if scale is not None and not self._bound.sets_length:
             self._watch.stepped(self.steps, self.param_groups, self._trust.predicted, scale, self._trust.limit)
         try:
             self._judged()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctr_optim.retention.source import SOURCES
+
 LENGTH = 512  # tokens in a row
 ROWS = 8  # rows in a batch
 TOKENS = 16_384  # most tokens of retained text; more tokens do not change the measured statistics
@@ -28,7 +30,7 @@ def retained(value: Any, tokenizer: Any = None, *, length: int = LENGTH, rows: i
 
     Args:
         value: the path of a ``.txt``, ``.jsonl`` or ``.json`` file, a ``datasets.Dataset``, or a list of texts or rows.
-            Other values (``"self"``, None, batches, a ``Retention``) are returned unchanged.
+            Other values (``"self"``, ``"random"``, None, batches, a ``Retention``) are returned unchanged.
         tokenizer: the model's tokenizer, or a processor with a ``tokenizer``. Needed for texts.
         length: tokens in a row. Texts are joined, with the end-of-text token after each, and cut into rows.
         rows: rows in a batch.
@@ -38,7 +40,7 @@ def retained(value: Any, tokenizer: Any = None, *, length: int = LENGTH, rows: i
         ValueError: the file does not exist or is empty, or a row has neither text nor token ids.
         TypeError: ``value`` holds text, and there is no tokenizer.
     """
-    if value is None or (isinstance(value, str) and value == "self") or isinstance(value, Tensor):
+    if value is None or (isinstance(value, str) and value in SOURCES) or isinstance(value, Tensor):
         return value
     if isinstance(value, (str, Path)):
         return token_batches(read_texts(value), _callable(tokenizer), length=length, rows=rows, tokens=tokens)
@@ -74,9 +76,9 @@ def held_out(value: Any, eval_batches: Iterable[Any] | None = None, tokenizer: A
                 "eval_dataset="
             )
         return found
-    if isinstance(value, str) and value == "self":
+    if isinstance(value, str) and value in SOURCES:
         raise ValueError(
-            "holdout: got 'self', expected 'eval', a file, a dataset or batches; the hold-out loss needs real text"
+            f"holdout: got {value!r}, expected 'eval', a file, a dataset or batches; the hold-out loss needs real text"
         )
     limits = {"tokens": HELD_OUT * ROWS * LENGTH, **sizes}
     return retained(value, tokenizer, **limits)
@@ -134,7 +136,8 @@ def read_texts(path: str | Path) -> list[Any]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"retain: got {str(path)!r}, expected 'self' or the path of a .txt, .jsonl or .json file")
+        names = ", ".join(map(repr, SOURCES))
+        raise ValueError(f"retain: got {str(path)!r}, expected {names} or the path of a .txt, .jsonl or .json file")
     content = file.read_text(encoding="utf-8")
     if file.suffix == ".jsonl":
         texts = [json.loads(line) for line in content.splitlines() if line.strip()]

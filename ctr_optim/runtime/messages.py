@@ -94,7 +94,7 @@ def warn_small_rate(lr: float, share: float) -> None:
     """
     warnings.warn(
         f"CTROptimizer: lr={lr:g} is so small that the trust region never acts: the predicted KL of a step is "
-        f"{share:.1e} times max_kl. Leave lr out: the default suits every model, and max_kl limits each step. "
+        f"{share:.1e} times its bound. Leave lr out: the default suits every model, and max_kl limits each step. "
         "Learning rates for AdamW (1e-5 to 1e-3) are far too small here.",
         stacklevel=users_line(),
     )

@@ -74,14 +74,14 @@ def test_a_processor_holds_the_tokenizer() -> None:
 
 def test_everything_else_passes() -> None:
     batches = [{"input_ids": torch.ones(2, 3)}]
-    for value in (None, "self", torch.ones(2, 3), batches, [torch.ones(2, 3)]):
+    for value in (None, "self", "random", torch.ones(2, 3), batches, [torch.ones(2, 3)]):
         assert retained(value) is value
 
 
 @pytest.mark.parametrize(
     "value, error, message",
     [
-        ("selv", ValueError, "got 'selv', expected 'self' or the path"),
+        ("selv", ValueError, "got 'selv', expected 'self', 'random' or the path"),
         (["ab"], TypeError, "needs the model's tokenizer"),
         ([{"other": 1}], ValueError, r"a row with \['other'\]"),
         ([""], ValueError, "has 1 tokens, expected at least 2"),

@@ -42,6 +42,13 @@ def test_a_rate_that_never_reaches_the_bound_is_told_once(lr: float, steps: int,
     assert len(said(lambda: train(model, opt, steps))) == expected
 
 
+def test_a_rate_that_sets_no_length_is_not_blamed() -> None:
+    model = net(dtype=torch.float32)
+    opt = CTROptimizer(trainable(model), max_kl=1e6, model=model)
+    assert not said(lambda: train(model, opt, 41))
+    assert opt.metrics()["trust/predicted_kl"] < 1e4
+
+
 def test_warm_up_and_decay_are_not_taken_for_a_small_rate() -> None:
     model = net(dtype=torch.float32)
     opt = CTROptimizer(trainable(model), lr=0.08, model=model, kl_schedule="constant")
