@@ -143,7 +143,7 @@ class Trial:
         if hasattr(self.optimizer, "metrics"):
             said = self.optimizer.metrics()
             found["bound"], found["scale"] = said["trust/max_kl"], said["trust/scale"]
-            found["predicted"] = said["trust/predicted_kl"]
+            found["predicted"], found["coupling"] = said["trust/predicted_kl"], said["trust/coupling"]
             found |= {key.rpartition("/")[2]: v for key, v in said.items() if key.startswith("trust/factor/")}
         self.measured.append(found)
 

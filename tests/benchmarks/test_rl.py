@@ -107,8 +107,7 @@ def run(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_runs_and_their_report(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(arithmetic, "reward", lambda text, answer: float(len(text) % 2))  # of which any model earns some
-    monkeypatch.setattr(policy, "reward", arithmetic.reward)
+    monkeypatch.setattr(policy, "reward", lambda text, answer: float(len(text) % 2))  # any model earns some of it
     lines = tmp_path / "lines.jsonl"
     records = [run(folder), run(folder, passes=2, beta=0.1), run(folder, method="adamw", lr=1e-3, passes=2)]
     lines.write_text("".join(json.dumps(record) + "\n" for record in records))
