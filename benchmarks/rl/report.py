@@ -4,7 +4,7 @@
 
 One table for each setting (passes, training sums, updates). Figures are means over seeds. The step's KL is measured on
 the samples that the step was made from, over the tokens that have a gradient; its ratio to the bound shows whether the
-bound holds. A factor below 1 made the bound smaller than ``max_kl``.
+bound holds ("steps over the bound": above once, above twice). A factor below 1 made the bound smaller than ``max_kl``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ def ratios(record: Record) -> list[float]:
     return [m["kl"] / m["bound"] for m in record["measured"] if m.get("bound") and m["tokens"]]
 
 
+def over(records: list[Record]) -> str:
+    """Share of the measured steps whose KL is above the bound, and above twice the bound."""
+    found = [v for r in records for v in ratios(r)]
+    return "" if not found else " / ".join(f"{sum(v > most for v in found) / len(found):.0%}" for most in (1, 2))
+
+
 def factors(records: list[Record]) -> str:
     """Factors of the bound below 1, as medians over the measured steps."""
     parts = []
@@ -67,6 +73,7 @@ def table(records: list[Record]) -> list[str]:
         "accuracy before": lambda rs: mean(r["curve"][0][1] for r in rs),
         "after": lambda rs: mean(r["accuracy"] for r in rs),
         "reward, last 10": lambda rs: mean(statistics.fmean(r["rewards"][-LAST:]) for r in rs),
+        "groups that disagree": lambda rs: mean((statistics.fmean(r["taught"]) for r in rs), 2),
         "KL from base": lambda rs: mean(r["kl_from_base"] for r in rs),
         "WikiText-2": lambda rs: mean(
             None if r["text"] is None or r["text_before"] is None else r["text"] - r["text_before"] for r in rs
@@ -74,6 +81,7 @@ def table(records: list[Record]) -> list[str]:
         "median KL of a step": lambda rs: mean((statistics.median(m["kl"] for m in r["measured"]) for r in rs), 4),
         "KL over bound, median": lambda rs: mean((statistics.median(x) if (x := ratios(r)) else None for r in rs), 2),
         "worst": lambda rs: f"{max(x):.2f}" if (x := [v for r in rs for v in ratios(r)]) else "",
+        "steps over the bound": over,
         "s an update": lambda rs: mean((r["seconds_per_update"] for r in rs), 2),
         "factors of the bound": factors,
     }
