@@ -19,6 +19,7 @@ from benchmarks.rl.run import label, read
 
 Record = dict[str, Any]
 LAST = 10  # updates whose rewards are averaged
+LEAST = 1e-5  # nats per token; a smaller KL, at the end of a schedule, is near float32's rounding
 FACTORS = ("few_tokens", "seen_rows", "constant_rate", "budget", "holdout")  # the schedule's factor is always there
 
 
@@ -43,8 +44,8 @@ def mean(values: Iterable[float | None], digits: int = 3) -> str:
 
 
 def ratios(record: Record) -> list[float]:
-    """Measured KL over the bound, of every measured step with a bound."""
-    return [m["kl"] / m["bound"] for m in record["measured"] if m.get("bound") and m["tokens"]]
+    """Measured KL over the bound, of every measured step with a gradient and a bound that rounding does not hide."""
+    return [m["kl"] / m["bound"] for m in record["measured"] if (m.get("bound") or 0) > LEAST and m["tokens"]]
 
 
 def over(records: list[Record]) -> str:
