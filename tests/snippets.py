@@ -58,6 +58,15 @@ rows = Dataset.from_list([
 ])
 """
 )
+GRPO = (
+    SFT
+    + """
+trl.GRPOConfig = partial(trl.GRPOConfig, max_steps=2, max_completion_length=8, use_cpu=not torch.cuda.is_available())
+"""
+)
+SAMPLES = """
+loader = [{**batch, "advantage": torch.tensor([1.0, -1.0])} for batch in batches]
+"""
 ONE_PROCESS = """
 import torch.distributed as dist
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -105,6 +114,7 @@ SETUPS: dict[str, list[str | None]] = {
     ],
     "docs/holdout.md": [LOOP + CTR],
     "docs/not-forgetting.md": [LOOP + CTR],
+    "docs/reinforcement-learning.md": [GRPO, LOOP + SAMPLES],
 }
 """Setups by page, one per block. None: the block uses the names of the previous block."""
 

@@ -25,7 +25,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if find_spec("trl") is not None:
         import trl
 
-        for name in ("SFTConfig", "DPOConfig"):
+        for name in ("SFTConfig", "DPOConfig", "GRPOConfig"):
             monkeypatch.setattr(trl, name, getattr(trl, name))
     yield
     stand_ins = ("llamafactory", "swift", "torchtitan", "ctr_optim.integrations.")

@@ -64,7 +64,8 @@ class TrustRegion:
         scale = torch.ones_like(predicted)
         most = largest_factor(self.bound, groups) if self.coupling.known else 1.0
         if self.limit is not None and (self.coupling.known or adapter.per_token):
-            scale = scale_within(predicted, self.limit, most)
+            # Without a gradient only momentum is left, and the bound would stretch it to its full length.
+            scale = torch.where(step.slope == 0, 0, scale_within(predicted, self.limit, most))
         if not self.coupling.known:
             factor = everyday_factor(groups)
             # Take the smaller factor, not the product with an assumed bound's: steps would be far shorter than AdamW's.

@@ -70,6 +70,26 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
         opt.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("max_kl", [1e-4, None])
+def test_momentum_alone_is_not_stretched_to_the_bound(max_kl: float | None) -> None:
+    """A batch of samples whose rewards all agree has a loss without a gradient."""
+    model = net()
+    opt = optimizer(model, lr=0.1, max_kl=max_kl)
+    train(model, opt, 3)
+    for _ in range(2):
+        before = snapshot(model)
+        opt.zero_grad()
+        backward(model, batch(3), weight=0.0)
+        opt.step()
+        moved = any(not torch.equal(before[name], value) for name, value in snapshot(model).items())
+        assert moved == (max_kl is None)
+    if max_kl is None:
+        return
+    assert opt.metrics()["trust/scale"] == opt.metrics()["trust/predicted_kl"] == 0
+    train(model, opt, 1)
+    assert 0 < opt.metrics()["trust/predicted_kl"] <= max_kl * (1 + 1e-5)
+
+
 # -- the bound in whole runs -------------------------------------------------------------------------------------------
 
 
