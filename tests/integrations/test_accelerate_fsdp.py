@@ -111,4 +111,4 @@ def _late(rank: int, folder: Path) -> str:
 
 def test_an_optimizer_that_has_been_training_cannot_follow(tmp_path: Path) -> None:
     for error in spawn(_late, tmp_path):
-        assert "accelerator.prepare" in error and "before its first step" in error
+        assert "accelerator.prepare" in error and "only before the optimizer's first step" in error
