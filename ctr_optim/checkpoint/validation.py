@@ -31,6 +31,7 @@ Groups = list[dict[str, Any]]
 # what runs without kl_budget, holdout, or a bound that looks at rows lack, and checkpoints of earlier versions
 OPTIONAL = {"budget_used", "budget_rate", "budget_path", "budget_age", "rows_seen", "rows_sketch"} | {
     "holdout_loss", "holdout_best", "holdout_best_step", "holdout_factor", "watched",
+    "credit", "error",
 }  # fmt: skip
 LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that checkpoints of format 1 may lack
 

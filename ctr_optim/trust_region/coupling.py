@@ -21,11 +21,14 @@ _TRIES, _LATER_TRIES = 8, 3
 # The least that is believed: diagonal metrics of tiny models were seen at 5e-5, outputs that do not carry the loss at
 # 1e-11.
 _LEAST = 1e-6
-# A measurement between these shares of what was predicted is no surprise; after a surprise, so many steps are measured
-# out of turn. On base5m (E2E, 120 steps of 8) that is a quarter more measurements, 0.2 % of a step's cost, and
-# predicted over measured KL falls from 1.92 to 1.42 at the 95 % point.
-_EXPECTED = (1 / 3, 1.5)
+# A measurement off its prediction by more than this factor is a surprise; after it, and at first, so many steps are
+# measured out of turn, as far as the credit goes: so many measurements at first, and one more in so many steps.
+_EXPECTED = 1.25
 _WATCHED = 3
+_CREDIT, _EARNED = 24.0, 1 / 25
+# A step that is not measured is taken to move the model further than the average says, by the usual error of
+# predictions beyond this one, which language models have from one batch to the next.
+_USUAL_ERROR = 0.3
 _FALL = 4.0  # most that one measurement lowers the usual kappa by: a step that is too long costs more than a short one
 _NEWEST = 0.2  # least weight of a measurement among those before it: single ones are off by a third
 
@@ -39,14 +42,18 @@ class CouplingState:
         alignment: usual ``slope^2 / q`` of a step.
         base_coupling: coupling of the whole adapter, for the KL from the base model.
         calibrations: measurements so far.
-        watched: coming steps that are measured out of turn, after a measurement that surprised.
+        watched: coming steps that are measured out of turn, at first and after a measurement that surprised.
+        credit: measurements out of turn that may still be made.
+        error: root mean square of the logarithm of measured over predicted KL; 0 until measured twice.
     """
 
     coupling: float | None = None
     alignment: float | None = None
     base_coupling: float | None = None
     calibrations: int = 0
-    watched: int = 0
+    watched: int = _WATCHED
+    credit: float = _CREDIT
+    error: float = 0.0
 
 
 class Coupling:
@@ -65,14 +72,16 @@ class Coupling:
     def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None) -> None:
         self.prober, self.quiet, self.interval = prober, quiet, interval
         self.state = CouplingState()
+        self.extra = False  # whether a measurement is out of turn
         self.due = self.shared = False  # whether we measure, and whether others use the kept batch after us
         self.kappa: Tensor | float | None = None
         self._here: float | None = None  # measured along this very step
 
     def arm(self, step: int, others: bool = False) -> None:
         """Decide whether the coming forward pass is kept, for our measurement or for ``others``."""
-        watched = self.interval is not None and self.state.watched > 0
-        self.due, self.shared = calibration_due(step, self.interval) or watched, others
+        in_turn = calibration_due(step, self.interval)
+        self.extra = not in_turn and self.interval is not None and self.state.watched > 0 and self.state.credit >= 1
+        self.due, self.shared = in_turn or self.extra, others
         if self.prober is not None:
             self.prober.enabled = self.due or others
 
@@ -108,6 +117,8 @@ class Coupling:
             kappa = kappa * alignment(step.slope, step.q, self.state.alignment)
         if self._here is not None:  # whatever is usual: this step is known
             kappa = torch.as_tensor(kappa, dtype=step.q.dtype, device=step.q.device).clamp_min(self._here)
+        else:
+            kappa = kappa * margin(self.state.error)
         self.kappa = kappa
         return kappa
 
@@ -127,8 +138,10 @@ class Coupling:
             adapter: the trained part of the model.
         """
         self._here = None
+        self.state.credit = min(_CREDIT, self.state.credit + _EARNED)
         if self.prober is None or not self.due:
             return
+        self.state.credit -= self.extra
         self.state.watched = max(0, self.state.watched - 1)
         if distributed.everywhere(self.prober.ready, step.q):
             self._update(step, limit, adapter)
@@ -147,9 +160,12 @@ class Coupling:
             return
         coupling, here = found
         self._here = coupling
-        if state.coupling is not None and not _EXPECTED[0] < coupling / float(guess) < _EXPECTED[1]:
-            state.watched = _WATCHED
         before = state.coupling
+        if before is not None:
+            error = abs(math.log(coupling / float(guess)))
+            state.error = math.hypot(state.error * (1 - newest) ** 0.5, error * newest**0.5)
+            if error > math.log(_EXPECTED):
+                state.watched = _WATCHED
         state.coupling = _mixed(before, coupling / float(aligned), newest)
         now = float(typical)
         if now > 0:
@@ -238,6 +254,11 @@ def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
     """
     ratio = slope.square() / (q * typical).clamp_min(torch.finfo(q.dtype).tiny)
     return ratio.clamp(1 / 9, 9) ** SLOPE_EXPONENT
+
+
+def margin(error: float) -> float:
+    """Factor on the predicted KL of a step that is not measured, from the usual error of predictions."""
+    return math.exp(max(0.0, error - _USUAL_ERROR))
 
 
 def _mixed(before: float | None, new: float, weight: float) -> float:

@@ -20,6 +20,9 @@ from ctr_optim.trust_region.rerun import tensors_in
 _BITS = 11  # of a key, that choose its register
 REGISTERS = 2**_BITS
 _WORD = 52 - _BITS  # bits whose leading zeros are counted; a float64 holds them exactly
+# Three standard deviations of the count, which is off by 1.6 to 2.3 percent. On 960 rows of E2E, none seen twice, it
+# was 6 percent short, which made the bound 0.6 of itself and the loss 1.359 instead of 1.344.
+_ERROR = 0.07
 _BIAS = 0.7213 / (1 + 1.079 / REGISTERS)
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # multipliers of splitmix64, as int64
 
@@ -55,6 +58,8 @@ class Rows:
     def passes(self, like: Tensor) -> Tensor | None:
         """``()`` rows seen over distinct rows, those of this step among them; None where no rows were ever seen.
 
+        The least that the count's error allows: rows that were seen once never count as seen again.
+
         All processes count together: each holds the same numbers afterwards.
 
         Args:
@@ -67,7 +72,8 @@ class Rows:
         new = self._count(torch.cat([key.to(like.device) for key in keys])) if keys else torch.zeros_like(self._seen)
         self._seen = self._seen + distributed.total(new)
         self._registers = distributed.largest(self._registers)
-        return (self._seen / distinct(self._registers).clamp_min(1)).clamp_min(1.0).to(like.dtype)
+        most = (1 + _ERROR) * distinct(self._registers).clamp_min(1)
+        return (self._seen / most).clamp_min(1.0).to(like.dtype)
 
     def settle(self) -> None:
         """Bring :attr:`state` up to date; waits for the device."""
