@@ -68,8 +68,8 @@ class CTROptimizer(Attached):
             limits a step, too. ``"constant"``: none of them.
             ``"adaptive"``: from predicted and actual reduction of the loss, needs ``step(closure)``, which is called
             twice.
-        calibration_interval: most steps between measurements of kappa, which come at steps 0, 1, 4, 9, 16, ... before,
-            and at the three steps after one that surprised; None: kappa is 1, the plain metric.
+        calibration_interval: most steps between measurements of kappa, which come at each of the first 24 steps, at
+            steps 25, 36, 49, ... before, and after surprises; None: kappa is 1, the plain metric.
         trust_penalty: lambda, nats per nat: what is minimized is the loss plus ``lambda KL(base || model)`` per token,
             the KL by the factors and the measured coupling of the whole adapter.
         curvature: ``"kfac"``; ``"gradient"``: the metric ``sum v^ delta^2`` from Adam's second moments, which also
