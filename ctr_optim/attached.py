@@ -257,7 +257,8 @@ class Attached(Optimizer):
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
         """Copy checkpoint numbers into the objects that own them."""
-        unpack(numbers, self._owners())
+        if numbers:
+            unpack(numbers, self._owners())
         self._trust.rows.resume()
         self._curvature.resume()
 

@@ -67,8 +67,9 @@ class CTROptimizer(Attached):
             below 256, and with repeated rows. ``"lr"``: ``(lr / peak lr)^2`` only. ``"constant"``: ``max_kl``.
             ``"adaptive"``: the bound follows actual and predicted reductions of the loss; ``step(closure)`` calls the
             closure twice. Except with ``"auto"``, lr also limits the step.
-        calibration_interval: largest number of steps between measurements of kappa. They come at steps 0, 1, 4, 9,
-            16, ..., and at three steps after an unexpected value. None: kappa is 1, and the bound is not in nats.
+        calibration_interval: largest number of steps between measurements of kappa. Each of the first 24 steps is
+            measured, then steps 25, 36, 49, ..., and steps after unexpected values. None: kappa is 1, and the bound is
+            not in nats.
         trust_penalty: lambda, in nats per nat. Training minimizes the loss plus ``lambda KL(base || model)`` per token;
             the factors and the measured coupling of the whole adapter predict this KL.
         curvature: ``"kfac"``; ``"gradient"``: the metric ``sum max(v^, g^2) delta^2`` for all parameters;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 FORMAT = 2  # version of this dict; format 1 has no "version" key
@@ -18,8 +18,13 @@ def pack(owners: Iterable[Any]) -> dict[str, Any]:
 
 
 def unpack(numbers: Mapping[str, Any], owners: Iterable[Any]) -> None:
-    """Write a packed dict back to the dataclasses that own its numbers; missing fields keep their values."""
+    """Copy a packed dict to its owners.
+
+    A field that the dict lacks gets its default value, which stands for a run that did not have the field. Fields
+    without a default keep their value.
+    """
     for owner in owners:
         for field in fields(owner):
-            if field.name in numbers:
-                setattr(owner, field.name, numbers[field.name])
+            value = numbers.get(field.name, field.default)
+            if value is not MISSING:
+                setattr(owner, field.name, value)

@@ -22,6 +22,9 @@ REGISTERS = 2**_BITS
 _WORD = 52 - _BITS  # number of bits whose leading zeros are counted; float64 represents them exactly
 WINDOW = 1.2  # The growth of distinct rows is measured over a window in which the rows grow by a factor of 1.2 to 1.44.
 STEADY = 0.8  # Repeats do not count if distinct rows grow at least at this share of the relative growth of all rows.
+# Three standard deviations of the number of distinct rows, which is off by 1.6 to 2.3 percent. On 960 rows of E2E, none
+# seen twice, it was 6 percent short: the bound fell to 0.6 of itself, and the loss ended at 1.359 instead of 1.344.
+ERROR = 0.07
 _BIAS = 0.7213 / (1 + 1.079 / REGISTERS)
 _ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # multipliers of splitmix64, as int64
 
@@ -130,7 +133,7 @@ def stale_passes(now: Tensor, then: Tensor) -> Tensor:
     seen, known = now
     growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
     stale = (1 - growth[1] / (STEADY * growth[0]).clamp_min(torch.finfo(now.dtype).tiny)).clamp(0, 1)
-    repeats: Tensor = (seen / known - 1).clamp_min(0)
+    repeats: Tensor = (seen / ((1 + ERROR) * known) - 1).clamp_min(0)
     return 1 + repeats * stale
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -79,35 +80,75 @@ def step(coupling: Coupling, index: int) -> float:
     return float(coupling.along(taken))
 
 
+def settled(coupling: Coupling, steps: int) -> int:
+    """Take the first steps, each of which is measured; returns the index of the next step."""
+    for index in range(steps):
+        step(coupling, index)
+    return steps
+
+
 def test_a_measured_step_has_at_least_the_coupling_that_was_measured(coupling: Coupling, model: Model) -> None:
     """The average lags: after a growth from 10 to 13 at step 1, it was 12.5."""
     assert step(coupling, 0) == pytest.approx(10)
     model.kappa = 13.0
     assert step(coupling, 1) == pytest.approx(13)
     assert coupling.state.coupling is not None and 10 < coupling.state.coupling < 13
-    assert step(coupling, 2) == pytest.approx(coupling.state.coupling)  # A step without a measurement uses the average.
+
+
+def test_a_measurement_below_the_average_counts_for_half(coupling: Coupling, model: Model) -> None:
+    """A slice that moves little may be chance: the step has the geometric mean of measurement and average."""
+    index = settled(coupling, 25)
+    model.kappa = 8.0
+    taken = step(coupling, index)
+    average = coupling.state.coupling
+    assert coupling.due and average is not None and 8 < taken < average
+    assert taken == pytest.approx((8 * average) ** 0.5)
+
+
+def test_the_first_steps_are_measured_and_then_the_schedule_holds(coupling: Coupling, model: Model) -> None:
+    due = []
+    for index in range(80):
+        model.kappa *= 1.003
+        step(coupling, index)
+        due.append(coupling.due)
+    assert [index for index, one in enumerate(due) if one] == [*range(24), 25, 36, 49, 64]
 
 
 def test_after_a_surprise_the_next_steps_are_measured(coupling: Coupling, model: Model) -> None:
-    for index in range(4):
+    index = settled(coupling, 36)
+    model.kappa = 15.0
+    for later in range(index, index + 4):
+        kappa = step(coupling, later)
+        assert coupling.due and kappa >= 15 * (1 - 1e-6)
+
+
+def test_measurements_out_of_turn_spend_what_was_earned(coupling: Coupling, model: Model) -> None:
+    """A model that surprises at every step is measured once more in 25 steps, not at each of them."""
+    extra = 0
+    for index in range(1000):
+        model.kappa = 10.0 if index % 2 else 40.0
         step(coupling, index)
-    model.kappa = 40.0
-    step(coupling, 4)
-    due = []
-    for index in range(5, 12):
+        extra += coupling.extra
+    assert 24 + 36 <= extra <= 24 + 40
+
+
+def test_steps_between_measurements_have_a_margin_where_predictions_err(coupling: Coupling, model: Model) -> None:
+    """Nothing of the spread reached the prediction: of steps that are not measured, half went too far."""
+    for index in range(60):
+        model.kappa = 10.0 if index % 2 else 40.0
         kappa = step(coupling, index)
-        due.append(coupling.due)
-        assert not coupling.due or kappa >= 40 * (1 - 1e-6)
-    assert due == [True] * 3 + [False, True, False, False]  # Step 9 is due anyway; steps 4 to 7 gave expected values.
+    average, error = coupling.state.coupling, coupling.state.error
+    assert not coupling.due and average is not None and error > 0.5
+    assert kappa == pytest.approx(average * math.exp(error - 0.3))
 
 
-def test_without_a_surprise_the_schedule_stays(coupling: Coupling, model: Model) -> None:
-    due = []
+def test_steps_between_measurements_have_no_margin_where_predictions_are_right(
+    coupling: Coupling, model: Model
+) -> None:
     for index in range(30):
-        model.kappa *= 1.02
-        step(coupling, index)
-        due.append(coupling.due)
-    assert [index for index, one in enumerate(due) if one] == [0, 1, 4, 9, 16, 25]
+        model.kappa *= 1.003
+        kappa = step(coupling, index)
+    assert not coupling.due and kappa == pytest.approx(coupling.state.coupling)
 
 
 def test_one_measurement_lowers_the_coupling_fourfold_at_most(coupling: Coupling, model: Model) -> None:
@@ -115,5 +156,5 @@ def test_one_measurement_lowers_the_coupling_fourfold_at_most(coupling: Coupling
     model.kappa = 1e-3
     step(coupling, 1)
     assert coupling.state.coupling == pytest.approx(10 / 4)
-    step(coupling, 2)  # The unexpected value causes another measurement, so that the average follows a real decrease.
+    step(coupling, 2)
     assert coupling.due and coupling.state.coupling == pytest.approx(10 / 16)

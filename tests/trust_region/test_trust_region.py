@@ -66,7 +66,7 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
         expected = coupling * min(max(ratio / typical, 1 / 9), 9) ** SLOPE_EXPONENT
         assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
         saved = opt.state_dict()
-        saved["param_groups"][0]["ctr"]["steps"] = 101  # At this step, no measurement is due.
+        saved["param_groups"][0]["ctr"] |= {"steps": 101, "watched": 0}  # No measurement is due.
         opt.load_state_dict(saved)
 
 
