@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ctr_optim.runtime.messages import warn_no_gradient, warn_small_rate
+from ctr_optim.settings import LEARNING_RATE
 
 _CALLS_WITHOUT_GRADIENT = 3  # calls before the warning; the first one or two may be part of the loop's set-up
 _INTERVAL = 20  # steps between checks; each check synchronises with the device
@@ -58,6 +59,7 @@ class Watch:
             return
         lr, peak = (max(float(group.get(key, 0.0)) for group in groups) for key in ("lr", "peak_lr"))
         share = float(predicted) / float(bound)
-        if steps >= _INTERVAL and lr >= _FULL_RATE * peak > 0 and 0 < share < _SMALL_SHARE:
+        small = lr < LEARNING_RATE and 0 < share < _SMALL_SHARE
+        if small and steps >= _INTERVAL and lr >= _FULL_RATE * peak > 0:
             self._rate_is_fine = True  # stops further checks: one warning is enough
             warn_small_rate(lr, share)
