@@ -246,3 +246,44 @@ def torchtune(steps: int, folder: Path) -> Observer:
     finally:
         sys.path.remove(str(examples))
     return observer
+
+
+def nemo(steps: int, folder: Path, fused: bool = True) -> Observer:
+    """NeMo Automodel's parts: its LoRA layers, its loss, and its optimizer builder with ``_target_``.
+
+    The recipe itself wants CUDA. ``fused``: ``use_memory_efficient_lora``, the default, whose autograd functions read
+    the weights of A and B and never call the modules.
+    """
+    sys.modules["triton"] = None  # type: ignore[assignment] -- its kernels name a key that triton 3.9 refuses
+    from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linear_modules
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+    from nemo_automodel.components.optim.optimizer import build_optimizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
+    peft = PeftConfig(match_all_linear=True, dim=8, alpha=32, use_memory_efficient_lora=fused)
+    apply_lora_to_linear_modules(model, peft)
+    [optimizer] = build_optimizer(model, ("ctr_optim.CTROptimizer", {"max_kl": 0.1}))
+    loss_of, observer = MaskedCrossEntropy(), Observer()
+    for batch in plain_batches(steps):
+        labels = batch.pop("labels")
+        ahead = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # its datasets shift the labels
+        observer.saw(optimizer, lambda batch=batch, labels=labels: predicted(model, batch, labels))
+        loss = loss_of(model(**batch).logits, ahead, num_label_tokens=int((ahead != -100).sum()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        observer.losses.append(float(loss))
+    return observer
+
+
+def plain_batches(steps: int) -> Iterator[dict[str, Tensor]]:
+    """``input_ids``, ``attention_mask`` and ``labels`` of the E2E rows."""
+    from transformers import AutoTokenizer
+
+    from examples.common import collate, encode
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    examples = encode(rows(ROWS * steps), tokenizer, 128)
+    for step in range(steps):
+        yield collate(examples[step * ROWS : (step + 1) * ROWS], tokenizer.pad_token_id, torch.device("cpu"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ class CTROptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         ValueError: groups of another optimizer, since a bound on half of a step is none; or groups whose options
             differ in what is not a group's.
     """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+        """torchtitan's own; ``build`` makes the class that defines its Config, and would make the parent without."""
 
     def __init__(self, config: Any, *, model_parts: list[nn.Module]) -> None:
         names = {group.optimizer_name for group in config.param_groups}
