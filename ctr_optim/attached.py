@@ -208,7 +208,11 @@ class Attached(Optimizer):
         fsdp = distributed.fsdp_modules(self._trained.roots)
         distributed.reshard(fsdp)
         ours = {id(p) for p in parameters}
-        whole = all(id(pair.B) in ours for pair in self.pairs) if self.pairs else any(map(distributed.is_sharded, parameters))
+        whole = (
+            all(id(pair.B) in ours for pair in self.pairs)
+            if self.pairs
+            else any(map(distributed.is_sharded, parameters))
+        )
         if self._counters.steps or not whole:
             checks.check_not_replaced(parameters, self._held)
             return

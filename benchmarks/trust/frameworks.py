@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.trust import framework_cases as driven
+from benchmarks.trust import framework_parts as parts
 from benchmarks.trust import trainer_cases as trainers
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -75,16 +76,16 @@ CASES = (
     Case("LLaMA-Factory, version 1", "`run_sft`, `optim_config`", "llamafactory", driven.llamafactory_v1),
     Case("ms-swift", "`swift sft` with the plugin", "ms-swift", driven.swift),
     Case("NeMo Automodel", "LoRA layers, loss, `build_optimizer`; modules", "nemo-automodel",
-         partial(driven.nemo, fused=False), "the recipe wants CUDA"),
-    Case("NeMo Automodel", "the same; memory-efficient LoRA, its default", "nemo-automodel", driven.nemo,
+         partial(parts.nemo, fused=False), "the recipe wants CUDA"),
+    Case("NeMo Automodel", "the same; memory-efficient LoRA, its default", "nemo-automodel", parts.nemo,
          "A and B are never called as modules"),
-    Case("torchtitan", "Llama 3 with its `LoRAConverter`, container, schedule", "torchtitan", driven.torchtitan,
+    Case("torchtitan", "Llama 3 with its `LoRAConverter`, container, schedule", "torchtitan", parts.torchtitan,
          "dense attention stands in for FlexAttention, which has no backward on the CPU"),
     Case("torchtitan", "the same; `ChunkedLossWrapper`, its default", "torchtitan",
-         partial(driven.torchtitan, chunked=True), "the forward ends before the last layer"),
-    Case("Unsloth", "PEFT's layers through its `LoRA_W`", "unsloth", driven.unsloth,
+         partial(parts.torchtitan, chunked=True), "the forward ends before the last layer"),
+    Case("Unsloth", "PEFT's layers through its `LoRA_W`", "unsloth", parts.unsloth,
          "the fused MLP kernel wants a GPU"),
-    Case("DeepSpeed", "engine without ZeRO, float32", "deepspeed", driven.deepspeed,
+    Case("DeepSpeed", "engine without ZeRO, float32", "deepspeed", parts.deepspeed,
          "ZeRO 1, 2 and 3, and fp16 or bf16 engines, are refused at the first step"),
 )  # fmt: skip
 

@@ -163,7 +163,7 @@ def predictions(model: nn.Module, form: str, batch: dict[str, Tensor]) -> Tensor
 
 
 def kl(before: Tensor, after: Tensor) -> float:
-    """Mean ``KL(before || after)`` in nats; terms of probability 0 are 0. A single column holds means of unit variance."""
+    """Mean ``KL(before || after)`` in nats; a single column holds the means of Gaussians of unit variance."""
     if before.shape[-1] == 1:
         return float(0.5 * (before.double() - after.double()).square().mean())
     p = before.double().exp()

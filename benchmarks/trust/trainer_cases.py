@@ -115,7 +115,8 @@ def reward(steps: int, folder: Path) -> Observer:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=8192,
-        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=0, num_labels=1, initializer_range=0.15,
+        max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=0, num_labels=1,
+        initializer_range=0.15,
     )  # fmt: skip
     pairs = {"chosen": TEXTS, "rejected": [text[::-1] for text in TEXTS]}
     args = trl.RewardConfig(**arguments(steps, folder), per_device_train_batch_size=4, bf16=False, max_length=24)

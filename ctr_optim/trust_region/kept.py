@@ -47,7 +47,7 @@ class Kept:
         rows: which rows of a re-run's flat logits are compared.
         fused: whether the training's forward gave its loss alone.
         columns: positions whose logits a re-run of such a model is asked for; None: all.
-        headless: whether the training's forward left the last layer to the loss, as torchtitan's does for a loss in chunks.
+        headless: whether the forward left the last layer to the loss, as torchtitan's does for a loss in chunks.
         units: rows of the logits' first dimension for each sequence; 0 where there is no whole number of them.
     """
 
@@ -224,7 +224,11 @@ class Kept:
         return from_labels(inputs, shifts_labels(self.module), outer.shape)
 
     def _trusted(self) -> bool:
-        if self.headless or self.watches[0].classes == 1 or any(watch.named or watch.feeds_softmax() for watch in self.watches):
+        if (
+            self.headless
+            or self.watches[0].classes == 1
+            or any(watch.named or watch.feeds_softmax() for watch in self.watches)
+        ):
             return True
         return self.logits is not None and bool(are_log_probabilities(self.logits))
 
