@@ -1,4 +1,4 @@
-"""Frameworks whose entry point wants a GPU: their own layers, losses and optimizer builders, called as they call them."""
+"""Frameworks whose entry point wants a GPU: their own layers, losses and builders, called as they call them."""
 
 from __future__ import annotations
 
