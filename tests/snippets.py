@@ -100,7 +100,7 @@ SETUPS: dict[str, list[str | None]] = {
         STAND_IN + 'stand_in("swift.optimizers", OptimizerCallback=object, optimizers_map={})\n',
         STAND_IN
         + 'stand_in("torchtitan.components.optimizer", ParamGroupConfig=dict,\n'
-        + '         OptimizersContainer=type("OptimizersContainer", (), {"Config": dict}))\n',
+        + '         OptimizersContainer=type("OptimizersContainer", (), {"Config": __import__("dataclasses").make_dataclass("Config", ["param_groups"])}))\n',
     ],
     "docs/holdout.md": [LOOP + CTR],
     "docs/not-forgetting.md": [LOOP + CTR],
