@@ -212,7 +212,13 @@ class Attached(Optimizer):
         fsdp = distributed.fsdp_modules(self._trained.roots)
         distributed.reshard(fsdp)
         ours = {id(p) for p in parameters}
-        if self._counters.steps or not all(id(pair.B) in ours for pair in self.pairs):
+        whole = (
+            all(id(pair.B) in ours for pair in self.pairs)
+            if self.pairs
+            else any(map(distributed.is_sharded, parameters))
+        )
+        if self._counters.steps or not whole:
+            checks.check_not_replaced(parameters, self._held)
             return
         checks.check_sharding(parameters, self._rerunning)
         for p in self._held:

@@ -109,8 +109,9 @@ SETUPS: dict[str, list[str | None]] = {
         + 'stand_in("llamafactory.train.tuner", run_exp=lambda callbacks: None)\n',
         STAND_IN + 'stand_in("swift.optimizers", OptimizerCallback=object, optimizers_map={})\n',
         STAND_IN
+        + 'from dataclasses import make_dataclass\nCONFIG = make_dataclass("Config", ["param_groups"])\n'
         + 'stand_in("torchtitan.components.optimizer", ParamGroupConfig=dict,\n'
-        + '         OptimizersContainer=type("OptimizersContainer", (), {"Config": dict}))\n',
+        + '         OptimizersContainer=type("OptimizersContainer", (), {"Config": CONFIG}))\n',
     ],
     "docs/holdout.md": [LOOP + CTR],
     "docs/not-forgetting.md": [LOOP + CTR],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class CTROptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         ValueError: a group names another optimizer, groups differ in an option that belongs to the whole optimizer, or
             there are several model parts (pipeline parallelism).
     """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+        """torchtitan's own; ``build`` makes the class that defines its Config, and would make the parent without."""
 
     def __init__(self, config: Any, *, model_parts: list[nn.Module]) -> None:
         names = {group.optimizer_name for group in config.param_groups}

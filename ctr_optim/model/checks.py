@@ -290,3 +290,17 @@ REPLACED = (
     "optimizer last, after fully_shard. Accelerate can shard a model (FSDP2) only before the optimizer's first step: "
     "call accelerator.prepare(model, optimizer) before it."
 )
+
+
+def check_not_replaced(parameters: Iterable[nn.Parameter], held: Iterable[nn.Parameter]) -> None:
+    """Refuse gradients of parameters that the optimizer does not hold.
+
+    DeepSpeed trains float32 copies for an fp16 or bf16 model: the originals keep their gradients, and what a step does
+    to them is overwritten by the copies.
+
+    Raises:
+        RuntimeError: a parameter with a gradient came into the groups after the optimizer was built.
+    """
+    known = {id(p) for p in held}
+    if any(p.grad is not None and id(p) not in known for p in parameters):
+        raise RuntimeError(REPLACED)

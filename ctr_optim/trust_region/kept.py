@@ -22,6 +22,8 @@ LEAST_TOKENS = 128
 
 _FOR_THE_LOSS = ("labels", "shift_labels", "fused_lm_head", "skip_logits")
 
+SKIPS_HEAD = "_skip_lm_head"  # torchtitan: the forward pass ends before the last layer
+
 _NO_MASK = "the loss has no gradient at the model's logits, and no labels show which tokens it uses"
 _NO_SOFTMAX = "the model's output is not named logits, and the loss takes no softmax of it"
 
@@ -45,6 +47,7 @@ class Kept:
         rows: indices of the compared rows in a re-run's flattened logits.
         fused: whether the training's forward pass returned only the loss.
         columns: token positions for which a re-run of such a model computes logits; None: all.
+        headless: whether the forward pass left the last layer to the loss, as torchtitan's does for a chunked loss.
         units: entries of the logits' first dimension per sequence; 0 if that is not a whole number.
     """
 
@@ -63,6 +66,7 @@ class Kept:
     rows: slice | Tensor = field(default_factory=lambda: slice(None))
     fused: bool = False
     columns: Tensor | None = None
+    headless: bool = False
     units: int = 1
 
     @classmethod
@@ -81,7 +85,9 @@ class Kept:
         autocast = None
         if torch.amp.is_autocast_available(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return cls(module, kept_args, kept_kwargs, batch, keep, source, autocast, generators(), phase)
+        kept = cls(module, kept_args, kept_kwargs, batch, keep, source, autocast, generators(), phase)
+        kept.headless = getattr(module, SKIPS_HEAD, False) is True
+        return kept
 
     @cached_property
     def norms(self) -> list[nn.Module]:
@@ -105,7 +111,7 @@ class Kept:
                 self.units = 0
         self.watches.insert(0, Watch(logits))
         # With dropout or batch statistics, a re-run of a slice gives different logits, so the training's are of no use.
-        if self.before is not None and self.before.unmoved() and not self.norms and self.units:
+        if not self.headless and self.before is not None and self.before.unmoved() and not self.norms and self.units:
             rows = self._cut(whole).flatten(0, -2)
             self.rows = evenly(len(rows), self.phase)
             self.logits = rows[self.rows].clone()
@@ -218,7 +224,11 @@ class Kept:
         return from_labels(inputs, shifts_labels(self.module), outer.shape)
 
     def _trusted(self) -> bool:
-        if self.watches[0].classes == 1 or any(watch.named or watch.feeds_softmax() for watch in self.watches):
+        if (
+            self.headless
+            or self.watches[0].classes == 1
+            or any(watch.named or watch.feeds_softmax() for watch in self.watches)
+        ):
             return True
         return self.logits is not None and bool(are_log_probabilities(self.logits))
 

@@ -21,7 +21,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.displacement import Moved
 from ctr_optim.runtime.hooks import Hook
 from ctr_optim.runtime.messages import users_line
-from ctr_optim.trust_region.kept import Kept
+from ctr_optim.trust_region.kept import SKIPS_HEAD, Kept
 from ctr_optim.trust_region.logits import NO_LOGITS, kl_divergence, logits_of
 from ctr_optim.trust_region.loss_tokens import Watch
 from ctr_optim.trust_region.protocols import Changes
@@ -303,6 +303,8 @@ class Probe:
         buffers = [(b, b.clone()) for m in call.norms for b in m.buffers()]
         self.paused = True
         distributed.reshard(call.fsdp)
+        if call.headless:
+            setattr(call.module, SKIPS_HEAD, False)
         try:
             with ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
@@ -314,6 +316,8 @@ class Probe:
                 yield
         finally:
             self.paused = False
+            if call.headless:
+                setattr(call.module, SKIPS_HEAD, True)
             before.restore()
             distributed.reshard(call.fsdp)
             for buffer, value in buffers:

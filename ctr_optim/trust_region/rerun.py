@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 
 class CannotRerun(Exception):
@@ -87,6 +88,8 @@ def sequences_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     Lists of numbers or images may have such entries, and so has Qwen2-VL's ``position_ids`` of shape (3, B, S).
     """
     inputs = [*args, *kwargs.values()]
+    if any(isinstance(value, BlockMask) for value in inputs):
+        return None
     sizes = {t.shape[0] for t in tensors_in(inputs) if t.dim() > 0}
     positions = kwargs.get("position_ids")
     if len(sizes) != 1 or (isinstance(positions, Tensor) and positions.dim() == 3):
@@ -118,6 +121,10 @@ def take(tree: Any, keep: int | None) -> Any:
         return {key: take(value, keep) for key, value in tree.items()}
     if (isinstance(tree, tuple) and type(tree) is tuple) or isinstance(tree, list):
         return type(tree)(take(value, keep) for value in tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a NamedTuple, as torchtitan's bounds of packed sequences
+        return type(tree)(*(take(value, keep) for value in tree))
+    if isinstance(tree, BlockMask):  # FlexAttention's; nobody changes one in place
+        return tree
     if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
         return tree
     raise CannotRerun(f"an input of type {type(tree).__name__} cannot be run twice")

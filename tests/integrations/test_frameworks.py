@@ -11,9 +11,9 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -173,7 +173,20 @@ class Group:
 
 
 class Container(torch.optim.Optimizer):
-    """Stand-in for torchtitan's OptimizersContainer, which builds optimizers and steps."""
+    """Stand-in for torchtitan's OptimizersContainer, which builds optimizers and steps; Config builds its owner."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config:
+        _owner: ClassVar[Any] = None
+        param_groups: list[Group] = field(default_factory=list)
+        implementation: str = "fused"
+
+        def build(self, **kwargs: Any) -> Any:
+            return self._owner(config=replace(self), **kwargs)
+
+    def __init_subclass__(cls) -> None:
+        if "Config" in cls.__dict__:
+            cls.__dict__["Config"]._owner = cls
 
     def __init__(self, config: Any, *, model_parts: list[nn.Module]) -> None:
         import re
@@ -208,11 +221,12 @@ def test_torchtitan_trains_and_resumes_through_distributed_checkpoints(modules: 
 
     modules("torchtitan.components.optimizer", OptimizersContainer=Container)
     ours = modules.ours("torchtitan").CTROptimizersContainer
-    config = config_of(Group("lora_A", optimizer_kwargs={"max_kl": 0.02}), Group(optimizer_kwargs={"max_kl": 0.02}))
+    options = {"max_kl": 0.02}
+    config = ours.Config(param_groups=[Group("lora_A", optimizer_kwargs=options), Group(optimizer_kwargs=options)])
 
     def build() -> tuple[nn.Module, Any]:
         model = net(dtype=torch.float32)
-        return model, ours(config, model_parts=[model])
+        return model, config.build(model_parts=[model])
 
     model, container = build()
     train(model, container, 3)
@@ -309,3 +323,25 @@ def test_deepspeed_zero_is_refused_at_every_stage(tmp_path: Path) -> None:
     shell.ds_id = 1  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
         CTROptimizer([shell])
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "whole model"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_deepspeeds_float32_copies_are_refused(steps: int, adapter: bool) -> None:
+    """Without ZeRO, an fp16 or bf16 engine trains copies and writes them back over the model's parameters."""
+    from support import llama_batch, llama_loss
+
+    model = tiny_llama(dtype=torch.float32, peft=adapter)
+    optimizer = CTROptimizer(trainable(model), model=model)
+    for step in range(steps):
+        llama_loss(model, llama_batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    [group] = optimizer.param_groups  # as FP16_UnfusedOptimizer does, in its __init__ and in its step
+    halves = group["params"]
+    group["params"] = [p.detach().clone().requires_grad_() for p in halves]
+    llama_loss(model, llama_batch(steps)).backward()
+    for copy, half in zip(group["params"], halves, strict=True):
+        copy.grad = torch.zeros_like(copy) if half.grad is None else half.grad.clone()
+    with pytest.raises(RuntimeError, match=r"not those that it was built with.*DeepSpeed"):
+        optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctr_optim.runtime.displacement import Moved
 from ctr_optim.trust_region import kept, probe
-from ctr_optim.trust_region.rerun import sequences_in
+from ctr_optim.trust_region.rerun import sequences_in, take
 
 OPTIONS: dict[str, Any] = dict(lr=1.0, max_kl=1e-3, calibration_interval=1)
 
@@ -266,3 +266,62 @@ def test_of_few_loss_tokens_among_many_none_is_missed() -> None:
     loss_of(model(ids), labels).backward()
     opt.step()
     assert opt.metrics()["trust/source"] == "measured"
+
+
+class Bounds(NamedTuple):
+    """Of packed sequences, as torchtitan passes them."""
+
+    starts: Tensor
+    longest: int
+
+
+def test_masks_of_flexattention_and_named_tuples_can_be_run_twice() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = torch.zeros(3, 8, dtype=torch.long)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 3, None, 8, 8, device="cpu")
+    assert sequences_in((ids,), {"attention_masks": mask}) is None  # a cut would leave the mask as it is
+    assert take(mask, None) is mask
+    bounds = Bounds(torch.tensor([0, 4, 24]), 20)
+    assert sequences_in((ids,), {"bounds": bounds}) is None
+    copied = take(bounds, None)
+    assert type(copied) is Bounds and copied.starts is not bounds.starts
+    assert torch.equal(copied.starts, bounds.starts) and copied.longest == 20
+
+
+class Headless(nn.Module):
+    """torchtitan's decoder: a loss in chunks takes the last layer out of the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.lm_head, self._skip_lm_head = net(), nn.Linear(11, 23, bias=False).double(), False
+        self.lm_head.weight.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.net(ids)
+        return hidden if self._skip_lm_head else self.lm_head(hidden)
+
+
+def test_a_forward_that_leaves_out_the_last_layer_is_run_again_with_it() -> None:
+    losses, kls = [], []
+    for chunks in (1, 4):
+        torch.manual_seed(0)
+        model = Headless()
+        opt = optimizer(model, **OPTIONS)
+        ids, labels = batch(0, n=8, length=16)
+        model._skip_lm_head = chunks > 1
+        found = model(ids)
+        if chunks > 1:  # ChunkedLossWrapper: each chunk's backward ends at the forward's output
+            leaf = found.detach().requires_grad_()
+            for part, wanted in zip(leaf.chunk(chunks, 1), labels.chunk(chunks, 1), strict=True):
+                nn.functional.cross_entropy(model.lm_head(part).mT, wanted, reduction="sum").div(128).backward()
+            found.backward(leaf.grad)
+        else:
+            nn.functional.cross_entropy(found.mT, labels, reduction="sum").div(128).backward()
+        opt.step()
+        said = opt.metrics()
+        assert said["trust/source"] == "measured" and said["trust/unbounded"] == 0
+        assert model._skip_lm_head is (chunks > 1)
+        losses.append(said["trust/coupling"])
+        kls.append(said["trust/predicted_kl"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and kls[0] == pytest.approx(kls[1], rel=1e-4)
