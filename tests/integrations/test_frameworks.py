@@ -343,5 +343,5 @@ def test_deepspeeds_float32_copies_are_refused(steps: int, adapter: bool) -> Non
     llama_loss(model, llama_batch(steps)).backward()
     for copy, half in zip(group["params"], halves, strict=True):
         copy.grad = torch.zeros_like(copy) if half.grad is None else half.grad.clone()
-    with pytest.raises(RuntimeError, match=r"not those that it was built with.*DeepSpeed"):
+    with pytest.raises(RuntimeError, match=r"are not the parameters that the optimizer was built with.*DeepSpeed"):
         optimizer.step()
