@@ -1,7 +1,8 @@
 """The picture and the table of the README, from results of ``python -m benchmarks.real run``.
 
     cd benchmarks/results
-    python -m benchmarks.real readme real-default-h200.jsonl real-h200.jsonl retention-peers-h200.jsonl few-rows-h200.jsonl
+    PYTHONPATH=../.. python -m benchmarks.real readme real-default-h200.jsonl real-h200.jsonl \
+        retention-peers-h200.jsonl few-rows-h200.jsonl --out ../../docs
 
 Writes ``real-forgetting.png``: test loss against forgetting, for AdamW's grid of rates and for CTROptimizer's default
 with and without retained text. Prints the table. AdamW's best rate has the lowest test loss, which favours AdamW. Of
