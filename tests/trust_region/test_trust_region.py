@@ -33,7 +33,7 @@ from ctr_optim.trust_region.coupling import SLOPE_EXPONENT, alignment
 def test_alignment_puts_the_slope_into_the_form(slope: float, q: float, typical: float, scale: float) -> None:
     s, form = (torch.tensor(x, dtype=torch.float64) for x in (slope, q))
     got = float(alignment(s, form, typical))
-    assert got == pytest.approx(min(max(slope**2 / (q * typical), 1 / 9), 9.0) ** SLOPE_EXPONENT)
+    assert got == pytest.approx(min(max(slope**2 / (q * typical), 1 / 3), 9.0) ** SLOPE_EXPONENT)
     # The prediction is quadratic in the step's length for every exponent.
     assert float(alignment(scale * s, scale**2 * form, typical)) == pytest.approx(got)
 
@@ -63,7 +63,7 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
         ratio = slope**2 / (2 * kl_of_step(factors_of(opt), weights, weights_of(opt)))
         if typical is None or coupling is None:
             typical, coupling = ratio, found["trust/coupling"]
-        expected = coupling * min(max(ratio / typical, 1 / 9), 9) ** SLOPE_EXPONENT
+        expected = coupling * min(max(ratio / typical, 1 / 3), 9) ** SLOPE_EXPONENT
         assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
         saved = opt.state_dict()
         saved["param_groups"][0]["ctr"] |= {"steps": 101, "watched": 0}  # No measurement is due.
