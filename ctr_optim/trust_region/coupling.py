@@ -264,7 +264,7 @@ def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
     ``q^0.4 slope^1.2`` much better than q alone, and kappa drifts less (benchmarks/quality/README.md). The ratio of
     ``slope^2 / q`` to its average is clamped to [1/3, 9], because a step with slope 0 also changes the predictions, and
     because the slope is also small where the loss's scale falls, as with rewards that agree. With a lower limit of 1/9,
-    single steps of RLOO went to 21 times the bound, with 1/3 to 7 times; the steps of a language model stayed within both.
+    single steps of RLOO went to 21 times the bound, with 1/3 to 7 times. A language model's steps stayed within both.
 
     Args:
         slope: ``()`` inner product of gradient and step.
