@@ -32,6 +32,7 @@ _CREDIT, _EARNED = 24.0, 1 / 50
 # Steps without a measurement get a margin for the usual error of predictions beyond this one. Language models have this
 # error from batch to batch.
 _USUAL_ERROR = 0.3
+_FARTHER = 1.5  # A measured step may be longer than the measured displacement by this factor.
 _FALL = 4.0  # Largest divisor of the usual kappa in one measurement: too long a step costs more than too short a step.
 _NEWEST = 0.2  # Smallest weight of a new measurement in the average: single measurements are off by a third.
 
@@ -138,7 +139,7 @@ class Coupling:
         self.kappa = kappa
         return kappa
 
-    def measure(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
+    def measure(self, step: Step, limit: Tensor | float | None, adapter: Adapter, most: float = 1.0) -> None:
         """Measure the coupling along this step if a measurement is due, at about the step's final length.
 
         A measured step has at least the measured coupling. While predictions are often wrong, steps are measured
@@ -151,6 +152,7 @@ class Coupling:
             step: the step.
             limit: the step's bound, in nats per token; None for no bound.
             adapter: the trained part of the model.
+            most: largest factor that the step may be multiplied by.
         """
         self._here = None
         self.state.credit = min(_CREDIT, self.state.credit + _EARNED)
@@ -159,11 +161,11 @@ class Coupling:
         self.state.credit -= self.extra
         self.state.watched = max(0, self.state.watched - 1)
         if distributed.everywhere(self.prober.ready, step.q):
-            self._update(step, limit, adapter)
+            self._update(step, limit, adapter, most)
         if not self.shared:
             self.prober.release()
 
-    def _update(self, step: Step, limit: Tensor | float | None, adapter: Adapter) -> None:
+    def _update(self, step: Step, limit: Tensor | float | None, adapter: Adapter, most: float) -> None:
         """Measure the coupling, and update the averages."""
         state, slope, q = self.state, step.slope, step.q
         # Early measurements are forgotten fast, because models change fastest at the start.
@@ -171,11 +173,12 @@ class Coupling:
         typical, usual = slope.square() / q, state.alignment
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
         guess = self.usual * aligned
-        found = self._measured(step, float(limit or 0.0), guess, tries=_LATER_TRIES if state.calibrations else _TRIES)
+        tries = _LATER_TRIES if state.calibrations else _TRIES
+        found = self._measured(step, float(limit or 0.0), guess, tries, most)
         if found is None:
             return
-        coupling, here = found
-        self._here = coupling
+        coupling, least, here = found
+        self._here = max(coupling, least)
         before = state.coupling
         if before is not None:
             error = abs(math.log(coupling / float(guess)))
@@ -195,8 +198,13 @@ class Coupling:
         if state.base_coupling is None or state.calibrations % _BASE_EVERY == 0:
             self._measure_base(here, adapter)
 
-    def _measured(self, step: Step, limit: float, guess: Tensor, tries: int) -> tuple[float, Tensor] | None:
-        """Return the coupling along a step, and the logits before it; None if the measurement fails.
+    def _measured(
+        self, step: Step, limit: float, guess: Tensor, tries: int, most: float
+    ) -> tuple[float, float, Tensor] | None:
+        """Return the coupling along a step, the least coupling to step with, and the logits before the step.
+
+        None if the measurement fails. With the least coupling, a step is at most ``_FARTHER`` times as long as the
+        measured displacement: beyond it, the KL may not be quadratic.
 
         The host does not wait for the device before the result, so that the device stays busy during the short pass.
 
@@ -205,6 +213,7 @@ class Coupling:
             limit: target KL in nats per token, at least ``_LEAST_MOVE``.
             guess: ``()`` estimate of the coupling; if it is right, the displacement has the target KL.
             tries: largest number of trials; a trial repeats if the estimate is off by more than a factor of two.
+            most: largest factor that the step may be multiplied by.
         """
         assert self.prober is not None
         target, q, changes = max(limit, _LEAST_MOVE), step.q, step.changes()
@@ -216,12 +225,14 @@ class Coupling:
             # Displace by at most the step itself or by the smallest KL: the KL of a saturated model grows more slowly
             # than its displacement squared, which would lower the measured coupling.
             unit = (2 / (guess * q)).sqrt()  # factor of the step that has a KL of 1
-            epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(1.0)).nan_to_num(0.0, 0.0)
+            epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(most)).nan_to_num(0.0, 0.0)
             measured = self._kl_at(changes, epsilon, here, q)
             if measured is None:
                 return None
             found = measured / (0.5 * epsilon.square() * q)
-            coupling, off = torch.stack([found, found / guess]).tolist()
+            farthest = _FARTHER * epsilon
+            least = torch.where(farthest < most, limit / (0.5 * farthest.square() * q), 0.0)
+            coupling, off, at_least = torch.stack([found, found / guess, least]).tolist()
             if not (math.isfinite(coupling) and coupling > 0):
                 return None
             if coupling < _LEAST:
@@ -231,7 +242,7 @@ class Coupling:
             if 0.5 < off < 2 or (off < 1 and attempt >= 2):
                 break
             guess = found
-        return coupling, here
+        return coupling, at_least, here
 
     def _kl_at(self, changes: Changes, factor: float | Tensor, here: Tensor, like: Tensor) -> Tensor | None:
         """Return ``()`` the KL per token from ``here`` to the logits with displaced parameters; None on failure."""

@@ -59,10 +59,11 @@ class TrustRegion:
         evidence = observed(self.bound.state, groups, step.tokens, passes)
         self.factors = {**self.bound.factors(evidence), **(given or {})}
         self.limit = limit_of(self.bound, self.factors)
-        self.coupling.measure(step, self.limit, adapter)
+        farthest = largest_factor(self.bound, groups)
+        self.coupling.measure(step, self.limit, adapter, farthest)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted)
-        most = largest_factor(self.bound, groups) if self.coupling.known else 1.0
+        most = farthest if self.coupling.known else 1.0
         if self.limit is not None and (self.coupling.known or adapter.per_token):
             # Without a gradient only momentum is left, and the bound would stretch it to its full length.
             scale = torch.where(step.slope == 0, 0, scale_within(predicted, self.limit, most))

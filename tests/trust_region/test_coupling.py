@@ -158,3 +158,16 @@ def test_one_measurement_lowers_the_coupling_fourfold_at_most(coupling: Coupling
     assert coupling.state.coupling == pytest.approx(10 / 4)
     step(coupling, 2)
     assert coupling.due and coupling.state.coupling == pytest.approx(10 / 16)
+
+
+@pytest.mark.parametrize("most", [1.0, 0.2, 400.0])
+def test_a_step_goes_little_farther_than_its_measurement(coupling: Coupling, model: Model, most: float) -> None:
+    """A KL that is flat up to the measured displacement gives a small coupling; beyond it, the KL may jump."""
+    model.divergence = lambda here, there: (torch.tensor(0.03), torch.tensor(1.0))  # type: ignore[method-assign]
+    taken = Straight(torch.tensor(100.0), torch.tensor(-1.0))
+    coupling.arm(0)
+    coupling.measure(taken, LIMIT, Whole(), most)
+    kappa = float(coupling.along(taken))
+    scale = min(most, (LIMIT / (0.5 * kappa * 100.0)) ** 0.5)
+    assert model.pushes == 3 and scale <= 1.5 * model.factor * (1 + 1e-6)
+    assert kappa >= 0.06 / (100 * model.factor**2) * (1 - 1e-6), "the measured coupling is the least"
