@@ -35,7 +35,7 @@ class CTROptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):  # type: ignore[misc]
-        """torchtitan's own; ``build`` makes the class that defines its Config, and would make the parent without."""
+        """torchtitan's options. ``build`` creates the class that defines its own Config, so this class defines one."""
 
     def __init__(self, config: Any, *, model_parts: list[nn.Module]) -> None:
         names = {group.optimizer_name for group in config.param_groups}

@@ -123,7 +123,7 @@ def take(tree: Any, keep: int | None) -> Any:
         return type(tree)(take(value, keep) for value in tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a NamedTuple, as torchtitan's bounds of packed sequences
         return type(tree)(*(take(value, keep) for value in tree))
-    if isinstance(tree, BlockMask):  # FlexAttention's; nobody changes one in place
+    if isinstance(tree, BlockMask):  # FlexAttention's masks never change in place.
         return tree
     if tree is None or isinstance(tree, (bool, int, float, str, torch.dtype, torch.device)):
         return tree
