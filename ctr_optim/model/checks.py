@@ -295,8 +295,8 @@ REPLACED = (
 def check_not_replaced(parameters: Iterable[nn.Parameter], held: Iterable[nn.Parameter]) -> None:
     """Refuse gradients of parameters that the optimizer does not hold.
 
-    DeepSpeed trains float32 copies of an fp16 or bf16 model. The original parameters keep their gradients, and DeepSpeed
-    overwrites every step on them with the copies.
+    DeepSpeed trains float32 copies of an fp16 or bf16 model. The original parameters keep their gradients, and
+    DeepSpeed overwrites every step on them with the copies.
 
     Raises:
         RuntimeError: a parameter with a gradient came into the groups after the optimizer was built.
