@@ -36,7 +36,7 @@ from ctr_optim.runtime.devices import together
 from ctr_optim.runtime.hooks import Hook, weakly
 from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
 from ctr_optim.runtime.watch import Watch
-from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen
+from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen, keeps_shapes
 from ctr_optim.trust_region.bound import BOUNDS, Bound
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.probe import Probe
@@ -347,9 +347,7 @@ class Attached(Optimizer):
 
     def _masked(self) -> bool:
         """Return whether layers keep their shapes when ranks change."""
-        if self._settings.resize != "auto":
-            return self._settings.resize == "masked"
-        return checks.shapes_must_stay(self._trained.roots)
+        return keeps_shapes(self._settings.resize, lambda: checks.shapes_must_stay(self._trained.roots))
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -134,3 +134,13 @@ def chosen(name: str, value: Any, registry: Mapping[str, T]) -> T:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def keeps_shapes(resize: str, automatic: Callable[[], bool]) -> bool:
+    """Return whether layers keep their shapes when ranks change.
+
+    Args:
+        resize: the optimizer's option.
+        automatic: decides for ``"auto"``.
+    """
+    return automatic() if resize == "auto" else resize == "masked"

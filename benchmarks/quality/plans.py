@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.specs import completed
+
 Spec = dict[str, Any]
 
 DEFAULTS: Spec = {
@@ -72,10 +74,7 @@ CTR_VARIANTS: list[dict[str, Any]] = [
 
 def complete(spec: Spec) -> Spec:
     """Return a spec with every key, so that equal runs have equal specs; raise ValueError for an unknown key."""
-    unknown = set(spec) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
-    return {**DEFAULTS, **spec}
+    return completed(spec, DEFAULTS)
 
 
 def key_of(spec: Spec) -> str:

@@ -103,34 +103,12 @@ def price(job: Job) -> float:
 
 def serve(device: str, pipe: Connection, folder: str, data: str, slots: int) -> None:
     """Run as a worker process: load the model, then run the jobs that arrive over the pipe."""
-    from transformers import logging
-    from transformers.utils.logging import disable_progress_bar
+    from benchmarks.real.run import answer, attempt_with, prepared
 
-    from benchmarks.real.run import attempt_with, versions
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logging.set_verbosity_error()
-    disable_progress_bar()
+    kind = prepared(device, 1)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    kind = torch.device(device)
-    if kind.type == "cuda":
-        torch.cuda.set_device(kind)
-        torch.set_float32_matmul_precision("high")
-    known = versions(device, slots)
     worker = Worker(folder, Path(data), kind)
-    pipe.send("ready")
-    while True:
-        try:
-            job = pipe.recv()
-        except (EOFError, OSError):
-            return
-        result = attempt_with(lambda job=job: {"records": worker.run(job)})
-        if kind.type == "cuda" and "CUDA error" not in result.get("error", ""):
-            torch.cuda.empty_cache()
-        pipe.send({**result, "versions": known})
-        if "CUDA error" in result.get("error", ""):
-            return
+    answer(pipe, lambda job: attempt_with(lambda: {"records": worker.run(job)}), kind, slots)
 
 
 class Worker:

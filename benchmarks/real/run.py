@@ -76,6 +76,21 @@ def serve(
     device: str, pipe: Connection, folder: str, data_folder: str, cache: str, processes: int, threads: int
 ) -> None:
     """Run as a worker process: load the model, then run the specs that arrive over the pipe."""
+    kind = prepared(device, threads)
+    base, tokenizer = data.load(folder, "float32", kind)
+    store = data.Store(data_folder, tokenizer, cache)
+
+    def result_of(spec: Spec) -> Result:
+        nonlocal base
+        if spec["dtype"] != "float32":
+            base, _ = data.load(folder, spec["dtype"], kind)
+        return attempt(spec, base, store, kind)
+
+    answer(pipe, result_of, kind, processes)
+
+
+def prepared(device: str, threads: int) -> torch.device:
+    """Set up a worker process without network access and progress bars, and return its device."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import logging
@@ -88,26 +103,28 @@ def serve(
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
         torch.set_float32_matmul_precision("high")  # TF32
-    known = versions(device, processes)
-    base, tokenizer = data.load(folder, "float32", kind)
-    store = data.Store(data_folder, tokenizer, cache)
+    return kind
+
+
+def answer(pipe: Connection, result_of: Callable[[Spec], Result], kind: torch.device, processes: int) -> None:
+    """Send the result of every spec that arrives over the pipe, until it closes or CUDA fails."""
+    known = versions(str(kind), processes)
     pipe.send("ready")
     while True:
         try:
             spec = pipe.recv()
         except (EOFError, OSError):
             return
-        if spec["dtype"] != "float32":
-            base, _ = data.load(folder, spec["dtype"], kind)
-        result = attempt(spec, base, store, kind)
-        if kind.type == "cuda" and "CUDA error" not in result.get("error", ""):
+        result = result_of(spec)
+        broken = "CUDA error" in result.get("error", "")
+        if kind.type == "cuda" and not broken:
             torch.cuda.empty_cache()  # The other processes on the GPU need the memory.
         pipe.send({**result, "versions": known})
-        if "CUDA error" in result.get("error", ""):
+        if broken:
             return  # A process cannot use CUDA after such an error; the parent starts another process.
 
 
-def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+def read(paths: Iterable[str | Path], complete: Callable[[Spec], Spec] = complete) -> list[dict[str, Any]]:
     """Return the records of results files with complete specifications, without truncated lines."""
     records = []
     for path in paths:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.specs import completed
+
 Spec = dict[str, Any]
 
 WIKITEXT: Spec = {"task": "wikitext2", "split": "valid", "pieces": 64, "length": 256}
@@ -59,10 +61,7 @@ def complete(spec: Spec) -> Spec:
     Raises:
         ValueError: an unknown key or schedule.
     """
-    unknown = set(spec) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
-    whole = {**DEFAULTS, **spec}
+    whole = completed(spec, DEFAULTS)
     if whole["schedule"] not in SCHEDULES:
         raise ValueError(f"schedule: got {whole['schedule']!r}, expected one of {SCHEDULES}")
     return whole

@@ -17,13 +17,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.quality.run import append
 from benchmarks.real import data
 from benchmarks.real.pool import Pace, Pool, Result
 from benchmarks.real.prepare import DEFAULT
-from benchmarks.real.run import attempt_with, devices_of, versions
+from benchmarks.real.run import answer, attempt_with, devices_of, prepared
+from benchmarks.real.run import read as records_of
 from benchmarks.rl.specs import Spec, complete, key_of, plans, price
 
 GUESS = {"cuda": 0.25, "cpu": 8.0}  # seconds for a unit of price before anything is known
@@ -31,50 +30,17 @@ GUESS = {"cuda": 0.25, "cpu": 8.0}  # seconds for a unit of price before anythin
 
 def serve(device: str, pipe: Connection, folder: str, data_folder: str, processes: int, threads: int) -> None:
     """Load the model, then train the runs that come over the pipe."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import logging
-    from transformers.utils.logging import disable_progress_bar
-
     from benchmarks.rl.grpo import train
 
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    torch.set_num_threads(threads)
-    kind = torch.device(device)
-    if kind.type == "cuda":
-        torch.cuda.set_device(kind)
-        torch.set_float32_matmul_precision("high")  # TF32
-    known = versions(device, processes)
+    kind = prepared(device, threads)
     base, tokenizer = data.load(folder, "float32", kind)
     store = data.Store(data_folder, tokenizer)
-    pipe.send("ready")
-    while True:
-        try:
-            spec = pipe.recv()
-        except (EOFError, OSError):
-            return
-        result = attempt_with(lambda spec=spec: train(spec, base, store, kind))
-        broken = "CUDA error" in result.get("error", "")
-        if kind.type == "cuda" and not broken:
-            torch.cuda.empty_cache()  # for the other processes
-        pipe.send({**result, "versions": known})
-        if broken:
-            return  # nothing works in a process after such an error; the parent starts another one
+    answer(pipe, lambda spec: attempt_with(lambda: train(spec, base, store, kind)), kind, processes)
 
 
 def read(paths: list[str]) -> list[dict[str, Any]]:
-    """Return the records of results files, specifications completed; a line that was cut off is left out."""
-    records = []
-    for path in paths:
-        for line in Path(path).read_text().splitlines() if os.path.exists(path) else []:
-            try:
-                record = json.loads(line)
-                record["spec"] = complete(record["spec"])
-            except (json.JSONDecodeError, KeyError):
-                continue
-            records.append(record)
-    return records
+    """Return the records of results files with complete specifications, without truncated lines."""
+    return records_of(paths, complete)
 
 
 def label(spec: Spec) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.specs import completed
+
 Spec = dict[str, Any]
 
 DEFAULTS: Spec = {
@@ -38,10 +40,7 @@ def complete(spec: Spec) -> Spec:
     Raises:
         ValueError: for an unknown key.
     """
-    unknown = set(spec) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"spec: unknown keys {sorted(unknown)}; expected some of {sorted(DEFAULTS)}")
-    return {**DEFAULTS, **spec}
+    return completed(spec, DEFAULTS)
 
 
 def key_of(spec: Spec) -> str:

@@ -1,4 +1,4 @@
-"""Frameworks that are driven through their own entry point, on the base of the examples; each returns what it measured.
+"""Frameworks, driven through their own entry points on the base model of the examples; each case returns measurements.
 
 Every case trains ``examples/assets/base5m`` with a LoRA adapter through the framework's own code, from its config or
 its command line to its optimizer builder, and measures each step on the batches that made it.

@@ -147,17 +147,21 @@ def unsloth(steps: int, folder: Path) -> Observer:
     return train_plain(model, CTROptimizer([p for p in model.parameters() if p.requires_grad]), steps)
 
 
-def train_plain(model: nn.Module, optimizer: Any, steps: int) -> Observer:
-    """A plain loop over the E2E rows."""
+def train_plain(model: nn.Module, optimizer: Any, steps: int, engine: Any = None) -> Observer:
+    """Train on the E2E rows in a plain loop, or with DeepSpeed's ``engine`` around the model and the optimizer."""
     observer = Observer()
     for batch in plain_batches(steps):
         labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         observer.saw(optimizer, lambda inputs=inputs, labels=labels: predicted(model, inputs, labels))
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = (engine or model)(**batch).loss
+        if engine is None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            engine.backward(loss)
+            engine.step()
         observer.losses.append(loss.item())
     return observer
 
@@ -178,13 +182,4 @@ def deepspeed(steps: int, folder: Path) -> Observer:
     config = {"train_micro_batch_size_per_gpu": ROWS, "zero_optimization": {"stage": 0},
               "zero_allow_untested_optimizer": True}  # fmt: skip
     engine, *_ = package.initialize(model=model, optimizer=optimizer, config=config)
-    observer = Observer()
-    for batch in plain_batches(steps):
-        labels = batch["labels"]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        observer.saw(optimizer, lambda inputs=inputs, labels=labels: predicted(model, inputs, labels))
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        observer.losses.append(loss.item())
-    return observer
+    return train_plain(model, optimizer, steps, engine)

@@ -16,6 +16,7 @@ from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.registry import find_pairs
 from ctr_optim.runtime.distributed import world_size
 from ctr_optim.runtime.hooks import Hook
+from ctr_optim.settings import keeps_shapes
 
 _PREFIX = re.compile(r"^(?:module\.)?(?:_orig_mod\.)?(?:base_model\.model\.)?")
 _FILES = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
@@ -110,7 +111,7 @@ def resize_on_load(
             return
         dim = 0 if module is pair.down else 1
         rank = incoming.shape[dim]
-        masked = resize == "masked" or (resize == "auto" and world_size() > 1)
+        masked = keeps_shapes(resize, lambda: world_size() > 1)
         if rank != pair.rank and not moves:
             raise RuntimeError(
                 f"{pair.name}: the weights to load have rank {rank}, but the model's layer has rank {pair.rank}. "

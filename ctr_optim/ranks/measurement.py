@@ -113,7 +113,7 @@ class Measurement:
 
     @torch.no_grad()
     def cost(self, before: Callable[[], Any], after: Callable[[], Any]) -> Cost:
-        """Return the cost of the weights that ``after`` writes, compared with those that ``before`` writes.
+        """Return the cost of the weights written by ``after``, compared with the weights written by ``before``.
 
         Args:
             before, after: functions that write weights into the model. On return, the model has the weights of

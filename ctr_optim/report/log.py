@@ -56,7 +56,7 @@ def event_file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the events of a run, without those that a later resumption from an earlier step has replaced.
+    """Return the events of a run, without the events that a resumption from an earlier step replaced.
 
     Args:
         path: the log file or its directory.

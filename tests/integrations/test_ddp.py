@@ -32,7 +32,7 @@ def rows_of(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def joined(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both processes' rows in turn, so the first two rows are those that the processes measure on."""
+    """Return both processes' rows in turn, because the processes measure on the first two rows."""
     (a, la), (b, lb) = rows_of(step, 0), rows_of(step, 1)
     return torch.stack([a, b], 1).flatten(0, 1), torch.stack([la, lb], 1).flatten(0, 1)
 

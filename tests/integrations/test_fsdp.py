@@ -29,7 +29,7 @@ def rows_of(step: int, rank: int) -> dict[str, Tensor]:
 
 
 def joined(step: int) -> dict[str, Tensor]:
-    """Return both processes' rows in turn, so the first two rows are those that the processes measure on."""
+    """Return both processes' rows in turn, because the processes measure on the first two rows."""
     a, b = rows_of(step, 0), rows_of(step, 1)
     return {key: torch.stack([a[key], b[key]], 1).flatten(0, 1) for key in a}
 
