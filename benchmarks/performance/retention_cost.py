@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.performance.bench import PERIOD, SHAPES, Bench, Resumable, Round, build, run_round
 from benchmarks.performance.common import Report, kind_of, spread, state_bytes, table, tensor_bytes
-from benchmarks.performance.step_cost import PERIOD, SHAPES, Bench, Resumable, Round, build, ratio_by_kind, run_round
+from benchmarks.performance.step_cost import ratio_by_kind
 from ctr_optim import CTROptimizer
 from ctr_optim.retention import Retention
 

@@ -13,8 +13,8 @@ pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 pytest.importorskip("transformers", reason="the model is transformers'")
 
 from benchmarks.performance import retention_cost
+from benchmarks.performance.bench import build
 from benchmarks.performance.common import Report
-from benchmarks.performance.step_cost import build
 
 CPU = torch.device("cpu")
 
