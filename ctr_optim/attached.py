@@ -181,6 +181,14 @@ class Attached(Optimizer):
         self._restack()
         self._arm()
 
+    def _forget_shapes(self) -> None:
+        """Drop stored weights and gradients after a rank event: the parameters may have other shapes."""
+        if self._judge is not None:
+            self._judge.forget(self.state)
+        if self._budget is not None:
+            self._budget.forget(self.state)
+        self._restack()
+
     def _restack(self) -> None:
         """Drop the stacks after their shared state was replaced."""
         self._layout, self._fused = None, Fused(())
@@ -296,6 +304,8 @@ class Attached(Optimizer):
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
         drop_sketches(self.state, self.pairs)  # All layers must restart their sketches together.
+        if self._budget is not None:
+            self._budget.forget(self.state)
         self._restack()
         self._arm()
 

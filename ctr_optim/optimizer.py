@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ class CTROptimizer(Attached):
         finite = self._look()
         with exact(stack.device for stack in stacks):
             self._learn(finite)
-            step = self._direction(stacks, finite)
+            step = self._within_budget(self._direction(stacks, finite), finite)
         given = {} if self._judge is None else {"holdout": self._judge.state.holdout_factor}
         scale = self._trust.constrain(step, self._curvature, self.param_groups, given) if step.bounded else None
         self._take(step, scale)
@@ -194,6 +195,17 @@ class CTROptimizer(Attached):
             self._ranks.notify()  # Listeners come last, so that one that raises leaves a valid optimizer.
         return loss
 
+    def _within_budget(self, step: Step, finite: Tensor) -> Step:
+        """Remove the part of a step that would exceed ``kl_budget``."""
+        if self._budget is None or not step.bounded:
+            return step
+        scale = self._trust.expected(step)
+        deltas = self._budget.along(step.deltas, scale, self._length(), finite, self.state)
+        if deltas is None:
+            return step
+        q = together(self._curvature.quadratic(deltas, ())).sum()
+        return replace(step, deltas=deltas, q=q, slope=slope(deltas, finite))
+
     def _take(self, step: Step, scale: Tensor | None) -> None:
         """Apply the step; shorten it first if ``kl_budget`` requires that."""
         budget = self._budget
@@ -203,8 +215,9 @@ class CTROptimizer(Attached):
         budget.begin()
         length = self._length()
         factor = budget.factor(length)
-        step.take_(factor * (torch.ones_like(step.q) if scale is None else scale))
-        budget.moved(factor * length, self._budget_due)
+        scale = factor * (torch.ones_like(step.q) if scale is None else scale)
+        step.take_(scale)
+        budget.moved(length, factor, scale, self._budget_due, self.state)
 
     def restore_best(self) -> float:
         """Restore the weights with the lowest held-out loss, and return that loss in nats per token.
@@ -277,9 +290,7 @@ class CTROptimizer(Attached):
                 coupling = self._trust.coupling.of_adapter if self._trust.coupling.known else None
                 self._ranks.event(blocks, self.state, step, masked, coupling)
         finally:
-            if self._judge is not None:
-                self._judge.forget(self.state)
-            self._restack()
+            self._forget_shapes()
 
     # -- properties, metrics and checkpoints --------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ctr_optim.direction.stack import initial_state
 from ctr_optim.holdout.judge import BEST
 from ctr_optim.model.coordinates import SCALES, VECTORS, empty
 from ctr_optim.model.pair import LoRAPair
+from ctr_optim.retention.boundary import GRADIENT
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings, check_group
 from ctr_optim.trust_region.bound import BOUNDS
@@ -30,7 +31,7 @@ State = dict[nn.Parameter, dict[str, Tensor]]
 Groups = list[dict[str, Any]]
 # Numbers that a checkpoint may lack: it comes from an earlier version, or its run had no kl_budget, no holdout, or a
 # bound that does not count rows.
-OPTIONAL = {"budget_used", "budget_rate", "budget_path", "budget_age", "rows_seen", "rows_sketch"} | {
+OPTIONAL = {"budget_used", "budget_rate", "budget_path", "budget_age", "budget_ahead", "budget_surplus", "budget_turn", "rows_seen", "rows_sketch"} | {
     "holdout_loss", "holdout_best", "holdout_best_step", "holdout_factor", "watched",
     "window_seen", "window_distinct", "next_seen", "next_distinct", "credit", "error",
 }  # fmt: skip
@@ -182,6 +183,8 @@ def _expected_entry(
     # The meta device allocates no memory: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
     best = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
+    if isinstance(entry, Mapping) and GRADIENT in entry:
+        best[GRADIENT] = bare.to(torch.promote_types(p.dtype, torch.float32))
     if pair is not None and isinstance(curvature, KFAC):
         expected = initial_state(bare, -1 if p is pair.B else -2)
         if p is pair.B:

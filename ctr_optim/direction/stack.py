@@ -126,6 +126,21 @@ class Stack:
         grad = coordinates.product(grad, self.tensors) if self.retained else grad
         return grad if self.rank_dim is None else rotate(grad, self.tensors["basis"], self.rank_dim)
 
+    def preconditioned(self, grad: Tensor) -> Tensor:
+        """Return ``P^-1 g (L, *shape)`` for a gradient g ``(L, *shape)``; Adam's step is ``-P^-1 m`` without decay.
+
+        ``P`` is ``(sqrt(v^) + eps) / lr`` in the coordinates of the moments. In a parameter without a step so far, it
+        is infinite.
+        """
+        t, group = self.tensors, self.group
+        wide = (-1,) + (1,) * (grad.dim() - 1)
+        count = t["step"].double().view(wide)
+        correction = (1 - group["betas"][1] ** count.clamp_min(1)).sqrt().to(self.dtype)
+        inverse = (count > 0) * group["lr"] / ((t["exp_avg_sq"].sqrt() / correction) + group["eps"])
+        found = self._turned(grad.to(self.dtype)) * inverse.to(self.dtype)
+        found = found if self.rank_dim is None else unrotate(found, t["basis"], self.rank_dim)
+        return coordinates.product(found, t) if self.retained else found
+
     def newest(self) -> Tensor | None:
         """Return this step's gradients ``(L, *shape)`` in the coordinates of the moments; None without gradients."""
         found = self.gradients(torch.ones((), dtype=torch.bool, device=self.device))

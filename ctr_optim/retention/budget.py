@@ -9,21 +9,27 @@ unit of path; every measurement updates it.
 - A measurement follows once this product reaches half of the remaining distance. Measurements therefore become more
   frequent as the budget fills.
 - A step is shortened if it is longer than the remaining distance and also longer than ``_STRIDE`` of the total.
-- If a measurement exceeds the budget, every B shrinks until the KL is within the budget. Since the KL is quadratic
-  in B, the nearest point within the budget lies on the straight line to the base model. Shrinking removes the step's
-  component along the gradient of the budget; the other components move along the boundary.
+- If a measurement exceeds the budget, every B shrinks until the KL is within the budget. The KL is quadratic in B.
+
+Once a measurement finds most of the budget used, the gradient g of the KL is computed as well, and steps lose the
+component along g that would leave the budget (:mod:`ctr_optim.retention.boundary`). The KL is then predicted by the
+sum of ``<g, step>``, plus ``surplus`` per unit of path: curvature, and the error of a gradient from few tokens. A
+measurement with a new gradient follows once the usual error of ``surplus`` reaches ``_SLACK`` of the budget. A step is
+shortened if ``surplus`` alone would let the KL grow by more than ``_GROWTH`` of the budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ctr_optim.model.pair import LoRAPair
+from ctr_optim.retention import boundary
+from ctr_optim.retention.boundary import S, State
 from ctr_optim.retention.meter import CannotMeasure, Meter
 from ctr_optim.runtime import distributed
 
@@ -33,6 +39,16 @@ _STRIDE = 0.3  # share of the total distance that every step may use; without it
 _FINEST = 0.01  # share of the total distance; a shorter path needs no measurement
 _LEAST_RATE, _MEMORY = 0.05, 0.7  # smallest `rate`, and smallest ratio of a new `rate` to the old one
 _TRIES = 8  # largest number of attempts to shrink
+_PLAIN = 1.1  # up to this excess, the KL after shrinking follows from the KL before, without a measurement
+
+# With a gradient. Shares are of the budget.
+_NEAR = 0.5  # share in use from which gradients are computed; below 0.8 of it, they are dropped
+_LATEST = 16  # largest number of steps between measurements
+_NEWEST = 0.5  # weight of a new gradient in the average of gradients, each of which is from other tokens
+_FIRST = 4  # number of gradients in the first average
+_GROWTH = 0.025  # share by which the KL may grow in a step beyond the prediction of the gradient
+_SLACK = 0.04  # largest usual error of the predicted KL
+_ERROR = 0.3  # usual error of the predicted surplus, relative to it
 
 
 @dataclass(slots=True)
@@ -44,12 +60,19 @@ class BudgetState:
         budget_rate: distance on the measured tokens per unit of path.
         budget_path: sum of the steps' lengths since the last measurement.
         budget_age: steps since the last measurement.
+        budget_ahead: last measured KL plus the first-order changes of the steps since then.
+        budget_surplus: growth of the KL beyond its first-order change, in nats per unit of path; None while no
+            gradient is in use.
+        budget_turn: number of gradients computed so far.
     """
 
     budget_used: float | None = None
     budget_rate: float = 1.0
     budget_path: float = 0.0
     budget_age: int = 0
+    budget_ahead: float = 0.0
+    budget_surplus: float | None = None
+    budget_turn: int = 0
 
 
 class Budget:
@@ -64,6 +87,8 @@ class Budget:
     def __init__(self, limit: float, meter: Meter, pairs: Sequence[LoRAPair]) -> None:
         self.limit, self.meter, self.pairs = limit, meter, list(pairs)
         self.state = BudgetState()
+        self._differentiable = True  # False once a gradient could not be computed
+        self._growth: Tensor | None = None  # first-order change of the KL along the current step, before its scale
 
     @property
     def reach(self) -> float:
@@ -86,6 +111,9 @@ class Budget:
         s = self.state
         if s.budget_used is None or s.budget_age + 1 >= _INTERVAL:
             return True
+        if s.budget_surplus is not None:
+            share = self._error(length * self.factor(length)) + _ERROR * max(s.budget_ahead - s.budget_used, 0.0)
+            return s.budget_age + 1 >= _LATEST or share >= _SLACK * self.limit
         least = _FINEST * self.reach
         used = math.sqrt(max(s.budget_used, 0.0))
         return s.budget_rate * (s.budget_path + length) >= max(0.5 * (self.reach - used), least)
@@ -109,48 +137,119 @@ class Budget:
 
     def doubt(self) -> None:
         """Make the next step measure, because something else has replaced the weights."""
-        self.state.budget_age = _INTERVAL
+        self.state.budget_age, self.state.budget_surplus = _INTERVAL, None
+
+    def forget(self, state: State) -> None:
+        """Drop the gradient from the optimizer's state, because the parameters have other shapes or directions."""
+        self.state.budget_surplus = None
+        boundary.forget(state)
+
+    def along(
+        self, deltas: Mapping[S, Tensor], scale: Tensor, length: float, finite: Tensor, state: State
+    ) -> dict[S, Tensor] | None:
+        """Return a step that keeps the predicted KL within the budget; None if no gradient is in use.
+
+        Args:
+            deltas: the step before its scale, ``(L, *shape)`` for each stack.
+            scale: ``()`` expected factor of the step.
+            length: length of the step.
+            finite: ``()`` whether all gradients of the loss are finite.
+            state: the optimizer's state, which holds the gradient of the KL.
+        """
+        s, self._growth = self.state, None
+        gradients = None if s.budget_surplus is None else boundary.stacked(deltas, state)
+        if gradients is None or s.budget_surplus is None:
+            s.budget_surplus = None
+            return None
+        factor = self.factor(length)
+        path = s.budget_path + factor * length
+        room = self.limit - s.budget_ahead - s.budget_surplus * path - self._error(factor * length)
+        tiny = torch.finfo(scale.dtype).tiny
+        found, self._growth = boundary.projected(deltas, gradients, room / (factor * scale).clamp_min(tiny), finite)
+        return found
+
+    def _error(self, length: float) -> float:
+        """Return the usual error of the KL predicted after a step of this length, in nats per token."""
+        return _ERROR * (self.state.budget_surplus or 0.0) * (self.state.budget_path + length)
 
     def factor(self, length: float) -> float:
         """Return the factor in (0, 1] by which to shorten a step of this length."""
+        if self.state.budget_surplus is not None:
+            growth = self.state.budget_surplus * length
+            return min(1.0, _GROWTH * self.limit / growth) if growth > 0 else 1.0
         distance = self.state.budget_rate * length
         most = max(self.left, _STRIDE * self.reach)
         return min(1.0, most / distance) if distance > 0 else 1.0
 
-    def moved(self, length: float, measure: bool) -> None:
+    def moved(self, length: float, factor: float, scale: Tensor, measure: bool, state: State) -> None:
         """Count a step; if ``measure``, measure the KL and shrink the adapter if the KL exceeds the budget.
 
         Args:
-            length: length of the step.
+            length: length of the step before :meth:`factor`.
+            factor: the result of :meth:`factor`.
+            scale: ``()`` factor of the whole step.
             measure: whether to measure.
+            state: the optimizer's state, which holds the gradient of the KL.
 
         Raises:
             CannotMeasure: if the KL cannot be measured.
         """
         s = self.state
-        s.budget_path, s.budget_age = s.budget_path + length, s.budget_age + 1
+        s.budget_path, s.budget_age = s.budget_path + factor * length, s.budget_age + 1
+        if self._growth is not None:
+            s.budget_ahead = max(s.budget_ahead + float(self._growth * scale), 0.0)
         if measure:
             self._learn(self._measured())
+            self._differentiate(factor * length, state)
         self.meter.release()
 
     def _learn(self, used: float) -> None:
         """Update the state with a measurement, and shrink the adapter if the measurement exceeds the budget."""
-        s = self.state
-        if s.budget_path > 0:
+        s, allowed = self.state, self.limit
+        if s.budget_surplus is not None:
+            allowed *= 1 + TOLERANCE  # Later steps go back; shrinking would undo more of the training.
+            surplus = max(used - s.budget_ahead, 0.0) / s.budget_path if s.budget_path > 0 else 0.0
+            s.budget_surplus = max(surplus, _MEMORY * s.budget_surplus)
+        elif s.budget_path > 0:
             gone = abs(math.sqrt(max(used, 0.0)) - math.sqrt(max(s.budget_used or 0.0, 0.0)))
             s.budget_rate = max(gone / s.budget_path, _MEMORY * s.budget_rate, _LEAST_RATE)
-        s.budget_used = self._within(used) if used > self.limit else used
+        s.budget_used = s.budget_ahead = self._within(used) if used > allowed else used
         s.budget_path, s.budget_age = 0.0, 0
+
+    def _differentiate(self, length: float, state: State) -> None:
+        """Update the gradient of the KL after a measurement; start or end its use as the budget fills or empties."""
+        s, used = self.state, self.state.budget_used or 0.0
+        started = s.budget_surplus is None
+        if not self._differentiable or used < _NEAR * self.limit * (1.0 if started else 0.8):
+            if not started:
+                self.forget(state)
+            return
+        for index in range(_FIRST if started and self.meter.on_text else 1):
+            found = self.meter.gradient(s.budget_turn)
+            weight = 1 / (1 + index) if started else _NEWEST
+            named = None if found is None else dict(zip(self.meter.parameters, found, strict=True))
+            if named is None or not boundary.store(named, state, weight):
+                self._differentiable = False
+                self.forget(state)
+                return
+            s.budget_turn += 1
+        if started:  # Guess that the surplus just does not shorten the step.
+            s.budget_surplus = _GROWTH * self.limit / length if length > 0 else 0.0
 
     @torch.no_grad()
     def _within(self, used: float) -> float:
-        """Shrink every B until the KL is within the budget, and return that KL."""
+        """Shrink every B until the KL is within the budget, and return that KL.
+
+        After a small excess, the KL is computed from its value before.
+        """
         weights = [distributed.local(pair.B.detach()) for pair in self.pairs]
         full, share = [weight.clone() for weight in weights], 1.0
         for _ in range(_TRIES):
             # The KL is quadratic in B. Aim slightly below the limit, so that one attempt usually suffices.
             share *= math.sqrt(self.limit * (1 - TOLERANCE / 2) / used)
             torch._foreach_copy_(weights, torch._foreach_mul(full, share))
+            if used <= _PLAIN * self.limit:
+                return self.limit * (1 - TOLERANCE / 2)
             used = self._measured()
             if used <= self.limit:
                 break

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.retention.passes import IDS, Batch, adapter_off, batches_of, mask_of, run, untouched
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.hooks import silent
 
 TOKENS = 1024  # tokens of retained text to measure on
+GRADIENT_TOKENS = 512  # tokens of retained text for one gradient; every gradient uses others
 _TEXTS = 4  # largest number of batches to take these tokens from
 _BYTES = 160 * 2**20  # largest memory of the base model's stored predictions, which have half precision
 _PIECE = 256  # tokens per piece: with a large vocabulary, all tokens at once would need too much memory
@@ -31,15 +33,30 @@ class Meter(Protocol):
 
     Attributes:
         on_text: whether the measurement uses retained text.
+        parameters: the trained A and B, each once.
     """
 
     on_text: ClassVar[bool]
+    parameters: list[nn.Parameter]
 
     def measure(self) -> float:
         """Return ``KL(base || model)`` in nats per token, the same in every process.
 
         Raises:
             CannotMeasure: if there are no logits to compare.
+        """
+
+    def gradient(self, turn: int) -> list[Tensor] | None:
+        """Return the gradient of ``KL(base || model)`` in nats per token, for each of :attr:`parameters`.
+
+        The result is the same in every process, and at least in float32. Call :meth:`measure` first.
+
+        Args:
+            turn: number of the gradient. A meter on retained text uses other tokens at every turn: a step along the
+                gradient of few tokens would change the predictions on all others.
+
+        Returns:
+            the gradient; None if it cannot be computed, for example under FSDP2.
         """
 
     def release(self) -> None:
@@ -60,40 +77,57 @@ class TextMeter:
     def __init__(self, model: nn.Module, text: Text, pairs: Sequence[LoRAPair]) -> None:
         self._model, self._text, self._pairs = model, text, list(pairs)
         self._batches: list[Batch | Tensor] = []
+        self._all: list[Batch | Tensor] = []
         self._base: list[Tensor] | None = None
+        self.parameters = _trained(pairs)
 
     def measure(self) -> float:
         if self._base is None:
-            some = batches_of(self._text(self._model), self._model, "retain")
+            self._all = some = batches_of(self._text(self._model), self._model, "retain")
             some = some[:: max(1, len(some) // _TEXTS)][:_TEXTS]
-            self._batches = [_first_rows(batch, -(-TOKENS // len(some))) for batch in some]
+            self._batches = [_some_rows(batch, -(-TOKENS // len(some))) for batch in some]
             with adapter_off(self._model, self._pairs):
                 self._base = [rows.log_softmax(-1).half() for rows in self._logits()]
         total = torch.stack([_summed_kl(b, here) for b, here in zip(self._base, self._logits(), strict=True)]).sum()
         count = total.new_tensor(float(sum(len(b) for b in self._base)))
         return float(distributed.mean((total, count), total))
 
+    def gradient(self, turn: int) -> list[Tensor] | None:
+        if not self._all:  # The run goes on from a checkpoint, and nothing was measured since.
+            self.measure()
+        batch = _some_rows(self._all[turn % len(self._all)], GRADIENT_TOKENS, turn // len(self._all))
+
+        def total() -> tuple[Tensor, Tensor]:
+            with adapter_off(self._model, self._pairs), untouched(self._model):
+                base = self._of(batch, GRADIENT_TOKENS).log_softmax(-1)
+            with untouched(self._model), torch.enable_grad():
+                here = self._of(batch, GRADIENT_TOKENS)
+                return _summed_kl(base, here), here.new_tensor(float(len(base)))
+
+        return _gradient(self._model, self.parameters, total)
+
     def release(self) -> None:
         """Do nothing: all stored tensors are needed again, since the text stays the same."""
 
     def _logits(self) -> list[Tensor]:
         """Return logits ``(n, V)`` for each batch, at evenly spaced tokens that are not padding."""
-        found = []
         with untouched(self._model):
-            for batch in self._batches:
-                output = run(self._model, batch)
-                output = torch.cat(output, 1) if isinstance(output, list) else output
-                logits = getattr(output, "logits", output)
-                if not isinstance(logits, Tensor) or logits.dim() < 2:
-                    raise CannotMeasure(
-                        "kl_budget: the model returns no logits for retained text, so its distance from the base "
-                        "model cannot be measured; let forward() return logits, or leave kl_budget out"
-                    )
-                rows, mask = logits.flatten(0, -2), mask_of(batch)
-                rows = rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten()]
-                most = max(1, min(TOKENS, _BYTES // (2 * rows.shape[-1])) // len(self._batches))
-                found.append(rows[:: -(-len(rows) // most)])
-        return found
+            return [self._of(batch, TOKENS // len(self._batches)) for batch in self._batches]
+
+    def _of(self, batch: Batch | Tensor, most: int) -> Tensor:
+        """Return logits ``(n, V)`` of a batch at about ``most`` evenly spaced tokens that are not padding."""
+        output = run(self._model, batch)
+        output = torch.cat(output, 1) if isinstance(output, list) else output
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.dim() < 2:
+            raise CannotMeasure(
+                "kl_budget: the model returns no logits for retained text, so its distance from the base "
+                "model cannot be measured; let forward() return logits, or leave kl_budget out"
+            )
+        rows, mask = logits.flatten(0, -2), mask_of(batch)
+        rows = rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten()]
+        most = max(1, min(most, _BYTES // (2 * rows.shape[-1]) // len(self._batches)))
+        return rows[:: -(-len(rows) // most)]
 
 
 def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
@@ -112,18 +146,61 @@ def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def _first_rows(batch: Batch | Tensor, tokens: int) -> Batch | Tensor:
-    """Return the first sequences of a batch, with about ``tokens`` tokens in total."""
+def _some_rows(batch: Batch | Tensor, tokens: int, part: int = 0) -> Batch | Tensor:
+    """Return consecutive sequences of a batch with about ``tokens`` tokens in total.
+
+    Args:
+        batch: the batch.
+        tokens: number of tokens.
+        part: 0 for the first sequences, 1 for those after them, and so on; after the last ones again from the start.
+    """
     ids = batch if isinstance(batch, Tensor) else batch.get(IDS)
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         return batch
-    size, keep = ids.shape[0], -(-tokens // ids.shape[1])
+    size, keep = ids.shape[0], max(1, -(-tokens // max(1, ids.shape[1])))
+    start = part % -(-size // keep) * keep
+    rows = slice(start, start + keep)
     if isinstance(batch, Tensor):
-        return batch[:keep]
+        return batch[rows]
     return {
-        key: value[:keep] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+        key: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
         for key, value in batch.items()
     }
+
+
+def _trained(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
+    """Return the trained A and B of the pairs, each once: layers may share their A."""
+    return list({id(p): p for pair in pairs for p in (pair.A, pair.B) if p.requires_grad}.values())
+
+
+def _gradient(
+    model: nn.Module, parameters: Sequence[nn.Parameter], total: Callable[[], tuple[Tensor, Tensor]]
+) -> list[Tensor] | None:
+    """Return the gradient of a mean over all processes' tokens; None if a process cannot compute it.
+
+    Args:
+        model: the model; its hooks collect nothing meanwhile, and DistributedDataParallel reduces nothing.
+        parameters: the parameters of the gradient.
+        total: returns the sum over this process's tokens ``()`` and their number ``()``.
+    """
+    like = distributed.local(parameters[0])
+    if distributed.fsdp_modules([model]):  # Its parameters are gathered copies in a forward pass.
+        return None
+    found = None
+    with silent(), distributed.unsynchronized(model):
+        try:
+            sums, count = total()
+            grads = torch.autograd.grad(sums, parameters, allow_unused=True, materialize_grads=True)
+            found = [g.detach().to(torch.promote_types(g.dtype, torch.float32)) for g in grads], count.detach()
+        except CannotMeasure:
+            raise
+        except RuntimeError:  # no memory, or a part of the model that has no second backward pass
+            pass
+    if not bool(distributed.everywhere(found is not None, like)) or found is None:
+        return None
+    grads, count = found[0], found[1].to(like.device, torch.float32)
+    distributed.add_up([*grads, count])
+    return [g / count.to(g) for g in grads]
 
 
 class Prober(Protocol):
@@ -144,6 +221,9 @@ class Prober(Protocol):
 
     def logits(self) -> Tensor | None:
         """Return logits ``(n, V)`` with the current parameters; None if the model returns none."""
+
+    def logits_with_graph(self) -> Tensor:
+        """Return logits ``(n, V)`` with the current parameters, to differentiate; raise an error on failure."""
 
     def loss_tokens(self, logits: Tensor) -> Tensor:
         """Return ``(n,)`` whether each token counts in the loss."""
@@ -166,9 +246,25 @@ class BatchMeter:
         pairs: Sequence[LoRAPair],
     ) -> None:  # fmt: skip
         self._model, self._prober, self._quiet, self._pairs = model, prober, quiet, list(pairs)
+        self._base: Tensor | None = None
+        self.parameters = _trained(pairs)
 
     def release(self) -> None:
+        self._base = None
         self._prober.release()
+
+    def gradient(self, turn: int) -> list[Tensor] | None:
+        base = self._base
+        if base is None:
+            return None
+
+        def total() -> tuple[Tensor, Tensor]:
+            with self._quiet(), torch.enable_grad():
+                here = self._prober.logits_with_graph()
+                counts = self._prober.loss_tokens(here)
+                return _summed_kl(base, here[counts]), counts.sum()
+
+        return _gradient(self._model, self.parameters, total)
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -187,7 +283,8 @@ class BatchMeter:
                 "on retained text, or leave kl_budget out"
             )
         counts = self._prober.loss_tokens(here)
-        total = _summed_kl(base[counts].log_softmax(-1), here[counts])
+        self._base = base[counts].log_softmax(-1)
+        total = _summed_kl(self._base, here[counts])
         return float(distributed.mean((total, counts.sum()), total))
 
 

@@ -8,7 +8,8 @@ layers may be large, so they and their state stay sharded.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -203,6 +204,17 @@ def sum_over_parts(value: Tensor, like: Tensor) -> Tensor:
     mesh, placements = layout(like)
     terms = [Partial() if p.is_shard() else Replicate() for p in placements]
     return DTensor.from_local(value, mesh, terms, run_check=False).full_tensor()
+
+
+@contextmanager
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Return a context in which DistributedDataParallel does not expect the backward pass of a forward pass."""
+    kind = torch.nn.parallel.DistributedDataParallel
+    with ExitStack() as stack:
+        for module in model.modules() if world_size() > 1 else ():
+            if isinstance(module, kind):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 def fsdp_modules(roots: Iterable[nn.Module]) -> list[Any]:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakMethod
 
 from torch import nn
+
+_silent = 0  # number of open contexts of silent()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Return a context in which no hook acts: for passes with gradients that are not the user's training."""
+    global _silent
+    _silent += 1
+    try:
+        yield
+    finally:
+        _silent -= 1
 
 
 class Hook:
@@ -23,7 +37,7 @@ class Hook:
         self.act, self.owner = act, owner
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.act(module, *args) if id(module) == self.owner else None
+        return self.act(module, *args) if id(module) == self.owner and not _silent else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (_nothing, 0)

@@ -225,6 +225,22 @@ class Probe:
                 )
             return list(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
 
+    def logits_with_graph(self) -> Tensor:
+        """Return ``(n, V)`` logits of the compared tokens with the current parameters, to differentiate.
+
+        Raises:
+            RuntimeError: if the slice cannot be run again.
+        """
+        call = self._call
+        args, kwargs = ((), {}) if call is None else call.inputs_for_logits()
+        if call is not None:
+            with self._without_trace(call), torch.enable_grad():
+                logits = logits_of(call.module(*args, **kwargs))
+                found = None if logits is None else call.compared(logits.whole())
+            if found is not None:
+                return found
+        raise RuntimeError(self.refused or NO_LOGITS)
+
     @torch.no_grad()
     def _attempt(self, call: Kept) -> Tensor | None:
         """Return the compared logits of a re-run; on any failure return None and set ``refused``."""

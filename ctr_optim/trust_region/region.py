@@ -34,6 +34,7 @@ class TrustRegion:
         predicted: predicted KL of the last step, in nats per token.
         scale: factor of the last step, in [0, 1], relative to its largest possible value.
         slope: derivative of the loss along the last step before scaling.
+        most: largest possible factor of the last step.
     """
 
     def __init__(self, bound: Bound, coupling: Coupling) -> None:
@@ -43,6 +44,7 @@ class TrustRegion:
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
         self.slope: Tensor | float = 0.0
+        self.most = 1.0
 
     def constrain(
         self, step: Step, adapter: Adapter, groups: Sequence[dict[str, Any]], given: Factors | None = None
@@ -59,7 +61,7 @@ class TrustRegion:
         evidence = observed(self.bound.state, groups, step.tokens, passes)
         self.factors = {**self.bound.factors(evidence), **(given or {})}
         self.limit = limit_of(self.bound, self.factors)
-        farthest = largest_factor(self.bound, groups)
+        farthest = self.most = largest_factor(self.bound, groups)
         self.coupling.measure(step, self.limit, adapter, farthest)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted)
@@ -76,6 +78,12 @@ class TrustRegion:
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale / most
         self.slope = step.slope
         return scale
+
+    def expected(self, step: Step) -> Tensor:
+        """Return ``()`` the factor of a step under the bound of the last step, without measuring anything."""
+        if self.limit is None:
+            return torch.ones_like(step.q)
+        return scale_within(0.5 * self.coupling.along(step) * step.q, self.limit, self.most)
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.
