@@ -64,6 +64,7 @@ class BudgetState:
         budget_surplus: growth of the KL beyond its first-order change, in nats per unit of path; None while no
             gradient is in use.
         budget_turn: number of gradients computed so far.
+        budget_interval: largest number of steps to the next measurement while a gradient is in use.
     """
 
     budget_used: float | None = None
@@ -73,6 +74,7 @@ class BudgetState:
     budget_ahead: float = 0.0
     budget_surplus: float | None = None
     budget_turn: int = 0
+    budget_interval: int = 1
 
 
 class Budget:
@@ -113,7 +115,7 @@ class Budget:
             return True
         if s.budget_surplus is not None:
             share = self._error(length * self.factor(length)) + _ERROR * max(s.budget_ahead - s.budget_used, 0.0)
-            return s.budget_age + 1 >= _LATEST or share >= _SLACK * self.limit
+            return s.budget_age + 1 >= s.budget_interval or share >= _SLACK * self.limit
         least = _FINEST * self.reach
         used = math.sqrt(max(s.budget_used, 0.0))
         return s.budget_rate * (s.budget_path + length) >= max(0.5 * (self.reach - used), least)
@@ -208,13 +210,24 @@ class Budget:
         s, allowed = self.state, self.limit
         if s.budget_surplus is not None:
             allowed *= 1 + TOLERANCE  # Later steps go back; shrinking would undo more of the training.
-            surplus = max(used - s.budget_ahead, 0.0) / s.budget_path if s.budget_path > 0 else 0.0
-            s.budget_surplus = max(surplus, _MEMORY * s.budget_surplus)
+            self._learn_surplus(used, s.budget_surplus)
         elif s.budget_path > 0:
             gone = abs(math.sqrt(max(used, 0.0)) - math.sqrt(max(s.budget_used or 0.0, 0.0)))
             s.budget_rate = max(gone / s.budget_path, _MEMORY * s.budget_rate, _LEAST_RATE)
         s.budget_used = s.budget_ahead = self._within(used) if used > allowed else used
         s.budget_path, s.budget_age = 0.0, 0
+
+    def _learn_surplus(self, used: float, before: float) -> None:
+        """Update the surplus, and the number of steps to the next measurement, with a measured KL."""
+        s = self.state
+        found = (used - s.budget_ahead) / s.budget_path if s.budget_path > 0 else before
+        off = abs(used - s.budget_ahead - before * s.budget_path) > _SLACK * self.limit
+        if self.meter.on_text:
+            s.budget_surplus = max(found, _MEMORY * before)
+            s.budget_interval = max(1, s.budget_age // 2) if off else min(_LATEST, s.budget_interval + 2)
+        else:  # The KL differs from batch to batch, so that a single measurement says little.
+            s.budget_surplus = max(_MEMORY * before + (1 - _MEMORY) * found, 0.0)
+            s.budget_interval = min(_LATEST // 2, s.budget_interval + 1)
 
     def _differentiate(self, length: float, state: State) -> None:
         """Update the gradient of the KL after a measurement; start or end its use as the budget fills or empties."""
@@ -233,8 +246,8 @@ class Budget:
                 self.forget(state)
                 return
             s.budget_turn += 1
-        if started:  # Guess that the surplus just does not shorten the step.
-            s.budget_surplus = _GROWTH * self.limit / length if length > 0 else 0.0
+        if started:  # Guess a curvature like that along the path so far.
+            s.budget_surplus, s.budget_interval = s.budget_rate**2 * length, 1
 
     @torch.no_grad()
     def _within(self, used: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
@@ -95,16 +95,18 @@ class TextMeter:
     def gradient(self, turn: int) -> list[Tensor] | None:
         if not self._all:  # The run goes on from a checkpoint, and nothing was measured since.
             self.measure()
-        batch = _some_rows(self._all[turn % len(self._all)], GRADIENT_TOKENS, turn // len(self._all))
+        count = min(len(self._all), -(-GRADIENT_TOKENS // _tokens(self._all[0])))  # batches for one gradient
+        part, most = turn * count // len(self._all), GRADIENT_TOKENS // count
+        batches = [self._all[(turn * count + i) % len(self._all)] for i in range(count)]
 
-        def total() -> tuple[Tensor, Tensor]:
-            with adapter_off(self._model, self._pairs), untouched(self._model):
-                base = self._of(batch, GRADIENT_TOKENS).log_softmax(-1)
-            with untouched(self._model), torch.enable_grad():
-                here = self._of(batch, GRADIENT_TOKENS)
-                return _summed_kl(base, here), here.new_tensor(float(len(base)))
+        def terms() -> Iterator[tuple[Tensor, int]]:
+            for batch in (_some_rows(batch, most, part) for batch in batches):
+                with adapter_off(self._model, self._pairs), untouched(self._model):
+                    base = self._of(batch, most).log_softmax(-1)
+                with untouched(self._model), torch.enable_grad():
+                    yield _summed_kl(base, self._of(batch, most)), len(base)
 
-        return _gradient(self._model, self.parameters, total)
+        return _gradient(self._model, self.parameters, terms)
 
     def release(self) -> None:
         """Do nothing: all stored tensors are needed again, since the text stays the same."""
@@ -146,6 +148,12 @@ def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
     return torch.stack(sums).sum()
 
 
+def _tokens(batch: Batch | Tensor) -> int:
+    """Return the number of token ids in a batch, at least 1; very many if it has none."""
+    ids = batch if isinstance(batch, Tensor) else batch.get(IDS)
+    return max(1, ids.numel()) if isinstance(ids, Tensor) else GRADIENT_TOKENS
+
+
 def _some_rows(batch: Batch | Tensor, tokens: int, part: int = 0) -> Batch | Tensor:
     """Return consecutive sequences of a batch with about ``tokens`` tokens in total.
 
@@ -174,33 +182,35 @@ def _trained(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
 
 
 def _gradient(
-    model: nn.Module, parameters: Sequence[nn.Parameter], total: Callable[[], tuple[Tensor, Tensor]]
+    model: nn.Module, parameters: Sequence[nn.Parameter], terms: Callable[[], Iterator[tuple[Tensor, int]]]
 ) -> list[Tensor] | None:
     """Return the gradient of a mean over all processes' tokens; None if a process cannot compute it.
 
     Args:
         model: the model; its hooks collect nothing meanwhile, and DistributedDataParallel reduces nothing.
         parameters: the parameters of the gradient.
-        total: returns the sum over this process's tokens ``()`` and their number ``()``.
+        terms: yields sums ``()`` over parts of this process's tokens, and the number of tokens in each.
     """
     like = distributed.local(parameters[0])
     if distributed.fsdp_modules([model]):  # Its parameters are gathered copies in a forward pass.
         return None
-    found = None
+    found, count = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters], 0
+    failed = False
     with silent(), distributed.unsynchronized(model):
         try:
-            sums, count = total()
-            grads = torch.autograd.grad(sums, parameters, allow_unused=True, materialize_grads=True)
-            found = [g.detach().to(torch.promote_types(g.dtype, torch.float32)) for g in grads], count.detach()
+            for total, tokens in terms():
+                grads = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+                torch._foreach_add_(found, list(grads))
+                count += tokens
         except CannotMeasure:
             raise
-        except RuntimeError:  # no memory, or a part of the model that has no second backward pass
-            pass
-    if not bool(distributed.everywhere(found is not None, like)) or found is None:
+        except RuntimeError:  # not enough memory, or a model that has no second backward pass
+            failed = True
+    if not bool(distributed.everywhere(not failed, like)):
         return None
-    grads, count = found[0], found[1].to(like.device, torch.float32)
-    distributed.add_up([*grads, count])
-    return [g / count.to(g) for g in grads]
+    everyone = torch.tensor(float(count), device=like.device)
+    distributed.add_up([*found, everyone])
+    return [g / everyone.to(g) for g in found]
 
 
 class Prober(Protocol):
@@ -258,13 +268,12 @@ class BatchMeter:
         if base is None:
             return None
 
-        def total() -> tuple[Tensor, Tensor]:
+        def terms() -> Iterator[tuple[Tensor, int]]:
             with self._quiet(), torch.enable_grad():
                 here = self._prober.logits_with_graph()
-                counts = self._prober.loss_tokens(here)
-                return _summed_kl(base, here[counts]), counts.sum()
+                yield _summed_kl(base, here[self._prober.loss_tokens(here)]), len(base)
 
-        return _gradient(self._model, self.parameters, total)
+        return _gradient(self._model, self.parameters, terms)
 
     @torch.no_grad()
     def measure(self) -> float:

@@ -88,7 +88,10 @@ def test_measurements_come_more_often_as_the_budget_fills() -> None:
     class Straight:
         """A meter of a model whose distance from its base grows by the length of each step."""
 
-        on_text = True
+        on_text, parameters = True, []
+
+        def gradient(self, turn: int) -> None:
+            return None
 
         def __init__(self) -> None:
             self.at, self.asked = 0.0, []  # type: float, list[float]
@@ -106,7 +109,7 @@ def test_measurements_come_more_often_as_the_budget_fills() -> None:
     for _ in range(98):
         due = budget.due(0.01)
         meter.at += 0.01
-        budget.moved(0.01, due)
+        budget.moved(0.01, 1.0, torch.ones(()), due, {})
     gaps = [b - a for a, b in zip(meter.asked, meter.asked[1:], strict=False)]
     assert len(gaps) >= 4 and gaps == sorted(gaps, reverse=True) and gaps[-1] < gaps[0] / 4
     assert budget.left == pytest.approx(0.02, abs=1e-6)
