@@ -353,6 +353,9 @@ class Attached(Optimizer):
     def _length(self) -> float:
         """Return a step's length, the square root of a KL in nats per token: its bound, or else the last prediction."""
         limit = self._bound.state.max_kl if self._trust.limit is None else self._trust.limit
+        last = None if self._budget is None else self._budget.state.budget_length
+        if limit is not None and self._trust.limit is None and last is not None:
+            return last  # The last step was before the checkpoint.
         return math.sqrt(float(self._trust.predicted if limit is None else limit))
 
     def _masked(self) -> bool:

@@ -199,8 +199,9 @@ class CTROptimizer(Attached):
         """Remove the part of a step that would exceed ``kl_budget``."""
         if self._budget is None or not step.bounded:
             return step
-        scale = self._trust.expected(step)
-        deltas = self._budget.along(step.deltas, scale, self._length(), finite, self.state)
+        length = self._length()
+        scale = self._trust.expected(step, length**2, self.param_groups)
+        deltas = self._budget.along(step.deltas, scale, length, finite, self.state)
         if deltas is None:
             return step
         q = together(self._curvature.quadratic(deltas, ())).sum()

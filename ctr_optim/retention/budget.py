@@ -12,10 +12,10 @@ unit of path; every measurement updates it.
 - If a measurement exceeds the budget, every B shrinks until the KL is within the budget. The KL is quadratic in B.
 
 Once a measurement finds most of the budget used, the gradient g of the KL is computed as well, and steps lose the
-component along g that would leave the budget (:mod:`ctr_optim.retention.boundary`). The KL is then predicted by the
-sum of ``<g, step>``, plus ``surplus`` per unit of path: curvature, and the error of a gradient from few tokens. A
-measurement with a new gradient follows once the usual error of ``surplus`` reaches ``_SLACK`` of the budget. A step is
-shortened if ``surplus`` alone would let the KL grow by more than ``_GROWTH`` of the budget.
+component along g that would leave the budget (:mod:`ctr_optim.retention.boundary`). The KL then grows by the sum of
+``<g, step>`` and by a surplus: curvature, and the error of a gradient from few tokens. ``span`` is the path over which
+the surplus reaches ``_SURPLUS`` of the budget; every measurement updates it. A step is at most ``1 / _STEPS`` of the
+span, and a measurement with a new gradient follows at its end.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ _NEAR = 0.5  # share in use from which gradients are computed; below 0.8 of it, 
 _LATEST = 16  # largest number of steps between measurements
 _NEWEST = 0.5  # weight of a new gradient in the average of gradients, each of which is from other tokens
 _FIRST = 4  # number of gradients in the first average
-_GROWTH = 0.025  # share by which the KL may grow in a step beyond the prediction of the gradient
-_SLACK = 0.04  # largest usual error of the predicted KL
+_SURPLUS = 0.125  # share by which the KL may grow between two measurements beyond the prediction of the gradient
+_STEPS = 8  # smallest number of steps from one measurement to the next
 _ERROR = 0.3  # usual error of the predicted surplus, relative to it
+_CHANGE = 0.2, 1.4  # smallest and largest factor of the span in one measurement
 
 
 @dataclass(slots=True)
@@ -61,10 +62,10 @@ class BudgetState:
         budget_path: sum of the steps' lengths since the last measurement.
         budget_age: steps since the last measurement.
         budget_ahead: last measured KL plus the first-order changes of the steps since then.
-        budget_surplus: growth of the KL beyond its first-order change, in nats per unit of path; None while no
-            gradient is in use.
+        budget_span: path over which the KL grows by ``_SURPLUS`` of the budget beyond its first-order change; None
+            while no gradient is in use.
         budget_turn: number of gradients computed so far.
-        budget_interval: largest number of steps to the next measurement while a gradient is in use.
+        budget_length: length of the last step with a bound, before it was shortened; None without such a step.
     """
 
     budget_used: float | None = None
@@ -72,9 +73,9 @@ class BudgetState:
     budget_path: float = 0.0
     budget_age: int = 0
     budget_ahead: float = 0.0
-    budget_surplus: float | None = None
+    budget_span: float | None = None
     budget_turn: int = 0
-    budget_interval: int = 1
+    budget_length: float | None = None
 
 
 class Budget:
@@ -113,9 +114,9 @@ class Budget:
         s = self.state
         if s.budget_used is None or s.budget_age + 1 >= _INTERVAL:
             return True
-        if s.budget_surplus is not None:
-            share = self._error(length * self.factor(length)) + _ERROR * max(s.budget_ahead - s.budget_used, 0.0)
-            return s.budget_age + 1 >= s.budget_interval or share >= _SLACK * self.limit
+        if s.budget_span is not None:
+            # The small margin is for rounding: a sum of _STEPS equal steps must reach the span.
+            return s.budget_age + 1 >= _LATEST or s.budget_path + length * self.factor(length) >= 0.99 * s.budget_span
         least = _FINEST * self.reach
         used = math.sqrt(max(s.budget_used, 0.0))
         return s.budget_rate * (s.budget_path + length) >= max(0.5 * (self.reach - used), least)
@@ -139,11 +140,11 @@ class Budget:
 
     def doubt(self) -> None:
         """Make the next step measure, because something else has replaced the weights."""
-        self.state.budget_age, self.state.budget_surplus = _INTERVAL, None
+        self.state.budget_age, self.state.budget_span = _INTERVAL, None
 
     def forget(self, state: State) -> None:
         """Drop the gradient from the optimizer's state, because the parameters have other shapes or directions."""
-        self.state.budget_surplus = None
+        self.state.budget_span = None
         boundary.forget(state)
 
     def along(
@@ -159,26 +160,25 @@ class Budget:
             state: the optimizer's state, which holds the gradient of the KL.
         """
         s, self._growth = self.state, None
-        gradients = None if s.budget_surplus is None else boundary.stacked(deltas, state)
-        if gradients is None or s.budget_surplus is None:
-            s.budget_surplus = None
+        gradients = None if s.budget_span is None else boundary.stacked(deltas, state)
+        if gradients is None:
+            s.budget_span = None
             return None
         factor = self.factor(length)
-        path = s.budget_path + factor * length
-        room = self.limit - s.budget_ahead - s.budget_surplus * path - self._error(factor * length)
+        room = self.limit - s.budget_ahead - (1 + _ERROR) * self._surplus(s.budget_path + factor * length)
         tiny = torch.finfo(scale.dtype).tiny
         found, self._growth = boundary.projected(deltas, gradients, room / (factor * scale).clamp_min(tiny), finite)
         return found
 
-    def _error(self, length: float) -> float:
-        """Return the usual error of the KL predicted after a step of this length, in nats per token."""
-        return _ERROR * (self.state.budget_surplus or 0.0) * (self.state.budget_path + length)
+    def _surplus(self, path: float) -> float:
+        """Return the predicted growth of the KL beyond its first-order change over a path, in nats per token."""
+        assert self.state.budget_span is not None
+        return _SURPLUS * self.limit * path / self.state.budget_span
 
     def factor(self, length: float) -> float:
         """Return the factor in (0, 1] by which to shorten a step of this length."""
-        if self.state.budget_surplus is not None:
-            growth = self.state.budget_surplus * length
-            return min(1.0, _GROWTH * self.limit / growth) if growth > 0 else 1.0
+        if self.state.budget_span is not None:
+            return min(1.0, self.state.budget_span / (_STEPS * length)) if length > 0 else 1.0
         distance = self.state.budget_rate * length
         most = max(self.left, _STRIDE * self.reach)
         return min(1.0, most / distance) if distance > 0 else 1.0
@@ -198,6 +198,7 @@ class Budget:
         """
         s = self.state
         s.budget_path, s.budget_age = s.budget_path + factor * length, s.budget_age + 1
+        s.budget_length = length
         if self._growth is not None:
             s.budget_ahead = max(s.budget_ahead + float(self._growth * scale), 0.0)
         if measure:
@@ -208,31 +209,34 @@ class Budget:
     def _learn(self, used: float) -> None:
         """Update the state with a measurement, and shrink the adapter if the measurement exceeds the budget."""
         s, allowed = self.state, self.limit
-        if s.budget_surplus is not None:
+        if s.budget_span is not None:
             allowed *= 1 + TOLERANCE  # Later steps go back; shrinking would undo more of the training.
-            self._learn_surplus(used, s.budget_surplus)
+            s.budget_span *= self._change(used - s.budget_ahead)
         elif s.budget_path > 0:
             gone = abs(math.sqrt(max(used, 0.0)) - math.sqrt(max(s.budget_used or 0.0, 0.0)))
             s.budget_rate = max(gone / s.budget_path, _MEMORY * s.budget_rate, _LEAST_RATE)
         s.budget_used = s.budget_ahead = self._within(used) if used > allowed else used
         s.budget_path, s.budget_age = 0.0, 0
 
-    def _learn_surplus(self, used: float, before: float) -> None:
-        """Update the surplus, and the number of steps to the next measurement, with a measured KL."""
-        s = self.state
-        found = (used - s.budget_ahead) / s.budget_path if s.budget_path > 0 else before
-        off = abs(used - s.budget_ahead - before * s.budget_path) > _SLACK * self.limit
-        if self.meter.on_text:
-            s.budget_surplus = max(found, _MEMORY * before)
-            s.budget_interval = max(1, s.budget_age // 2) if off else min(_LATEST, s.budget_interval + 2)
-        else:  # The KL differs from batch to batch, so that a single measurement says little.
-            s.budget_surplus = max(_MEMORY * before + (1 - _MEMORY) * found, 0.0)
-            s.budget_interval = min(_LATEST // 2, s.budget_interval + 1)
+    def _change(self, surplus: float) -> float:
+        """Return the factor of the span, given the measured growth of the KL beyond its first-order change.
+
+        The surplus of equal steps is between linear and quadratic in the path. The span shrinks as for a linear, and
+        grows as for a quadratic one.
+        """
+        expected = self._surplus(self.state.budget_path)
+        if expected <= 0:
+            return 1.0
+        least, most = _CHANGE
+        ratio = expected / surplus if surplus > 0 else math.inf
+        if not self.meter.on_text:  # The KL differs from batch to batch, so that a single measurement says little.
+            return min(max(ratio, least), most) ** 0.5
+        return min(ratio if ratio < 1 else ratio**0.5, most) if ratio > least else least
 
     def _differentiate(self, length: float, state: State) -> None:
         """Update the gradient of the KL after a measurement; start or end its use as the budget fills or empties."""
         s, used = self.state, self.state.budget_used or 0.0
-        started = s.budget_surplus is None
+        started = s.budget_span is None
         if not self._differentiable or used < _NEAR * self.limit * (1.0 if started else 0.8):
             if not started:
                 self.forget(state)
@@ -247,7 +251,8 @@ class Budget:
                 return
             s.budget_turn += 1
         if started:  # Guess a curvature like that along the path so far.
-            s.budget_surplus, s.budget_interval = s.budget_rate**2 * length, 1
+            curvature = s.budget_rate**2 * length
+            s.budget_span = _SURPLUS * self.limit / curvature if curvature > 0 else length
 
     @torch.no_grad()
     def _within(self, used: float) -> float:

@@ -102,9 +102,9 @@ class TextMeter:
         def terms() -> Iterator[tuple[Tensor, int]]:
             for batch in (_some_rows(batch, most, part) for batch in batches):
                 with adapter_off(self._model, self._pairs), untouched(self._model):
-                    base = self._of(batch, most).log_softmax(-1)
+                    base = self._of(batch, _tokens(batch)).log_softmax(-1)
                 with untouched(self._model), torch.enable_grad():
-                    yield _summed_kl(base, self._of(batch, most)), len(base)
+                    yield _summed_kl(base, self._of(batch, _tokens(batch))), len(base)
 
         return _gradient(self._model, self.parameters, terms)
 

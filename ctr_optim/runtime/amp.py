@@ -23,7 +23,8 @@ def grad_scale() -> float | Tensor:
         # Reading f_locals of the user's frames would keep their variables alive, so read only GradScaler's frames.
         scaler = frame.f_locals.get("self") if frame.f_globals.get("__name__") == "torch.amp.grad_scaler" else None
         if isinstance(scaler, torch.amp.GradScaler):
-            return scaler._scale if scaler._scale is not None else 1.0
+            scale = getattr(scaler, "_scale", None)  # None before the first use; a disabled scaler has none
+            return 1.0 if scale is None else scale
         if frame.f_back is None:
             break
         frame = frame.f_back

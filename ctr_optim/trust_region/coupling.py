@@ -126,11 +126,15 @@ class Coupling:
         refused = self.prober.refused if self.prober is not None else "no single model holds all the layers"
         return f"assumed ({refused or 'not measured yet'})"
 
+    def usually(self, step: Step) -> Tensor | float:
+        """Return kappa of a step as predicted by the average."""
+        if self.state.alignment is None:
+            return self.usual
+        return self.usual * alignment(step.slope, step.q, self.state.alignment)
+
     def along(self, step: Step) -> Tensor | float:
         """Return kappa of a step, and store it in :attr:`kappa`."""
-        kappa: Tensor | float = self.usual
-        if self.state.alignment is not None:
-            kappa = kappa * alignment(step.slope, step.q, self.state.alignment)
+        kappa = self.usually(step)
         if self._here is None:
             kappa = kappa * margin(self.state.error)
         else:  # A slice that moves little may do so by chance: the average counts for half.

@@ -34,7 +34,6 @@ class TrustRegion:
         predicted: predicted KL of the last step, in nats per token.
         scale: factor of the last step, in [0, 1], relative to its largest possible value.
         slope: derivative of the loss along the last step before scaling.
-        most: largest possible factor of the last step.
     """
 
     def __init__(self, bound: Bound, coupling: Coupling) -> None:
@@ -44,7 +43,6 @@ class TrustRegion:
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
         self.slope: Tensor | float = 0.0
-        self.most = 1.0
 
     def constrain(
         self, step: Step, adapter: Adapter, groups: Sequence[dict[str, Any]], given: Factors | None = None
@@ -61,7 +59,7 @@ class TrustRegion:
         evidence = observed(self.bound.state, groups, step.tokens, passes)
         self.factors = {**self.bound.factors(evidence), **(given or {})}
         self.limit = limit_of(self.bound, self.factors)
-        farthest = self.most = largest_factor(self.bound, groups)
+        farthest = largest_factor(self.bound, groups)
         self.coupling.measure(step, self.limit, adapter, farthest)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted)
@@ -79,11 +77,17 @@ class TrustRegion:
         self.slope = step.slope
         return scale
 
-    def expected(self, step: Step) -> Tensor:
-        """Return ``()`` the factor of a step under the bound of the last step, without measuring anything."""
-        if self.limit is None:
+    def expected(self, step: Step, limit: float, groups: Sequence[dict[str, Any]]) -> Tensor:
+        """Return ``()`` the usual factor of such a step, without a measurement.
+
+        Args:
+            step: the step.
+            limit: bound of the step, in nats per token; ignored without a bound.
+            groups: the parameter groups.
+        """
+        if self.bound.state.max_kl is None:
             return torch.ones_like(step.q)
-        return scale_within(0.5 * self.coupling.along(step) * step.q, self.limit, self.most)
+        return scale_within(0.5 * self.coupling.usually(step) * step.q, limit, largest_factor(self.bound, groups))
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.
