@@ -26,6 +26,17 @@ from support import (
 RANKS: dict[str, Any] = dict(interval=4, window=2, hysteresis=0.0, absent="sketch")
 
 
+def test_a_disabled_scaler_changes_nothing() -> None:
+    runs = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False)):
+        model = net()
+        opt = optimizer(model)
+        backward(model, batch(0))
+        opt.step() if scaler is None else scaler.step(opt)
+        runs.append(snapshot(model))
+    assert same(*runs)
+
+
 # -- loss scaling ------------------------------------------------------------------------------------------------------
 
 
