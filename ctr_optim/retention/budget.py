@@ -47,7 +47,7 @@ _LATEST = 16  # largest number of steps between measurements
 _NEWEST = 0.5  # weight of a new gradient in the average of gradients, each of which is from other tokens
 _FIRST = 4  # number of gradients in the first average
 _SURPLUS = 0.125  # share by which the KL may grow between two measurements beyond the prediction of the gradient
-_STEPS = 8  # smallest number of steps from one measurement to the next
+_STEPS = 2  # smallest number of steps from one measurement to the next
 _ERROR = 0.3  # usual error of the predicted surplus, relative to it
 _CHANGE = 0.2, 1.4  # smallest and largest factor of the span in one measurement
 

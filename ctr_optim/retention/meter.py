@@ -15,7 +15,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.hooks import silent
 
 TOKENS = 1024  # tokens of retained text to measure on
-GRADIENT_TOKENS = 512  # tokens of retained text for one gradient; every gradient uses others
+GRADIENT_TOKENS = 256  # tokens of retained text for one gradient; every gradient uses others
 _TEXTS = 4  # largest number of batches to take these tokens from
 _BYTES = 160 * 2**20  # largest memory of the base model's stored predictions, which have half precision
 _PIECE = 256  # tokens per piece: with a large vocabulary, all tokens at once would need too much memory
