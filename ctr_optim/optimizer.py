@@ -31,6 +31,7 @@ from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention import Retention
+from ctr_optim.retention.boundary import forget
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.counters import Counters
@@ -388,6 +389,8 @@ class CTROptimizer(Attached):
             raise ValueError("checkpoint: it was written without retain; build the optimizer without retain to load it")
         if carried:
             self._retained.settle()
+        if self._budget is None:
+            forget(state)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._go_on(numbers)
         self._mirror()

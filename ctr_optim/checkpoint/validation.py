@@ -183,7 +183,7 @@ def _expected_entry(
     """
     # The meta device allocates no memory: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
-    best = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
+    best: dict[str, Tensor] = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
     if isinstance(entry, Mapping) and GRADIENT in entry:
         best[GRADIENT] = bare.to(torch.promote_types(p.dtype, torch.float32))
     if pair is not None and isinstance(curvature, KFAC):

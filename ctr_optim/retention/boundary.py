@@ -109,4 +109,5 @@ def forget(state: State) -> None:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x.flatten(), y.to(x).flatten())
+    product: Tensor = torch.linalg.vecdot(x.flatten(), y.to(x).flatten())
+    return product

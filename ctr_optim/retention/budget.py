@@ -230,7 +230,7 @@ class Budget:
         least, most = _CHANGE
         ratio = expected / surplus if surplus > 0 else math.inf
         if not self.meter.on_text:  # The KL differs from batch to batch, so that a single measurement says little.
-            return min(max(ratio, least), most) ** 0.5
+            return math.sqrt(min(max(ratio, least), most))
         return min(ratio if ratio < 1 else ratio**0.5, most) if ratio > least else least
 
     def _differentiate(self, length: float, state: State) -> None:

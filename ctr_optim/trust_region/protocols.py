@@ -63,6 +63,9 @@ class Prober(Protocol):
     def logits(self) -> Tensor | None:
         """Return ``(n, V)`` logits with the current parameters; None on failure."""
 
+    def logits_with_graph(self) -> Tensor:
+        """Return ``(n, V)`` logits with the current parameters, to differentiate; raise RuntimeError on failure."""
+
     def logits_in_training(self) -> Tensor | None:
         """Return ``(n, V)`` logits of the training's own forward pass; None on failure."""
 

@@ -204,6 +204,13 @@ def test_a_run_with_a_gradient_goes_on_bit_for_bit() -> None:
     assert resumed._budget.state == opt._budget.state
 
 
+def test_a_run_without_a_budget_drops_the_gradient() -> None:
+    model, opt = full()
+    plain = optimizer(model, lr=0.05, max_kl=3e-4, calibration_interval=4, retain=TEXT)
+    plain.load_state_dict(opt.state_dict())
+    assert not any(GRADIENT in entry for entry in plain.state.values())
+
+
 def test_a_scaled_loss_changes_nothing() -> None:
     runs = []
     for scale in (1.0, 2.0**10):
