@@ -1,13 +1,13 @@
 """RefLoRA (arXiv 2505.18877) as a baseline, our reading: AdamW on gradients of the best factorisation of B A.
 
 Every invertible P gives the same product ``B A = (B P^-T) (P^T A)``, but another gradient step. A step of length eta on
-the new pair moves the old pair by ``-eta S^-1 grad_A`` and ``-eta grad_B S`` with ``S = P P^T``. RefLoRA takes the S that
-minimizes an upper bound on the loss after the step. In closed form it is a geometric mean of two r x r matrices (see
-:func:`refactoring`), and the new pair is balanced: ``A~ A~^T = B~^T B~``.
+the new pair moves the old pair by ``-eta S^-1 grad_A`` and ``-eta grad_B S`` with ``S = P P^T``. RefLoRA takes the S
+that minimizes an upper bound on the loss after the step. In closed form it is a geometric mean of two r x r matrices
+(see :func:`refactoring`), and the new pair is balanced: ``A~ A~^T = B~^T B~``.
 
-From the authors' public program: the closed form, its place (on the gradients, before every step of AdamW) and a warm-up
-of plain LoRA, because S is 0 while B is 0. Own choices: eigenvalues below ``FLOOR`` times the largest are raised to that
-value, and the warm-up is a tenth of the run, at most the program's 100 steps.
+From the authors' public program: the closed form, its place (on the gradients, before every step of AdamW) and a
+warm-up of plain LoRA, because S is 0 while B is 0. Own choices: eigenvalues below ``FLOOR`` times the largest are
+raised to that value, and the warm-up is a tenth of the run, at most the program's 100 steps.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def _power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
 def refactoring(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the optimal S ``(..., r, r)`` and its inverse.
 
-    S is the geometric mean of ``X^-1`` and ``Y``: ``S = X^-1/2 (X^1/2 Y X^1/2)^1/2 X^-1/2``. It solves ``S X S = Y``. It
-    minimizes two sums of squared Frobenius norms: ``||A~||^2 + ||B~||^2 = tr(S X) + tr(S^-1 Y)``, and
-    ``||A~^T A~||^2 + ||B~ B~^T||^2 = tr((S X)^2) + tr((S^-1 Y)^2)``, which bounds the change of the product in a step.
+    S is the geometric mean of ``X^-1`` and ``Y``: ``S = X^-1/2 (X^1/2 Y X^1/2)^1/2 X^-1/2``. It solves ``S X S = Y``.
+    It minimizes two sums of squared Frobenius norms: ``||A~||^2 + ||B~||^2 = tr(S X) + tr(S^-1 Y)``, and
+    ``||A~^T A~||^2 + ||B~ B~^T||^2 = tr((S X)^2) + tr((S^-1 Y)^2)``, a bound on the change of the product in a step.
 
     Args:
         x: ``A A^T (..., r, r)``.
