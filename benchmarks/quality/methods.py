@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.quality import grit, reflora, sensitivity
+from benchmarks.quality.averaging import WeightAverage
 from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
 
@@ -66,11 +67,12 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     """CTROptimizer with the spec's ``options``.
 
-    Three options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
-    (arguments of the LoRA config) and ``lr_ratio`` (B's learning rate over A's).
+    Four options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
+    (arguments of the LoRA config), ``lr_ratio`` (B's learning rate over A's) and ``average`` (the share of
+    :class:`.WeightAverage`, whose weights are evaluated).
     """
     options = deepcopy(spec["options"])
-    start = options.pop("initialize", None)
+    start, share = options.pop("initialize", None), options.pop("average", None)
     model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
@@ -86,7 +88,21 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
         of_b = [p for name, p in model.named_parameters() if "lora_B" in name]
         of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
         params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", package_rate("ctr"))}]
-    return Run(model, CTROptimizer(params, **options))
+    run = Run(model, CTROptimizer(params, **options))
+    if share is not None:
+        _average(run, share)
+    return run
+
+
+def _average(run: Run, share: float) -> None:
+    """Evaluate the average of the weights at the end of the run."""
+    mean = WeightAverage(_trainable(run.model), share)
+
+    def finish() -> Any:
+        mean.put()
+        return run.model
+
+    run.after_step, run.finish = lambda step: mean.update(), finish
 
 
 def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 
 from benchmarks.quality import grit, reflora
+from benchmarks.quality.averaging import WeightAverage
 from benchmarks.quality.layers import lora_layers
 from benchmarks.quality.methods import METHODS
 
@@ -241,3 +242,37 @@ def test_they_start_at_the_base_and_learn(method: str) -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(llama()(**batch()).loss.item(), rel=1e-6)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_weights_are_averaged_over_the_last_part() -> None:
+    """Share 1 is the arithmetic mean; with share k, step i counts in proportion to ``(i - 1) ... (i - k + 1)``."""
+    values = torch.randn(40, dtype=torch.float64)
+    for share in (1, 4):
+        p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        average = WeightAverage([p], share)
+        for value in values:
+            p.data.fill_(value)
+            average.update()
+        average.put()
+        counts = torch.arange(1, 41, dtype=torch.float64)
+        weights = torch.ones(40, dtype=torch.float64)
+        for k in range(1, share):
+            weights *= (counts - k) / 40
+        expected = (weights * values).sum() / weights.sum()
+        assert p.item() == pytest.approx(expected.item(), rel=1e-9)
+    with pytest.raises(ValueError, match=r"share: got 0\.5"):
+        WeightAverage([p], 0.5)
+
+
+def test_a_run_ends_at_the_averaged_weights() -> None:
+    torch.manual_seed(0)
+    run = METHODS["ctr"](llama(), spec("ctr", lr=None, options={"average": 1}), iter(()))
+    seen = []
+    for step in range(3):
+        run.model(**batch(seed=step)).loss.backward()
+        run.optimizer.step()
+        run.after_step(step)
+        run.optimizer.zero_grad()
+        seen.append(next(lora_layers(run.model))[1].weight.detach().clone())
+    assert run.finish is not None
+    torch.testing.assert_close(next(lora_layers(run.finish()))[1].weight.detach(), torch.stack(seen).mean(0))
