@@ -56,6 +56,8 @@ def refactoring(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 class Refactorer:
     """Replaces the gradients of A and B by ``S^-1 grad_A`` and ``grad_B S`` before every step of an optimizer.
 
+    The gradients of layers whose B is 0 stay as they are.
+
     Args:
         model: a PEFT model with LoRA layers.
         optimizer: the optimizer of its adapter.
@@ -82,6 +84,9 @@ class Refactorer:
             x = torch.stack([a.double() @ a.double().mT for a, _ in found])
             y = torch.stack([b.double().mT @ b.double() for _, b in found])
             s, inverse = refactoring(x, y)
+            known = (y.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)[:, None, None]
+            eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            s, inverse = torch.where(known, s, eye), torch.where(known, inverse, eye)
             for (a, b), forward, backward in zip(found, s, inverse, strict=True):
                 a.grad.copy_(backward.to(a.grad) @ a.grad)
                 b.grad.copy_(b.grad @ forward.to(b.grad))

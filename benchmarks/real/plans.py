@@ -120,6 +120,13 @@ def peers() -> list[Spec]:
     return [*tasks, *peer(tasks[0], "adamw", [8e-4]), *others.by_promise(tasks)]
 
 
+def average() -> list[Spec]:
+    """Averaged weights at a constant rate, with a bound that falls and one that stays, and under cosine; one seed."""
+    options = [{}, *({"average": share} for share in (10, 5)), *({"average": k, "kl_schedule": "lr"} for k in (5, 2.5))]
+    changes = [{"options": {"average": 10}}, *({"schedule": "constant", "options": chosen} for chosen in options)]
+    return [setting(task, **change) for task in ("e2e", "gsm8k") for change in changes]
+
+
 # -- nothing to tune -----------------------------------------------------------------------------------------------
 
 FACTORS: dict[str, list[Any]] = {
@@ -349,8 +356,8 @@ def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
 PLANS: dict[str, Callable[[], list[Spec]]] = {
     plan.__name__: plan
     for plan in (
-        smoke, baseline, edges, long, peers, auto, default_only, retention, retention_short, budget, sequence, protocol,
-        templates, settings,
+        smoke, baseline, edges, long, peers, average, auto, default_only, retention, retention_short, budget, sequence,
+        protocol, templates, settings,
     )
 }  # fmt: skip
 RANKED = {"peers"}  # plans whose own order counts; use `run --in-order`

@@ -110,18 +110,20 @@ def test_a_step_on_new_gradients_is_the_step_on_the_new_pair(monkeypatch: pytest
     assert not torch.allclose(moved(a, b, rate=0.01), expected, rtol=1e-3)
 
 
-def test_the_warm_up_leaves_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_gradients_stay_in_the_warm_up_and_while_b_is_zero(monkeypatch: pytest.MonkeyPatch, warm_up: int) -> None:
     monkeypatch.setattr(reflora, "lora_layers", lambda model: iter([(model.down, model.up)]))
     a, b = factors()
     model = Layers(a, torch.zeros_like(b))  # S is 0 here.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    reflora.Refactorer(model, optimizer, warm_up=1)
-    for known in (True, False):
+    reflora.Refactorer(model, optimizer, warm_up)
+    for same in (True, False):
         grads = problem(model.down.weight.data, model.up.weight.data)
         model.down.weight.grad, model.up.weight.grad = (g.clone() for g in grads)
         optimizer.step()
-        assert torch.equal(model.up.weight.grad, grads[1]) is known
-        assert bool(model.up.weight.isfinite().all())
+        assert torch.equal(model.up.weight.grad, grads[1]) is same
+        assert torch.equal(model.down.weight.grad, grads[0]) is same
+        assert bool(model.down.weight.isfinite().all() and model.up.weight.isfinite().all())
 
 
 def llama() -> Any:
