@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.quality import sensitivity
 from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
+from ctr_optim.trust_region.bound import BOUNDS, Auto
 
 Batches = Iterator[dict[str, torch.Tensor]]
 SETUP_BATCHES = 6  # batches that a method may use before the first step
@@ -64,11 +65,14 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     """CTROptimizer with the spec's ``options``.
 
-    Three options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
-    (arguments of the LoRA config) and ``lr_ratio`` (B's learning rate over A's).
+    Four options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
+    (arguments of the LoRA config), ``lr_ratio`` (B's learning rate over A's) and ``auto`` (class constants of the
+    default bound, such as ``{"outside": 0.03, "enough": 64}``).
     """
     options = deepcopy(spec["options"])
     start = options.pop("initialize", None)
+    if (constants := options.pop("auto", None)) is not None:
+        options["kl_schedule"] = changed_bound(constants)
     model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
@@ -85,6 +89,20 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
         of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
         params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", package_rate("ctr"))}]
     return Run(model, CTROptimizer(params, **options))
+
+
+def changed_bound(constants: dict[str, float]) -> str:
+    """Register the default bound with other class constants, and return its name for ``kl_schedule``.
+
+    Raises:
+        ValueError: a name that is no constant of the bound.
+    """
+    unknown = sorted(name for name in constants if not isinstance(getattr(Auto, name, None), float))
+    if unknown:
+        raise ValueError(f"auto: got {unknown}, expected constants of ctr_optim.trust_region.bound.Auto")
+    name = "_".join(["auto", *(f"{key}{value:g}" for key, value in sorted(constants.items()))])
+    BOUNDS[name] = type("Changed", (Auto,), {key: float(value) for key, value in constants.items()})
+    return name
 
 
 def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
