@@ -22,6 +22,7 @@ MOST_OTHERS = 256  # Largest number of tokens outside the loss that are added to
 _NEWEST = 0.2  # Smallest weight of a new measurement in the average, as for kappa.
 _FALL = 4.0  # Largest divisor of the average in one measurement: too small a ratio costs more than too large a ratio.
 _LEAST_RATIO = 1e-6
+_GUESS = 1.0  # Ratio that sets the length of the first displacement only.
 
 
 @dataclass(slots=True)
@@ -71,6 +72,15 @@ class Others:
             self._here = max(found, _LEAST_RATIO)
             self.state.others_ratio = averaged(self.state.others_ratio, self._here, self.state.others_measured)
             self.state.others_measured += 1
+
+    def expected(self, first: bool) -> float | None:
+        """Return the ratio before the coming measurement; None if unknown.
+
+        Args:
+            first: whether nothing was measured yet. A displacement to the bound on the loss tokens alone may be many
+                times longer than the step, and the KL of a long displacement is not quadratic.
+        """
+        return _GUESS if first and self.state.others_ratio is None else self.state.others_ratio
 
     def along(self) -> float | None:
         """Return the ratio of the current step; None if unknown.

@@ -58,7 +58,7 @@ class TrustRegion:
         """
         passes = self.rows.passes(step.q) if self.bound.needs_rows else None
         others = self.coupling.others
-        usual = None if others is None else others.state.others_ratio
+        usual = None if others is None else others.expected(first=not self.coupling.known)
         evidence = observed(self.bound.state, groups, step.tokens, passes, usual)
         self._bind(self.bound.factors(evidence), given)
         farthest = largest_factor(self.bound, groups)
