@@ -175,6 +175,7 @@ def default_only() -> list[Spec]:
 
 
 OUTSIDE = [1e9, 0.1, 0.03, 0.01]  # nats per token; the first value measures the KL outside the loss, and never binds
+LOWER = [3e-3, 1e-3]  # for choice tasks: on base5m, their KL per prompt token is 0.02 of the KL per loss token
 
 
 def outside() -> list[Spec]:
@@ -184,7 +185,8 @@ def outside() -> list[Spec]:
         spec = setting(task)
         plan += [untrained(spec), *({**spec, "options": {"auto": {"outside": nats}}} for nats in OUTSIDE)]
         if task in ("boolq", "arc_easy"):
-            plan += [{**spec, "options": {"auto": {"outside": nats, "enough": 64.0}}} for nats in OUTSIDE[2:]]
+            limits = [OUTSIDE[0], *OUTSIDE[2:], *LOWER]
+            plan += [{**spec, "options": {"auto": {"outside": nats, "enough": 64.0}}} for nats in limits]
     return plan
 
 

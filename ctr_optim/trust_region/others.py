@@ -1,8 +1,9 @@
 """The KL of a step on tokens outside the loss, such as prompts, relative to its KL on the loss tokens.
 
-A bound on the loss tokens does not limit the change of the model on prompts. Where the loss has few tokens, such as the
-single token of an answer's letter, the KL per prompt token may be several times the KL per loss token. The re-run that
-measures kappa also gives the logits of the prompts, so that the ratio of both KLs costs no further forward pass.
+A bound on the loss tokens does not limit the change of the model on prompts. The ratio of both KLs depends on the task:
+on base5m, the KL per prompt token is about 0.02 (boolq), 0.2 (gsm8k), 0.6 (hellaswag) and 1.1 (e2e) of the KL per loss
+token in the first ten steps. The re-run that measures kappa also gives the logits of the prompts, so that the ratio
+costs no further forward pass.
 """
 
 from __future__ import annotations
