@@ -39,6 +39,7 @@ from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen, keeps_shapes
 from ctr_optim.trust_region.bound import BOUNDS, Bound
 from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.others import Others
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
 
@@ -81,9 +82,13 @@ class Attached(Optimizer):
         home = self._trained.home()
         measured = self._settings.calibration_interval is not None and self._kind.measures
         wanted = home is not None and (measured or self._kind.reruns)
-        probe = Probe(home, self._trained.owners()) if home is not None and wanted else None
+        others = Others() if measured and self._bound.needs_others else None
+        probe = None
+        if home is not None and wanted:
+            probe = Probe(home, self._trained.owners(), others=others is not None)
         self._curvature = self._kind.build(self.pairs, self._settings, probe)
-        coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
+        interval = self._settings.calibration_interval
+        coupling = Coupling(probe if measured else None, self._curvature.quiet, interval, others)
         before: TrustRegion | None = getattr(self, "_trust", None)
         self._trust = TrustRegion(self._bound, coupling)
         if before is not None:  # A parameter group was added; metrics() must still describe the last step.
@@ -259,6 +264,8 @@ class Attached(Optimizer):
         owners += [] if self._budget is None else [self._budget.state]
         owners += [] if self._judge is None else [self._judge.state]
         owners += [self._trust.rows.state] if self._bound.needs_rows else []
+        others = self._trust.coupling.others
+        owners += [] if others is None else [others.state]
         return owners if self._curvature.state is None else [*owners, self._curvature.state]
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:

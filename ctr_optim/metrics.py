@@ -53,6 +53,9 @@ def metrics_of(
     shares = [share for block in blocks for share in block.kl_from_base().tolist()]
     coupling = trust.coupling
     reasons = {f"trust/factor/{name}": float(factor) for name, factor in trust.factors.items()}
+    others = None if coupling.others is None else coupling.others.along()
+    if others is not None:
+        reasons["trust/other_ratio"] = others
     factor = coupling.of_adapter
     by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
     return {

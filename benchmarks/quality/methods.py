@@ -21,6 +21,7 @@ from benchmarks.quality import grit, reflora, sensitivity
 from benchmarks.quality.averaging import WeightAverage
 from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
+from ctr_optim.trust_region.bound import BOUNDS, Auto
 
 Batches = Iterator[dict[str, torch.Tensor]]
 SETUP_BATCHES = 6  # batches that a method may use before the first step
@@ -67,12 +68,15 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     """CTROptimizer with the spec's ``options``.
 
-    Four options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
-    (arguments of the LoRA config), ``lr_ratio`` (B's learning rate over A's) and ``average`` (the share of
-    :class:`.WeightAverage`, whose weights are evaluated).
+    Five options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
+    (arguments of the LoRA config), ``lr_ratio`` (B's learning rate over A's), ``average`` (the share of
+    :class:`.WeightAverage`, whose weights are evaluated) and ``auto`` (class constants of the default bound, such as
+    ``{"outside": 0.03, "enough": 64}``).
     """
     options = deepcopy(spec["options"])
     start, share = options.pop("initialize", None), options.pop("average", None)
+    if (constants := options.pop("auto", None)) is not None:
+        options["kl_schedule"] = changed_bound(constants)
     model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
@@ -103,6 +107,20 @@ def _average(run: Run, share: float) -> None:
         return run.model
 
     run.after_step, run.finish = lambda step: mean.update(), finish
+
+
+def changed_bound(constants: dict[str, float]) -> str:
+    """Register the default bound with other class constants, and return its name for ``kl_schedule``.
+
+    Raises:
+        ValueError: a name that is no constant of the bound.
+    """
+    unknown = sorted(name for name in constants if not isinstance(getattr(Auto, name, None), float))
+    if unknown:
+        raise ValueError(f"auto: got {unknown}, expected constants of ctr_optim.trust_region.bound.Auto")
+    name = "_".join(["auto", *(f"{key}{value:g}" for key, value in sorted(constants.items()))])
+    BOUNDS[name] = type("Changed", (Auto,), {key: float(value) for key, value in constants.items()})
+    return name
 
 
 def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:

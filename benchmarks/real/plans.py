@@ -192,6 +192,22 @@ def default_only() -> list[Spec]:
     return [{**cell, "method": "ctr"} for cell in cells()]
 
 
+OUTSIDE = [1e9, 0.1, 0.03, 0.01]  # nats per token; the first value measures the KL outside the loss, and never binds
+LOWER = [3e-3, 1e-3]  # for choice tasks: on base5m, their KL per prompt token is 0.02 of the KL per loss token
+
+
+def outside() -> list[Spec]:
+    """The default with a bound on the KL per token outside the loss; on choice tasks also with 64 tokens as enough."""
+    plan = []
+    for task in ("e2e", "gsm8k", "hellaswag", "boolq", "arc_easy"):
+        spec = setting(task)
+        plan += [untrained(spec), *({**spec, "options": {"auto": {"outside": nats}}} for nats in OUTSIDE)]
+        if task in ("boolq", "arc_easy"):
+            limits = [OUTSIDE[0], *OUTSIDE[2:], *LOWER]
+            plan += [{**spec, "options": {"auto": {"outside": nats, "enough": 64.0}}} for nats in limits]
+    return plan
+
+
 # -- retention -----------------------------------------------------------------------------------------------------
 
 RETENTION_TASKS = ["e2e", "gsm8k", "mbpp", "boolq", "sst2", "hellaswag"]
@@ -356,8 +372,8 @@ def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
 PLANS: dict[str, Callable[[], list[Spec]]] = {
     plan.__name__: plan
     for plan in (
-        smoke, baseline, edges, long, peers, average, auto, default_only, retention, retention_short, budget, sequence,
-        protocol, templates, settings,
+        smoke, baseline, edges, long, peers, average, auto, default_only, outside, retention, retention_short, budget,
+        sequence, protocol, templates, settings,
     )
 }  # fmt: skip
 RANKED = {"peers"}  # plans whose own order counts; use `run --in-order`

@@ -48,16 +48,17 @@ class Probe:
         root: module that contains all trained parameters.
         layers: modules that own the trained parameters.
         share: share of a batch's sequences that a re-run uses, in (0, 1].
+        others: whether to compare tokens outside the loss too.
 
     Attributes:
         enabled: whether to store the coming forward pass.
         refused: reason of the last failure; None before any failure.
     """
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
+    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25, others: bool = False) -> None:
         self.enabled = False
         self.paused = False
-        self.share = share
+        self.share, self.others = share, others
         self.refused: str | None = None
         self._call: Kept | None = None
         self._depth: int | None = None
@@ -104,7 +105,7 @@ class Probe:
             return
         self._depth = depth
         try:
-            self._call = Kept.of(module, args, kwargs, self.share, self._phase)
+            self._call = Kept.of(module, args, kwargs, self.share, self._phase, self.others)
         except CannotRerun as reason:
             self._call, self.refused = None, str(reason)
         except torch.OutOfMemoryError as error:
@@ -199,6 +200,18 @@ class Probe:
             return found
         self._starve()
         return None
+
+    def divergence_outside(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return ``()`` the KL summed over compared tokens outside the loss, and ``()`` their number.
+
+        None if this process has no such tokens, or its memory runs out; the other processes then measure without it.
+        """
+        assert self._call is not None
+        counts = self._call.other_tokens()
+        if counts is None:
+            return None
+        found = self._tried(partial(kl_divergence, here, there, counts))
+        return None if isinstance(found, _Failed) else found
 
     def sampled(self, work: Callable[[], T]) -> T | None:
         """Return the result of ``work``, which calls :meth:`gradients`; None if it fails in any process."""

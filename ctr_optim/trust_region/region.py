@@ -9,6 +9,7 @@ layers and tokens change the predictions together. One number, the coupling kapp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,11 +57,14 @@ class TrustRegion:
             given: additional factors of ``max_kl``, by name.
         """
         passes = self.rows.passes(step.q) if self.bound.needs_rows else None
-        evidence = observed(self.bound.state, groups, step.tokens, passes)
-        self.factors = {**self.bound.factors(evidence), **(given or {})}
-        self.limit = limit_of(self.bound, self.factors)
+        others = self.coupling.others
+        usual = None if others is None else others.expected(first=not self.coupling.known)
+        evidence = observed(self.bound.state, groups, step.tokens, passes, usual)
+        self._bind(self.bound.factors(evidence), given)
         farthest = largest_factor(self.bound, groups)
         self.coupling.measure(step, self.limit, adapter, farthest)
+        if others is not None:  # The measurement gives the ratio along this step.
+            self._bind(self.bound.factors(replace(evidence, others=others.along())), given)
         predicted = 0.5 * self.coupling.along(step) * step.q
         scale = torch.ones_like(predicted)
         most = farthest if self.coupling.known else 1.0
@@ -76,6 +80,11 @@ class TrustRegion:
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale / most
         self.slope = step.slope
         return scale
+
+    def _bind(self, factors: Factors, given: Factors | None) -> None:
+        """Set the factors of the coming step and its bound."""
+        self.factors = {**factors, **(given or {})}
+        self.limit = limit_of(self.bound, self.factors)
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.
