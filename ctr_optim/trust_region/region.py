@@ -18,6 +18,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
 from ctr_optim.trust_region.bound import Bound, Factors, everyday_factor, largest_factor, limit_of, observed
 from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.loss_scale import LossScale
 from ctr_optim.trust_region.protocols import Adapter, Step
 from ctr_optim.trust_region.rows import Rows
 
@@ -28,20 +29,23 @@ class TrustRegion:
     Attributes:
         bound: largest KL of a step.
         coupling: ratio of a step's KL to half its quadratic form.
+        loss_scale: scale of the loss, which predictions are relative to; None: they are not.
         rows: counter of training rows, for bounds that use it.
         factors: factors of ``max_kl`` in the last step, by name.
         limit: bound of the last step, in nats per token; None for no bound.
         predicted: predicted KL of the last step, in nats per token.
         scale: factor of the last step, in [0, 1], relative to its largest possible value.
+        kappa: ratio of the last step's KL to ``q / 2``; None before the first step.
         slope: derivative of the loss along the last step before scaling.
     """
 
-    def __init__(self, bound: Bound, coupling: Coupling) -> None:
-        self.bound, self.coupling, self.rows = bound, coupling, Rows()
+    def __init__(self, bound: Bound, coupling: Coupling, loss_scale: LossScale | None = None) -> None:
+        self.bound, self.coupling, self.rows, self.loss_scale = bound, coupling, Rows(), loss_scale
         self.factors: Factors = {}
         self.limit: Tensor | float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
+        self.kappa: Tensor | float | None = None
         self.slope: Tensor | float = 0.0
 
     def constrain(
@@ -60,8 +64,11 @@ class TrustRegion:
         self.factors = {**self.bound.factors(evidence), **(given or {})}
         self.limit = limit_of(self.bound, self.factors)
         farthest = largest_factor(self.bound, groups)
-        self.coupling.measure(step, self.limit, adapter, farthest)
-        predicted = 0.5 * self.coupling.along(step) * step.q
+        relative = step if self.loss_scale is None else self.loss_scale.relative(step)
+        self.coupling.measure(relative, self.limit, adapter, farthest)
+        kappa = self.coupling.along(relative)
+        self.kappa = kappa if self.loss_scale is None else kappa * self.loss_scale.form
+        predicted = 0.5 * kappa * relative.q
         scale = torch.ones_like(predicted)
         most = farthest if self.coupling.known else 1.0
         if self.limit is not None and (self.coupling.known or adapter.per_token):
@@ -76,6 +83,23 @@ class TrustRegion:
         self.predicted, self.scale = torch.where(scale > 0, predicted * scale.square(), 0), scale / most
         self.slope = step.slope
         return scale
+
+    def settle(self) -> None:
+        """Update the checkpoint numbers from the device; waits for the device."""
+        self.rows.settle()
+        if self.loss_scale is not None:
+            self.loss_scale.settle()
+
+    def resume(self) -> None:
+        """Continue from the loaded checkpoint numbers."""
+        self.rows.resume()
+        if self.loss_scale is not None:
+            self.loss_scale.resume()
+
+    def forget(self) -> None:
+        """Drop the observations of passes whose gradients were cleared."""
+        if self.loss_scale is not None:
+            self.loss_scale.forget()
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.
