@@ -53,8 +53,9 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
     for step in range(3, 8):  # Only the first of these steps is measured.
         opt.zero_grad()
         data = batch(step)
-        logits = model(data[0])
-        (gradient,) = torch.autograd.grad(loss_of(logits, data[1]), logits)
+        with torch.no_grad():
+            logits = model(data[0])
+        (gradient,) = torch.autograd.grad(loss_of(logits.requires_grad_(), data[1]), logits)
         scale = int((data[1] != -100).sum()) * float(gradient.square().sum())
         backward(model, data)
         before, weights = snapshot(model), weights_of(opt)
