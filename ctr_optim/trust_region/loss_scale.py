@@ -94,11 +94,17 @@ class LossScale:
             depth: depth of the module that returned them; only the outermost logits with a gradient count.
             logits: the logits. A wrapper often returns the same tensors as the module inside, which are hooked once.
         """
-        before = [ref() for ref in self._hooked]
+        compiling = torch.compiler.is_compiling()  # A compiled graph supports no weak references.
+        before = [] if compiling else [ref() for ref in self._hooked]
+        scale = self
+
+        def seen(depth: int, grad: Tensor | None) -> None:  # A compiled graph accepts a function, not a bound method.
+            scale._seen(depth, grad)
+
         for chunk in logits.chunks:
             if chunk.requires_grad and not any(chunk is other for other in before):
-                chunk.register_hook(partial(self._seen, depth))  # type: ignore[no-untyped-call]
-        self._hooked = [weakref.ref(chunk) for chunk in logits.chunks]
+                chunk.register_hook(partial(seen, depth))  # type: ignore[no-untyped-call]
+        self._hooked = [] if compiling else [weakref.ref(chunk) for chunk in logits.chunks]
 
     def _seen(self, depth: int, grad: Tensor | None) -> None:
         if grad is None:

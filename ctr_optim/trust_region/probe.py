@@ -117,8 +117,7 @@ class Probe:
 
     def left(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Store the logits after a forward pass, and hook their gradient to find the tokens that the loss uses."""
-        # A compiled graph would trace the hook on the gradient.
-        observed = self.loss_scale if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
+        observed = self.loss_scale if torch.is_grad_enabled() else None
         if self.paused or (self._depth is None and observed is None):
             return
         call, logits = self._call, logits_of(output)
