@@ -231,10 +231,7 @@ class CTROptimizer(Attached):
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         sketched = self._curvature.due(self._counters.steps)
-        scale = self._trust.loss_scale
-        if scale is not None:
-            dtype = torch.promote_types(self._held[0].dtype, torch.float32)
-            scale.observe(torch.zeros((), dtype=dtype, device=finite.device))
+        scale = self._trust.observe(self._held[0].dtype, finite.device)
         self._curvature.update(finite, (self._settings, self._scheduler), scale)
         if sketched and self._ranks is not None:
             self._ranks.count_sketched(finite)

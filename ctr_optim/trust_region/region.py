@@ -84,6 +84,18 @@ class TrustRegion:
         self.slope = step.slope
         return scale
 
+    def observe(self, dtype: torch.dtype, device: torch.device) -> LossScale | None:
+        """Read the scale of this step's loss and return it; None if it is not observed. All processes must call this.
+
+        Args:
+            dtype: dtype of the parameters, equal in all processes.
+            device: device of collective communication.
+        """
+        if self.loss_scale is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            self.loss_scale.observe(torch.zeros((), dtype=wide, device=device))
+        return self.loss_scale
+
     def settle(self) -> None:
         """Update the checkpoint numbers from the device; waits for the device."""
         self.rows.settle()
