@@ -63,7 +63,7 @@ def metrics_of(
         "trust/max_kl": None if trust.limit is None else float(trust.limit),
         "trust/scale": float(trust.scale),
         **reasons,
-        "trust/coupling": float(coupling.usual if coupling.kappa is None else coupling.kappa),
+        "trust/coupling": float(coupling.usual if trust.kappa is None else trust.kappa),
         "trust/source": coupling.source,
         "kl_from_base": sum(by_layer.values()),
         "kl_from_base/layer": by_layer,

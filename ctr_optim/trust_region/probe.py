@@ -23,6 +23,7 @@ from ctr_optim.runtime.hooks import Hook
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.trust_region.kept import SKIPS_HEAD, Kept
 from ctr_optim.trust_region.logits import NO_LOGITS, kl_divergence, logits_of
+from ctr_optim.trust_region.loss_scale import LossScale
 from ctr_optim.trust_region.loss_tokens import Watch
 from ctr_optim.trust_region.protocols import Changes
 from ctr_optim.trust_region.rerun import CannotRerun, Generators, common_ancestors
@@ -48,6 +49,7 @@ class Probe:
         root: module that contains all trained parameters.
         layers: modules that own the trained parameters.
         share: share of a batch's sequences that a re-run uses, in (0, 1].
+        loss_scale: observes the logits' gradients in every training step; None: nothing does.
         others: whether to compare tokens outside the loss too.
 
     Attributes:
@@ -55,8 +57,16 @@ class Probe:
         refused: reason of the last failure; None before any failure.
     """
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25, others: bool = False) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: list[nn.Module],
+        share: float = 0.25,
+        loss_scale: LossScale | None = None,
+        others: bool = False,
+    ) -> None:
         self.enabled = False
+        self.loss_scale = loss_scale
         self.paused = False
         self.share, self.others = share, others
         self.refused: str | None = None
@@ -113,9 +123,14 @@ class Probe:
 
     def left(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Store the logits after a forward pass, and hook their gradient to find the tokens that the loss uses."""
-        if self.paused or self._depth is None:
+        observed = self.loss_scale if torch.is_grad_enabled() else None
+        if self.paused or (self._depth is None and observed is None):
             return
         call, logits = self._call, logits_of(output)
+        if observed is not None and logits is not None:
+            observed.see(depth, logits)
+        if self._depth is None:
+            return
         if depth > self._depth:  # A wrapper may return copies of the logits that the loss does not use.
             if call is not None and logits is not None:
                 call.watches.append(Watch(logits))
