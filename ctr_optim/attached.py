@@ -39,6 +39,8 @@ from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen, keeps_shapes
 from ctr_optim.trust_region.bound import BOUNDS, Bound
 from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.loss_scale import LossScale
+from ctr_optim.trust_region.others import Others
 from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
 
@@ -81,11 +83,16 @@ class Attached(Optimizer):
         home = self._trained.home()
         measured = self._settings.calibration_interval is not None and self._kind.measures
         wanted = home is not None and (measured or self._kind.reruns)
-        probe = Probe(home, self._trained.owners()) if home is not None and wanted else None
+        others = Others() if measured and self._bound.needs_others else None
+        loss_scale = LossScale() if home is not None and measured and self._averages_gradients else None
+        probe = None
+        if home is not None and wanted:
+            probe = Probe(home, self._trained.owners(), loss_scale=loss_scale, others=others is not None)
         self._curvature = self._kind.build(self.pairs, self._settings, probe)
-        coupling = Coupling(probe if measured else None, self._curvature.quiet, self._settings.calibration_interval)
+        interval = self._settings.calibration_interval
+        coupling = Coupling(probe if measured else None, self._curvature.quiet, interval, others)
         before: TrustRegion | None = getattr(self, "_trust", None)
-        self._trust = TrustRegion(self._bound, coupling)
+        self._trust = TrustRegion(self._bound, coupling, loss_scale)
         if before is not None:  # A parameter group was added; metrics() must still describe the last step.
             self._trust.predicted, self._trust.scale, self._trust.limit = before.predicted, before.scale, before.limit
         self._budget = self._budget_of(home, coupling)
@@ -116,6 +123,11 @@ class Attached(Optimizer):
     def _kind(self) -> type[CurvatureBase]:
         """The curvature class that the options name."""
         return CURVATURES[self._settings.curvature]
+
+    @property
+    def _averages_gradients(self) -> bool:
+        """Whether the metric averages squared gradients of a mean loss, so that it can remove the loss's scale."""
+        return issubclass(self._kind, KFAC) and bool(self.pairs) and self._settings.loss_reduction == "mean"
 
     @property
     def _rerunning(self) -> str | None:
@@ -263,17 +275,16 @@ class Attached(Optimizer):
 
     def _owners(self) -> list[Any]:
         """Return the state objects whose numbers a checkpoint stores."""
-        owners = [self._counters, self._rank_state, self._bound.state, self._trust.coupling.state]
+        owners = [self._counters, self._rank_state, *self._trust.states]
         owners += [] if self._budget is None else [self._budget.state]
         owners += [] if self._judge is None else [self._judge.state]
-        owners += [self._trust.rows.state] if self._bound.needs_rows else []
         return owners if self._curvature.state is None else [*owners, self._curvature.state]
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
         """Copy checkpoint numbers into the objects that own them."""
         if numbers:
             unpack(numbers, self._owners())
-        self._trust.rows.resume()
+        self._trust.resume()
         self._curvature.resume()
 
     def _numbers(self) -> dict[str, Any]:
@@ -281,7 +292,7 @@ class Attached(Optimizer):
         if self._ranks is not None:
             self._ranks.settle()
         self._curvature.settle()
-        self._trust.rows.settle()
+        self._trust.settle()
         return pack(self._owners())
 
     def _count_skipped(self) -> None:

@@ -53,6 +53,9 @@ def metrics_of(
     shares = [share for block in blocks for share in block.kl_from_base().tolist()]
     coupling = trust.coupling
     reasons = {f"trust/factor/{name}": float(factor) for name, factor in trust.factors.items()}
+    others = None if coupling.others is None else coupling.others.along()
+    if others is not None:
+        reasons["trust/other_ratio"] = others
     factor = coupling.of_adapter
     by_layer = {name: factor * share for name, share in zip(names, shares, strict=True)}
     return {
@@ -60,7 +63,7 @@ def metrics_of(
         "trust/max_kl": None if trust.limit is None else float(trust.limit),
         "trust/scale": float(trust.scale),
         **reasons,
-        "trust/coupling": float(coupling.usual if coupling.kappa is None else coupling.kappa),
+        "trust/coupling": float(coupling.usual if trust.kappa is None else trust.kappa),
         "trust/source": coupling.source,
         "kl_from_base": sum(by_layer.values()),
         "kl_from_base/layer": by_layer,

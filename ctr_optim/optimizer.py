@@ -246,7 +246,8 @@ class CTROptimizer(Attached):
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         sketched = self._curvature.due(self._counters.steps)
-        self._curvature.update(finite, (self._settings, self._scheduler))
+        scale = self._trust.observe(self._held[0].dtype, finite.device)
+        self._curvature.update(finite, (self._settings, self._scheduler), scale)
         if sketched and self._ranks is not None:
             self._ranks.count_sketched(finite)
         if sketched and not self._fused.stacks:
@@ -404,6 +405,7 @@ class CTROptimizer(Attached):
         """Clear gradients as in torch, and drop their statistics: a GradScaler may have skipped ``step()``."""
         super().zero_grad(set_to_none)
         self._curvature.forget()
+        self._trust.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch, and hook its LoRA layers."""

@@ -53,6 +53,13 @@ class Clock:
         return 1e3 * (time.perf_counter() - start)
 
 
+def command() -> str:
+    """Return the running program with its arguments, without the folder that it lies in."""
+    spec = sys.modules["__main__"].__spec__
+    program = Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
+    return " ".join([program, *sys.argv[1:]])
+
+
 class Report:
     """Writes JSON lines with versions, device and command line, and prints progress."""
 
@@ -61,7 +68,7 @@ class Report:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.perf_counter()
-        self.fixed = {**fixed, "device": device_name(device), "versions": versions(), "command": " ".join(sys.argv)}
+        self.fixed = {**fixed, "device": device_name(device), "versions": versions(), "command": command()}
         self.lines: list[dict[str, Any]] = []
 
     def add(self, what: str, **values: Any) -> None:

@@ -1,7 +1,9 @@
 """Registry of methods: how each adapts a base model, and which optimizer trains it.
 
 Other methods come from their packages: PEFT for adapters and their optimizers, torch.optim, pytorch_optimizer and
-torch-optimizer for optimizers. Sensitivity-LoRA has no package; :mod:`benchmarks.quality.sensitivity` implements it.
+torch-optimizer for optimizers. Three methods have no package: Sensitivity-LoRA, RefLoRA and GRIT. The modules
+:mod:`~benchmarks.quality.sensitivity`, :mod:`~benchmarks.quality.reflora` and :mod:`~benchmarks.quality.grit` hold our
+reading of their papers.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.quality import sensitivity
+from benchmarks.quality import grit, reflora, sensitivity
+from benchmarks.quality.averaging import WeightAverage
 from benchmarks.quality.plans import package_rate
 from ctr_optim import CTROptimizer
+from ctr_optim.trust_region.bound import BOUNDS, Auto
 
 Batches = Iterator[dict[str, torch.Tensor]]
 SETUP_BATCHES = 6  # batches that a method may use before the first step
@@ -64,11 +68,15 @@ def _optimizer(base: Any, spec: dict, batches: Batches, package: str, name: str,
 def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
     """CTROptimizer with the spec's ``options``.
 
-    Three options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
-    (arguments of the LoRA config) and ``lr_ratio`` (B's learning rate over A's).
+    Five options are not the optimizer's: ``initialize`` (arguments of :func:`ctr_optim.initialize`), ``adapter``
+    (arguments of the LoRA config), ``lr_ratio`` (B's learning rate over A's), ``average`` (the share of
+    :class:`.WeightAverage`, whose weights are evaluated) and ``auto`` (class constants of the default bound, such as
+    ``{"outside": 0.03, "enough": 64}``).
     """
     options = deepcopy(spec["options"])
-    start = options.pop("initialize", None)
+    start, share = options.pop("initialize", None), options.pop("average", None)
+    if (constants := options.pop("auto", None)) is not None:
+        options["kl_schedule"] = changed_bound(constants)
     model = get_peft_model(base, _config(spec, **options.pop("adapter", {})))
     if start is not None:
         from ctr_optim import initialize
@@ -84,7 +92,35 @@ def _ctr(base: Any, spec: dict, batches: Batches) -> Run:
         of_b = [p for name, p in model.named_parameters() if "lora_B" in name]
         of_a = [p for name, p in model.named_parameters() if "lora_A" in name]
         params = [{"params": of_a}, {"params": of_b, "lr": ratio * options.get("lr", package_rate("ctr"))}]
-    return Run(model, CTROptimizer(params, **options))
+    run = Run(model, CTROptimizer(params, **options))
+    if share is not None:
+        _average(run, share)
+    return run
+
+
+def _average(run: Run, share: float) -> None:
+    """Evaluate the average of the weights at the end of the run."""
+    mean = WeightAverage(_trainable(run.model), share)
+
+    def finish() -> Any:
+        mean.put()
+        return run.model
+
+    run.after_step, run.finish = lambda step: mean.update(), finish
+
+
+def changed_bound(constants: dict[str, float]) -> str:
+    """Register the default bound with other class constants, and return its name for ``kl_schedule``.
+
+    Raises:
+        ValueError: a name that is no constant of the bound.
+    """
+    unknown = sorted(name for name in constants if not isinstance(getattr(Auto, name, None), float))
+    if unknown:
+        raise ValueError(f"auto: got {unknown}, expected constants of ctr_optim.trust_region.bound.Auto")
+    name = "_".join(["auto", *(f"{key}{value:g}" for key, value in sorted(constants.items()))])
+    BOUNDS[name] = type("Changed", (Auto,), {key: float(value) for key, value in constants.items()})
+    return name
 
 
 def _ctr_no_transport(base: Any, spec: dict, batches: Batches) -> Run:
@@ -185,6 +221,24 @@ def _sensitivity(base: Any, spec: dict, batches: Batches) -> Run:
     return _adapter(base, spec, batches, rank_pattern=ranks, alpha_pattern=alphas)
 
 
+def _reflora(base: Any, spec: dict, batches: Batches) -> Run:
+    """RefLoRA: AdamW on the gradients of the best factorisation. Option ``warm_up``: steps of plain LoRA."""
+    options = dict(spec["options"])
+    warm_up = options.pop("warm_up", min(reflora.WARM_UP, spec["steps"] // 10))
+    run = _adapter(base, {**spec, "options": options}, batches)
+    reflora.Refactorer(run.model, run.optimizer, warm_up)
+    return run
+
+
+def _grit(base: Any, spec: dict, batches: Batches) -> Run:
+    """GRIT: K-FAC in the rank space, reprojection, effective ranks. Option ``sides``: see :mod:`.grit`."""
+    options = dict(spec["options"])
+    sides = options.pop("sides", "published")
+    run = _adapter(base, {**spec, "options": options}, batches)
+    run.after_step = grit.Grit(run.model, run.optimizer, spec["steps"], sides).after_step
+    return run
+
+
 def _truncated(base: Any, spec: dict, batches: Batches) -> Run:
     """LoRA of twice the rank, cut after training by PEFT's ``convert_to_lora``: the simplest rank method."""
     run = _adapter(base, {**spec, "rank": 2 * spec["rank"]}, batches)
@@ -232,6 +286,8 @@ METHODS: dict[str, Build] = {
     "adalora": _adalora,
     "eva": _eva,
     "sensitivity": _sensitivity,
+    "reflora": _reflora,
+    "grit": _grit,
     "truncated": _truncated,
     "qlora": _qlora,
     "muon": partial(_optimizer, package="torch.optim", name="Muon", weight_decay=0.0),

@@ -39,7 +39,8 @@ PEERS: dict[str, tuple[float, float]] = {
     "adamw": (8e-3, 1.0), "rslora": (4e-3, 1.0), "dora": (8e-3, 2.2), "pissa": (2e-3, 1.1), "lora_plus": (2e-3, 1.0),
     "lora_fa": (8e-3, 2.0), "lora_ga": (2e-3, 1.2), "riemannian": (4e-3, 2.5), "adalora": (1.6e-2, 3.0),
     "eva": (8e-3, 1.2), "sensitivity": (8e-3, 1.2), "truncated": (8e-3, 1.2), "muon": (4e-2, 1.5), "soap": (4e-3, 5.0),
-    "lora_rite": (8e-3, 5.0), "yogi": (8e-3, 1.5), "lamb": (3.2e-2, 1.5), "adabelief": (1.6e-2, 1.5),
+    "lora_rite": (8e-3, 5.0), "reflora": (8e-3, 1.4), "grit": (8e-3, 1.2), "yogi": (8e-3, 1.5), "lamb": (3.2e-2, 1.5),
+    "adabelief": (1.6e-2, 1.5),
 }  # fmt: skip
 # Default rate of each package; torch's AdamW trains PEFT's methods.
 PACKAGE_RATES = {"ctr": 8e-2, "soap": 3e-3, "yogi": 1e-2}

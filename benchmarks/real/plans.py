@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
+from benchmarks.real import peers as others
 from benchmarks.real.specs import WIKITEXT, Spec, complete, cost, key_of
 
 GENERATIVE = ["e2e", "gsm8k", "mbpp"]
@@ -72,7 +73,7 @@ def smoke() -> list[Spec]:
          "schedule": "linear"},
         {**small, "sequence": ["boolq", "e2e", "mbpp"], "schedule": "constant", "steps": 2},
         *({**e2e, "method": method, "lr": 1e-3, "retain": kept} for method in retention),
-        *({**e2e, "method": method, "lr": 1e-3} for method in ("lora_plus", "pissa", "soap")),
+        *({**e2e, "method": method, "lr": 1e-3} for method in others.RATES if method != "qlora"),  # needs a GPU
     ]  # fmt: skip
 
 
@@ -107,6 +108,23 @@ def long() -> list[Spec]:
             spec = setting(task, steps=1000, seed=seed)
             plan += [spec, {**spec, "retain": WIKITEXT}, *peer(spec, "adamw", RATES[3:])]
     return plan
+
+
+def peers() -> list[Spec]:
+    """Every other method at three rates beside the default; e2e and gsm8k, one seed, the most informative runs first.
+
+    Each method's most promising rate comes first on both tasks, then its second and third. AdamW's other runs at 2e-4,
+    8e-4 and 3.2e-3 are finished (results/retention-peers-h200.jsonl and few-rows-h200.jsonl).
+    """
+    tasks = [setting("e2e"), setting("gsm8k")]
+    return [*tasks, *peer(tasks[0], "adamw", [8e-4]), *others.by_promise(tasks)]
+
+
+def average() -> list[Spec]:
+    """Averaged weights at a constant rate, with a bound that falls and one that stays, and under cosine; one seed."""
+    options = [{}, *({"average": share} for share in (10, 5)), *({"average": k, "kl_schedule": "lr"} for k in (5, 2.5))]
+    changes = [{"options": {"average": 10}}, *({"schedule": "constant", "options": chosen} for chosen in options)]
+    return [setting(task, **change) for task in ("e2e", "gsm8k") for change in changes]
 
 
 # -- nothing to tune -----------------------------------------------------------------------------------------------
@@ -172,6 +190,22 @@ def auto() -> list[Spec]:
 def default_only() -> list[Spec]:
     """The cells of ``auto`` with the default only, for use after a change of the default."""
     return [{**cell, "method": "ctr"} for cell in cells()]
+
+
+OUTSIDE = [1e9, 0.1, 0.03, 0.01]  # nats per token; the first value measures the KL outside the loss, and never binds
+LOWER = [3e-3, 1e-3]  # for choice tasks: on base5m, their KL per prompt token is 0.02 of the KL per loss token
+
+
+def outside() -> list[Spec]:
+    """The default with a bound on the KL per token outside the loss; on choice tasks also with 64 tokens as enough."""
+    plan = []
+    for task in ("e2e", "gsm8k", "hellaswag", "boolq", "arc_easy"):
+        spec = setting(task)
+        plan += [untrained(spec), *({**spec, "options": {"auto": {"outside": nats}}} for nats in OUTSIDE)]
+        if task in ("boolq", "arc_easy"):
+            limits = [OUTSIDE[0], *OUTSIDE[2:], *LOWER]
+            plan += [{**spec, "options": {"auto": {"outside": nats, "enough": 64.0}}} for nats in limits]
+    return plan
 
 
 # -- retention -----------------------------------------------------------------------------------------------------
@@ -338,10 +372,11 @@ def final(records: list[dict[str, Any]], seeds: Iterable[int]) -> list[Spec]:
 PLANS: dict[str, Callable[[], list[Spec]]] = {
     plan.__name__: plan
     for plan in (
-        smoke, baseline, edges, long, auto, default_only, retention, retention_short, budget, sequence, protocol,
-        templates, settings,
+        smoke, baseline, edges, long, peers, average, auto, default_only, outside, retention, retention_short, budget,
+        sequence, protocol, templates, settings,
     )
 }  # fmt: skip
+RANKED = {"peers"}  # plans whose own order counts; use `run --in-order`
 
 
 def ordered(specs: Iterable[Spec]) -> list[Spec]:
@@ -380,7 +415,8 @@ def main(arguments: list[str]) -> None:
     else:
         specs = PLANS[args.plan]()
     changes = {key: json.loads(value) for key, _, value in (item.partition("=") for item in args.set)}
-    specs = ordered({**spec, **changes} for spec in select(specs, args.only))
+    chosen = [{**spec, **changes} for spec in select(specs, args.only)]
+    specs = chosen if args.plan in RANKED else ordered(chosen)
     total = sum(map(cost, specs))
     minutes = f"about {total * UNIT / 60:.0f} minutes of one H200 with nine processes"
     print(f"{args.plan}: {len(specs)} runs, cost {total:.0f} steps of 16 x 64 tokens, {minutes}", file=sys.stderr)

@@ -152,9 +152,12 @@ def devices_of(gpus: str) -> list[str]:
 
 def work(
     specs: list[Spec], data_folder: str, folder: str, out: str, devices: list[str], each: int, limit: float = math.inf,
-    again: bool = False,
+    again: bool = False, in_order: bool = False,
 ) -> int:  # fmt: skip
-    """Run a plan and return how many runs are left. ``again`` repeats failed runs."""
+    """Run a plan and return how many runs are left.
+
+    ``again`` repeats failed runs; ``in_order`` keeps the plan's order instead of starting with the longest runs.
+    """
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -192,7 +195,7 @@ def work(
         threads = int(os.environ["OMP_NUM_THREADS"])
         arguments = (folder, data_folder, cache, each * len(devices), threads)
         pool = Pool(serve, arguments, devices, each, write, began + limit, pace, lambda text: print(text, flush=True))
-        left = pool.work(list(todo.values()))
+        left = pool.work(list(todo.values()), in_order)
     print(f"{counter['done']} done, {left} left, {time.time() - began:.0f} s", flush=True)
     return left
 
@@ -209,10 +212,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--per-gpu", type=int, help="processes per device (default: 6 on a GPU, 1 on the CPU)")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which the command ends")
     parser.add_argument("--again", action="store_true", help="repeat failed runs")
+    parser.add_argument("--in-order", action="store_true", help="keep the plan's order; default: the longest first")
     args = parser.parse_args(arguments)
     if not Path(args.model, "config.json").exists():
         raise SystemExit(f"--model: {args.model} holds no model; create it with `python -m benchmarks.real prepare`")
     specs = [spec for plan in args.plan for spec in json.loads(Path(plan).read_text())]
     devices = devices_of(args.gpus)
     each = args.per_gpu or (1 if devices == ["cpu"] else 6)
-    work(specs, args.data, args.model, args.out, devices, each, args.limit_s, args.again)
+    work(specs, args.data, args.model, args.out, devices, each, args.limit_s, args.again, args.in_order)

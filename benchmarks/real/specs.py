@@ -47,7 +47,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 # Time of a step relative to AdamW on plain LoRA; methods that are not listed count as 1.
 SLOWER = {
     "ctr": 1.3, "dora": 2.0, "adalora": 2.0, "soap": 2.5, "lora_rite": 2.5, "riemannian": 1.6, "muon": 1.4,
-    "adamw_kl": 2.2, "adamw_replay": 1.7,
+    "adamw_kl": 2.2, "adamw_replay": 1.7, "reflora": 1.5, "grit": 1.1, "lora_fa": 1.5, "qlora": 1.5,
 }  # fmt: skip
 # Tokens of a row, prompt and target, with the tokenizer of SmolLM2.
 LENGTHS = {"gsm8k": 190, "mbpp": 80, "e2e": 64, "hellaswag": 75, "boolq": 38, "sst2": 30, "arc_easy": 85}

@@ -144,6 +144,17 @@ class Gradients(Protocol):
         """Call ``work``, which uses :meth:`gradients`, and return its result; None if it fails in any process."""
 
 
+class LossScale(Protocol):
+    """The scale s of the loss, which averages of squared gradients should not depend on."""
+
+    def add(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``()`` the factor of the former averages, and ``()`` the factor of this step's squared gradients.
+
+        Args:
+            weight: ``()`` weight of this step in the averages.
+        """
+
+
 class Curvature(Protocol):
     """A metric over all trained parameters.
 
@@ -180,12 +191,13 @@ class Curvature(Protocol):
     def arm(self, step: int) -> None:
         """Prepare for the forward pass of ``step``."""
 
-    def update(self, finite: Tensor, agreed: Any) -> None:
+    def update(self, finite: Tensor, agreed: Any, loss_scale: LossScale | None = None) -> None:
         """Add the statistics of this step's forward and backward passes to the moving averages.
 
         Args:
             finite: ``()`` whether all gradients are finite, so that the step is taken.
             agreed: options that must be equal in all processes.
+            loss_scale: the scale of this step's loss; None if it is unknown.
         """
 
     def refresh(self) -> int:

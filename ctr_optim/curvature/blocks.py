@@ -56,14 +56,19 @@ class TokenScale:
     Attributes:
         tokens: ``()`` loss tokens N of this step, over micro-batches and processes.
         grad: ``()`` factor c such that ``c g`` is the gradient of the summed per-token loss.
+        kept, new: ``()`` factors of the former averages and of this step's squared gradients, which remove the scale of
+            the loss from the averages.
     """
 
     tokens: Tensor
     grad: Tensor
+    kept: Tensor | float = 1.0
+    new: Tensor | float = 1.0
 
     def to(self, device: torch.device) -> TokenScale:
         """Return this scale on another device."""
-        return TokenScale(self.tokens.to(device), self.grad.to(device))
+        moved = (x.to(device) if isinstance(x, Tensor) else x for x in (self.kept, self.new))
+        return TokenScale(self.tokens.to(device), self.grad.to(device), *moved)
 
 
 class Block:
@@ -166,8 +171,9 @@ class Block:
         """Add the staged sums to the moving averages of the factors.
 
         The update is ``E <- E + w (new - E)`` with ``w = (1 - decay) / (1 - decay^n)``, bias-corrected from the first
-        of n updates on. A pair without tokens, or with a sum that is not finite, keeps its averages. A pair whose
-        averages are not finite restarts them: only a fault causes this, because commit() never adds such a sum.
+        of n updates on. ``scale`` makes the averages of squared gradients follow the loss's average scale. A pair
+        without tokens, or with a sum that is not finite, keeps its averages. A pair whose averages are not finite
+        restarts them: only a fault causes this, because commit() never adds such a sum.
 
         Args:
             scale: converts the sums to the per-token loss.
@@ -180,14 +186,15 @@ class Block:
         # One concatenated tensor saves kernel launches, which take longer than the arithmetic.
         averages = _side_by_side(targets)
         of_inputs = _side_by_side([h, *wide[:n]]) / rows.clamp_min(1).unsqueeze(-1)
-        of_gradients = _side_by_side([d, *wide[n : 2 * n]]) * (scale.grad**2 / scale.tokens)
+        of_gradients = _side_by_side([d, *wide[n : 2 * n]]) * (scale.new * scale.grad**2 / scale.tokens)
         means = torch.cat([of_inputs, of_gradients], 1)
         seen = (rows > 0) & finite & _finite([means, *wide[2 * n :]])
         sound = _finite([averages])
         updates = self.b.tensors["factor_updates"]
         updates.mul_(sound).add_(seen)
-        weight = (1 - decay) / (1 - decay ** updates.clamp_min(1)) * seen
+        weight = newest_weight(updates, decay) * seen
         averages.masked_fill_(~sound.unsqueeze(-1), 0)
+        averages[:, of_inputs.shape[1] :] *= scale.kept
         averages.lerp_(means.masked_fill_(~seen.unsqueeze(-1), 0), weight.unsqueeze(-1))
         for target, average in zip(targets, torch.split(averages, [t[0].numel() for t in targets], 1), strict=True):
             target.copy_(average.view_as(target))
@@ -245,6 +252,16 @@ class Block:
     def kl_from_base(self) -> Tensor:
         """Return ``(L,)`` each layer's share ``tr(D H) / 2`` of the block-diagonal KL from the base model."""
         return 0.5 * (self.D * self.H.mT).sum((-2, -1))
+
+
+def newest_weight(updates: Tensor, decay: float) -> Tensor:
+    """Return the weight of the newest of ``updates`` samples in a bias-corrected moving average; same shape.
+
+    Args:
+        updates: number of updates, the newest included.
+        decay: decay of the moving average.
+    """
+    return (1 - decay) / (1 - decay ** updates.clamp_min(1))
 
 
 @lru_cache(maxsize=32)

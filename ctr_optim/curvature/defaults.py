@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ctr_optim.curvature.base import Curvature, Gradients, Stacked, StackedPair, State
+from ctr_optim.curvature.base import Curvature, Gradients, LossScale, Stacked, StackedPair, State
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.settings import Settings
 
@@ -59,7 +59,7 @@ class CurvatureBase:
     def arm(self, step: int) -> None:
         """Do nothing before the forward pass."""
 
-    def update(self, finite: Tensor, agreed: Any) -> None:
+    def update(self, finite: Tensor, agreed: Any, loss_scale: LossScale | None = None) -> None:
         """Keep no statistics."""
 
     def refresh(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.curvature.base import Gradients, Stacked, StackedPair, State
+from ctr_optim.curvature.base import Gradients, LossScale, Stacked, StackedPair, State
 from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.gradient import terms as gradient_terms
 from ctr_optim.model.pair import LoRAPair
@@ -76,7 +76,7 @@ class Hutchinson(CurvatureBase):
         if self.prober is not None:
             self.prober.enabled = calibration_due(step, self.interval or _INTERVAL)
 
-    def update(self, finite: Tensor, agreed: Any) -> None:
+    def update(self, finite: Tensor, agreed: Any, loss_scale: LossScale | None = None) -> None:
         """Add one sample to the moving average of the diagonal if the prober kept this step's batch."""
         if self.prober is None or not self.prober.enabled or not distributed.everywhere(self.prober.ready, finite):
             return

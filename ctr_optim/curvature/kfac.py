@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctr_optim.curvature.base import Curvature, Gradients, Stacked, StackedPair, State
-from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, refresh_bases
+from ctr_optim.curvature.base import Curvature, Gradients, LossScale, Stacked, StackedPair, State
+from ctr_optim.curvature.blocks import Block, TokenScale, factor_state, newest_weight, refresh_bases
 from ctr_optim.curvature.capture import Taps
 from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.factors import STRUCTURES
@@ -128,12 +128,12 @@ class KFAC(CurvatureBase):
             block.open_sketch(rank, state)
         return True
 
-    def update(self, finite: Tensor, agreed: Any) -> None:
+    def update(self, finite: Tensor, agreed: Any, loss_scale: LossScale | None = None) -> None:
         """Add the staged sums to the factors if the hooks were enabled."""
         if self.taps.enabled:
-            self._commit(finite, agreed)
+            self._commit(finite, agreed, loss_scale)
 
-    def _commit(self, finite: Tensor, agreed: Any) -> None:
+    def _commit(self, finite: Tensor, agreed: Any, loss_scale: LossScale | None) -> None:
         if not self._looked:
             checks.check_agreement(agreed, self.blocks)
         world = distributed.add_up([t for block in self.blocks for t in block.staged])
@@ -145,13 +145,20 @@ class KFAC(CurvatureBase):
         tokens = torch.where(seen, tokens, 1.0)
         # Gradients of a sum loss need no scale. For a mean loss, each process divided by about tokens / world tokens.
         summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
-        loss_scale = grad_scale()  # a Python number stays one: converting it to a tensor would make the host wait
-        scale = TokenScale(tokens, summed / (loss_scale.to(tokens) if isinstance(loss_scale, Tensor) else loss_scale))
+        amplified = grad_scale()  # a Python number stays one: converting it to a tensor would make the host wait
+        summed = summed / (amplified.to(tokens) if isinstance(amplified, Tensor) else amplified)
+        kept, new = (1.0, 1.0) if loss_scale is None else loss_scale.add(self._newest_weight() * seen)
+        scale = TokenScale(tokens, summed, kept, new)
         for block in self.blocks:
             block.commit(scale.to(block.H.device), self.settings.factor_decay, seen.to(block.H.device))
         before = torch.full_like(tokens, torch.inf) if self._count is None else self._count.to(tokens.device)
         self._count = torch.where(seen, counted, before)
         self._complete = self._complete or None  # check again while some layers have no factors
+
+    def _newest_weight(self) -> Tensor:
+        """Return ``()`` the weight of this step in the averages of the layer with the most updates."""
+        updates = together([block.b.tensors["factor_updates"].amax() for block in self.blocks]).amax()
+        return newest_weight(updates + 1, self.settings.factor_decay)
 
     def refresh(self) -> int:
         """Recompute the eigenbases of D and H, and return the number of failed decompositions."""

@@ -24,12 +24,14 @@ class Evidence:
         flat: number of steps since this ratio last changed.
         tokens: ``()`` number of loss tokens of this step, over micro-batches and processes; None if unknown.
         passes: ``()`` how often training used each row on average, without repeats among new rows; None if unknown.
+        others: ratio of the step's KL per token outside the loss to its KL per loss token; None if unknown.
     """
 
     rate: float
     flat: int = 0
     tokens: Tensor | None = None
     passes: Tensor | None = None
+    others: float | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +68,10 @@ class Bound(Protocol):
     needs_rows: ClassVar[bool]
     sets_length: ClassVar[bool]
 
+    @property
+    def needs_others(self) -> bool:
+        """Whether it uses :attr:`Evidence.others`."""
+
     def factors(self, evidence: Evidence) -> Factors:
         """Return the factors of ``max_kl`` for the coming step, by name."""
 
@@ -87,6 +93,10 @@ class Constant:
 
     def __init__(self, max_kl: float | None) -> None:
         self.state = BoundState(max_kl)
+
+    @property
+    def needs_others(self) -> bool:
+        return False
 
     def factors(self, evidence: Evidence) -> Factors:
         return {}
@@ -112,6 +122,9 @@ class Auto(FollowsRate):
       the factor is proportional to their number.
     - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
       ``n ** -repeats``, and at least ``least``.
+    - ``other_tokens``: a step also changes the model on prompts. The factor lowers the bound if the step's KL per token
+      outside the loss would exceed ``outside`` nats. This limit follows ``schedule`` and ``constant_rate`` as well.
+      With the default of inf, the KL outside the loss is not measured, and the factor does not exist.
     """
 
     needs_rows: ClassVar[bool] = True
@@ -120,14 +133,23 @@ class Auto(FollowsRate):
     patience: ClassVar[float] = 25.0
     repeats: ClassVar[float] = 8.0
     least: ClassVar[float] = 1e-3
+    outside: ClassVar[float] = math.inf
+
+    @property
+    def needs_others(self) -> bool:
+        return self.state.max_kl is not None and math.isfinite(self.outside)
 
     def factors(self, evidence: Evidence) -> Factors:
-        found = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / self.patience)}
+        common = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / self.patience)}
+        found: dict[str, Tensor | float] = {}
         if evidence.tokens is not None:
             found["few_tokens"] = (evidence.tokens / self.enough).clamp_max(1.0)
         if evidence.passes is not None:
             found["seen_rows"] = (evidence.passes**-self.repeats).clamp_min(self.least)
-        return found
+        if self.state.max_kl is not None and self.needs_others and evidence.others is not None:
+            inside = self.state.max_kl * math.prod(found.values())  # type: ignore
+            found["other_tokens"] = within_outside(inside, self.outside, evidence.others)
+        return {**common, **found}
 
 
 class Adaptive(Constant):
@@ -145,6 +167,18 @@ class Adaptive(Constant):
 
 
 BOUNDS: dict[str, type[Constant]] = {"auto": Auto, "lr": FollowsRate, "constant": Constant, "adaptive": Adaptive}
+
+
+def within_outside(bound: Tensor | float, outside: float, ratio: float) -> Tensor | float:
+    """Return the factor in (0, 1] that keeps ``ratio`` times a bound within a limit outside the loss.
+
+    Args:
+        bound: bound on the KL per loss token, in nats.
+        outside: limit of the KL per token outside the loss, in nats.
+        ratio: KL per token outside the loss over KL per loss token.
+    """
+    factor = outside / (bound * ratio)
+    return factor.clamp_max(1.0) if isinstance(factor, Tensor) else min(1.0, factor)
 
 
 def adapted_bound(bound: float, initial: float, actual: float, predicted: float) -> float:
@@ -199,10 +233,14 @@ def limit_of(bound: Bound, factors: Factors) -> Tensor | float | None:
 
 
 def observed(
-    state: BoundState, groups: Sequence[dict[str, Any]], tokens: Tensor | None, passes: Tensor | None = None
+    state: BoundState,
+    groups: Sequence[dict[str, Any]],
+    tokens: Tensor | None,
+    passes: Tensor | None = None,
+    others: float | None = None,
 ) -> Evidence:
     """Return the evidence for the coming step; update ``rate`` and ``flat`` in ``state``."""
     rate = rate_ratio(groups)
     state.flat = state.flat + 1 if rate == state.rate else 0
     state.rate = rate
-    return Evidence(rate, state.flat, tokens, passes)
+    return Evidence(rate, state.flat, tokens, passes, others)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.settings import calibration_due
+from ctr_optim.trust_region.others import Others
 from ctr_optim.trust_region.protocols import Adapter, Changes, Prober, Quiet, Step
 
 SLOPE_EXPONENT = 0.6  # Exponent of slope^2 in the predicted KL; q has exponent 0.4.
@@ -67,6 +68,7 @@ class Coupling:
         prober: re-runs the model; None if no single module contains all parameters.
         quiet: returns a context in which forward passes record no statistics.
         interval: largest number of steps between measurements; None: kappa is 1, the plain block-diagonal metric.
+        others: receives the KL on tokens outside the loss at each measurement; None: that KL is not computed.
 
     Attributes:
         state: checkpoint numbers.
@@ -75,8 +77,8 @@ class Coupling:
         shared: whether another caller uses the stored batch after this measurement.
     """
 
-    def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None) -> None:
-        self.prober, self.quiet, self.interval = prober, quiet, interval
+    def __init__(self, prober: Prober | None, quiet: Quiet, interval: int | None, others: Others | None = None) -> None:
+        self.prober, self.quiet, self.interval, self.others = prober, quiet, interval, others
         self.state = CouplingState(watched=_FIRST)
         self.extra = False  # whether the measurement is outside the schedule
         self.due = self.shared = False
@@ -159,6 +161,8 @@ class Coupling:
             most: largest factor that the step may be multiplied by.
         """
         self._here = None
+        if self.others is not None:
+            self.others.begin()
         self.state.credit = min(_CREDIT, self.state.credit + _EARNED)
         if self.prober is None or not self.due:
             return
@@ -182,6 +186,8 @@ class Coupling:
         if found is None:
             return
         coupling, least, here = found
+        if self.others is not None:
+            self.others.settle()
         self._here = max(coupling, least)
         before = state.coupling
         if before is not None:
@@ -230,7 +236,7 @@ class Coupling:
             # than its displacement squared, which would lower the measured coupling.
             unit = (2 / (guess * q)).sqrt()  # factor of the step that has a KL of 1
             epsilon = torch.minimum(unit * target**0.5, (unit * _LEAST_MOVE**0.5).clamp_min(most)).nan_to_num(0.0, 0.0)
-            measured = self._kl_at(changes, epsilon, here, q)
+            measured = self._kl_at(changes, epsilon, here, q, self.others)
             if measured is None:
                 return None
             found = measured / (0.5 * epsilon.square() * q)
@@ -248,8 +254,13 @@ class Coupling:
             guess = found
         return coupling, at_least, here
 
-    def _kl_at(self, changes: Changes, factor: float | Tensor, here: Tensor, like: Tensor) -> Tensor | None:
-        """Return ``()`` the KL per token from ``here`` to the logits with displaced parameters; None on failure."""
+    def _kl_at(
+        self, changes: Changes, factor: float | Tensor, here: Tensor, like: Tensor, others: Others | None = None
+    ) -> Tensor | None:
+        """Return ``()`` the KL per loss token from ``here`` to the logits with displaced parameters; None on failure.
+
+        ``others`` receives the KL on the tokens outside the loss.
+        """
         assert self.prober is not None
         displaced = self.prober.moved(changes, factor)
         if displaced is None:
@@ -257,7 +268,12 @@ class Coupling:
         with self.quiet(), displaced:
             there = self.prober.logits()
         found = None if there is None else self.prober.divergence(here, there)
-        return None if found is None else distributed.mean(found, like)
+        if found is None or there is None:
+            return None
+        inside = distributed.mean(found, like)
+        if others is not None:
+            others.look(self.prober.divergence_outside(here, there), inside)
+        return inside
 
     def _measure_base(self, here: Tensor, adapter: Adapter) -> None:
         """Measure the KL between the base model (B = 0) and the model, and update the whole adapter's coupling."""

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ctr_optim.runtime import distributed
 from ctr_optim.trust_region.logits import NO_LOGITS, Logits, are_log_probabilities, evenly, stride_of
 from ctr_optim.trust_region.loss_tokens import Watch, from_labels, named_inputs, shifts_labels
+from ctr_optim.trust_region.others import MOST_OTHERS, outside_the_loss
 from ctr_optim.trust_region.rerun import Generators, generators, sequences_in, take, versions
 
 # Smallest number of loss tokens in a slice. On base5m (E2E, 58 steps), the 95th percentile of the ratio of the batch's
@@ -49,6 +50,8 @@ class Kept:
         columns: token positions for which a re-run of such a model computes logits; None: all.
         headless: whether the forward pass left the last layer to the loss, as torchtitan's does for a chunked loss.
         units: entries of the logits' first dimension per sequence; 0 if that is not a whole number.
+        with_others: whether to compare tokens outside the loss too.
+        others: like ``mask``, which tokens outside the loss to compare; None if unknown or without ``with_others``.
     """
 
     module: nn.Module
@@ -68,9 +71,14 @@ class Kept:
     columns: Tensor | None = None
     headless: bool = False
     units: int = 1
+    with_others: bool = False
+    others: Tensor | None = None
 
     @classmethod
-    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], share: float, phase: int) -> Kept:
+    def of(
+        cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], share: float, phase: int,
+        with_others: bool = False,
+    ) -> Kept:  # fmt: skip
         """Return a record of a share of the batch; of all of it if ``share`` is 1 or the inputs cannot be cut.
 
         Raises:
@@ -86,6 +94,7 @@ class Kept:
         if torch.amp.is_autocast_available(device):
             autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         kept = cls(module, kept_args, kept_kwargs, batch, keep, source, autocast, generators(), phase)
+        kept.with_others = with_others
         kept.headless = getattr(module, SKIPS_HEAD, False) is True
         return kept
 
@@ -147,6 +156,8 @@ class Kept:
         if not self.fused and not self._trusted():
             return _NO_SOFTMAX
         self.mask = mask
+        if self.with_others and shifts_labels(self.module):
+            self.others = outside_the_loss(named_inputs(*self._all()), mask)
         if self.batch is not None and (not self.units or len(mask) != self.batch * self.units):
             self.widen()
         elif self.batch is not None:
@@ -180,6 +191,12 @@ class Kept:
     def loss_tokens(self) -> Tensor:
         """Return ``(n,)`` whether the loss uses each compared row."""
         return self._looked_at().flatten()[self.rows]
+
+    def other_tokens(self) -> Tensor | None:
+        """Return ``(n,)`` whether each compared row is outside the loss and no padding; None if that is unknown."""
+        if self.others is None or self.columns is not None:
+            return None
+        return self._cut(self.others).flatten()[self.rows]
 
     def compared(self, logits: Tensor) -> Tensor | None:
         """Return ``(n, V)`` the compared rows of a re-run's logits; None if their shape is not the training's."""
@@ -256,7 +273,13 @@ class Kept:
                 return
             self.logits = None
         looked_at = flat.nonzero().squeeze(-1)
-        self.rows = looked_at[evenly(len(looked_at), self.phase)] if stride_of(len(flat)) > 1 else slice(None)
+        if stride_of(len(flat)) == 1:
+            self.rows = slice(None)
+            return
+        self.rows = looked_at[evenly(len(looked_at), self.phase)]
+        if self.others is not None:
+            others = self._cut(self.others).flatten().nonzero().squeeze(-1)
+            self.rows = torch.cat([self.rows, others[:: max(1, -(-len(others) // MOST_OTHERS))]])
 
     def _passes_on(self, name: str) -> bool:
         """Return whether the forward pass, or through its ``**kwargs`` a submodule, accepts an argument."""

@@ -23,6 +23,7 @@ from ctr_optim.runtime.hooks import Hook
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.trust_region.kept import SKIPS_HEAD, Kept
 from ctr_optim.trust_region.logits import NO_LOGITS, kl_divergence, logits_of
+from ctr_optim.trust_region.loss_scale import LossScale
 from ctr_optim.trust_region.loss_tokens import Watch
 from ctr_optim.trust_region.protocols import Changes
 from ctr_optim.trust_region.rerun import CannotRerun, Generators, common_ancestors
@@ -48,16 +49,26 @@ class Probe:
         root: module that contains all trained parameters.
         layers: modules that own the trained parameters.
         share: share of a batch's sequences that a re-run uses, in (0, 1].
+        loss_scale: observes the logits' gradients in every training step; None: nothing does.
+        others: whether to compare tokens outside the loss too.
 
     Attributes:
         enabled: whether to store the coming forward pass.
         refused: reason of the last failure; None before any failure.
     """
 
-    def __init__(self, root: nn.Module, layers: list[nn.Module], share: float = 0.25) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: list[nn.Module],
+        share: float = 0.25,
+        loss_scale: LossScale | None = None,
+        others: bool = False,
+    ) -> None:
         self.enabled = False
+        self.loss_scale = loss_scale
         self.paused = False
-        self.share = share
+        self.share, self.others = share, others
         self.refused: str | None = None
         self._call: Kept | None = None
         self._depth: int | None = None
@@ -104,7 +115,7 @@ class Probe:
             return
         self._depth = depth
         try:
-            self._call = Kept.of(module, args, kwargs, self.share, self._phase)
+            self._call = Kept.of(module, args, kwargs, self.share, self._phase, self.others)
         except CannotRerun as reason:
             self._call, self.refused = None, str(reason)
         except torch.OutOfMemoryError as error:
@@ -112,9 +123,14 @@ class Probe:
 
     def left(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Store the logits after a forward pass, and hook their gradient to find the tokens that the loss uses."""
-        if self.paused or self._depth is None:
+        observed = self.loss_scale if torch.is_grad_enabled() else None
+        if self.paused or (self._depth is None and observed is None):
             return
         call, logits = self._call, logits_of(output)
+        if observed is not None and logits is not None:
+            observed.see(depth, logits)
+        if self._depth is None:
+            return
         if depth > self._depth:  # A wrapper may return copies of the logits that the loss does not use.
             if call is not None and logits is not None:
                 call.watches.append(Watch(logits))
@@ -199,6 +215,18 @@ class Probe:
             return found
         self._starve()
         return None
+
+    def divergence_outside(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return ``()`` the KL summed over compared tokens outside the loss, and ``()`` their number.
+
+        None if this process has no such tokens, or its memory runs out; the other processes then measure without it.
+        """
+        assert self._call is not None
+        counts = self._call.other_tokens()
+        if counts is None:
+            return None
+        found = self._tried(partial(kl_divergence, here, there, counts))
+        return None if isinstance(found, _Failed) else found
 
     def sampled(self, work: Callable[[], T]) -> T | None:
         """Return the result of ``work``, which calls :meth:`gradients`; None if it fails in any process."""

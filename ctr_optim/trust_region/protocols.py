@@ -75,6 +75,9 @@ class Prober(Protocol):
     def divergence(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return ``()`` the KL summed over loss tokens, in nats, and ``()`` their number; None on failure."""
 
+    def divergence_outside(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the same over the compared tokens outside the loss; None if there are none, or on failure."""
+
     def loss_tokens(self, logits: Tensor) -> Tensor:
         """Return ``(n,)`` whether the loss uses each token."""
 

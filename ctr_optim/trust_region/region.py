@@ -9,6 +9,7 @@ layers and tokens change the predictions together. One number, the coupling kapp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
 from ctr_optim.trust_region.bound import Bound, Factors, everyday_factor, largest_factor, limit_of, observed
 from ctr_optim.trust_region.coupling import Coupling
+from ctr_optim.trust_region.loss_scale import LossScale
 from ctr_optim.trust_region.protocols import Adapter, Step
 from ctr_optim.trust_region.rows import Rows
 
@@ -28,20 +30,23 @@ class TrustRegion:
     Attributes:
         bound: largest KL of a step.
         coupling: ratio of a step's KL to half its quadratic form.
+        loss_scale: scale of the loss, which predictions are relative to; None: they are not.
         rows: counter of training rows, for bounds that use it.
         factors: factors of ``max_kl`` in the last step, by name.
         limit: bound of the last step, in nats per token; None for no bound.
         predicted: predicted KL of the last step, in nats per token.
         scale: factor of the last step, in [0, 1], relative to its largest possible value.
+        kappa: ratio of the last step's KL to ``q / 2``; None before the first step.
         slope: derivative of the loss along the last step before scaling.
     """
 
-    def __init__(self, bound: Bound, coupling: Coupling) -> None:
-        self.bound, self.coupling, self.rows = bound, coupling, Rows()
+    def __init__(self, bound: Bound, coupling: Coupling, loss_scale: LossScale | None = None) -> None:
+        self.bound, self.coupling, self.rows, self.loss_scale = bound, coupling, Rows(), loss_scale
         self.factors: Factors = {}
         self.limit: Tensor | float | None = None
         self.predicted: Tensor | float = 0.0
         self.scale: Tensor | float = 1.0
+        self.kappa: Tensor | float | None = None
         self.slope: Tensor | float = 0.0
 
     def constrain(
@@ -56,12 +61,18 @@ class TrustRegion:
             given: additional factors of ``max_kl``, by name.
         """
         passes = self.rows.passes(step.q) if self.bound.needs_rows else None
-        evidence = observed(self.bound.state, groups, step.tokens, passes)
-        self.factors = {**self.bound.factors(evidence), **(given or {})}
-        self.limit = limit_of(self.bound, self.factors)
+        others = self.coupling.others
+        usual = None if others is None else others.expected(first=not self.coupling.known)
+        evidence = observed(self.bound.state, groups, step.tokens, passes, usual)
+        self._bind(self.bound.factors(evidence), given)
         farthest = largest_factor(self.bound, groups)
-        self.coupling.measure(step, self.limit, adapter, farthest)
-        predicted = 0.5 * self.coupling.along(step) * step.q
+        relative = step if self.loss_scale is None else self.loss_scale.relative(step)
+        self.coupling.measure(relative, self.limit, adapter, farthest)
+        if others is not None:  # The measurement gives the ratio along this step.
+            self._bind(self.bound.factors(replace(evidence, others=others.along())), given)
+        kappa = self.coupling.along(relative)
+        self.kappa = kappa if self.loss_scale is None else kappa * self.loss_scale.form
+        predicted = 0.5 * kappa * relative.q
         scale = torch.ones_like(predicted)
         most = farthest if self.coupling.known else 1.0
         if self.limit is not None and (self.coupling.known or adapter.per_token):
@@ -88,6 +99,49 @@ class TrustRegion:
         if self.bound.state.max_kl is None:
             return torch.ones_like(step.q)
         return scale_within(0.5 * self.coupling.usually(step) * step.q, limit, largest_factor(self.bound, groups))
+
+    def _bind(self, factors: Factors, given: Factors | None) -> None:
+        """Set the factors of the coming step and its bound."""
+        self.factors = {**factors, **(given or {})}
+        self.limit = limit_of(self.bound, self.factors)
+
+    def observe(self, dtype: torch.dtype, device: torch.device) -> LossScale | None:
+        """Read the scale of this step's loss and return it; None if it is not observed. All processes must call this.
+
+        Args:
+            dtype: dtype of the parameters, equal in all processes.
+            device: device of collective communication.
+        """
+        if self.loss_scale is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            self.loss_scale.observe(torch.zeros((), dtype=wide, device=device))
+        return self.loss_scale
+
+    @property
+    def states(self) -> list[Any]:
+        """The owners of checkpoint numbers."""
+        others = self.coupling.others
+        found = [self.bound.state, self.coupling.state]
+        found += [] if self.loss_scale is None else [self.loss_scale.state]
+        found += [self.rows.state] if self.bound.needs_rows else []
+        return found if others is None else [*found, others.state]
+
+    def settle(self) -> None:
+        """Update the checkpoint numbers from the device; waits for the device."""
+        self.rows.settle()
+        if self.loss_scale is not None:
+            self.loss_scale.settle()
+
+    def resume(self) -> None:
+        """Continue from the loaded checkpoint numbers."""
+        self.rows.resume()
+        if self.loss_scale is not None:
+            self.loss_scale.resume()
+
+    def forget(self) -> None:
+        """Drop the observations of passes whose gradients were cleared."""
+        if self.loss_scale is not None:
+            self.loss_scale.forget()
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 
-from benchmarks.quality import generation, plans, protocol, report, run, sensitivity, tasks
+from benchmarks.quality import generation, methods, plans, protocol, report, run, sensitivity, tasks
 
 CPU = torch.device("cpu")
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -303,3 +303,13 @@ def test_protocol_sorts_tasks_and_reads_rates(tmp_path: Path) -> None:
     assert protocol.parse_rates(["adamw=1e-3:2e-3", "dora=5"]) == {"adamw": [1e-3, 2e-3], "dora": [5.0]}
     with pytest.raises(ValueError, match="expected METHOD=RATE"):
         protocol.parse_rates(["adamw"])
+
+
+def test_the_default_bound_with_other_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "BOUNDS", bounds := dict(methods.BOUNDS))
+    name = methods.changed_bound({"outside": 0.03, "enough": 64})
+    bound = bounds[name](0.1)
+    assert (bound.outside, bound.enough, bound.repeats) == (0.03, 64.0, methods.Auto.repeats)
+    assert bound.needs_others and methods.Auto.outside == math.inf
+    with pytest.raises(ValueError, match="inside"):
+        methods.changed_bound({"inside": 1.0})

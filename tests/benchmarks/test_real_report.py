@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("peft", reason="the benchmarks adapt models with PEFT")
 
-from benchmarks.real import plans, plot, report, specs
+from benchmarks.real import peers, plans, plot, report, specs
 from benchmarks.real.methods import METHODS
+from benchmarks.real.run import read
 
 
 @pytest.mark.parametrize("name", list(plans.PLANS))
@@ -97,3 +98,30 @@ def test_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     plot.main(["lines.jsonl", "--out", str(tmp_path)])
     names = {"real-pareto-e2e.png", "real-lr-e2e.png", "real-batch-e2e.png"}
     assert {f.name for f in tmp_path.iterdir()} == names
+
+
+FINISHED = ("cells", "few-rows", "real", "real-default", "retention-peers")  # results before the plan was made
+
+
+def test_peers_leaves_finished_runs_out_and_starts_with_each_methods_best_guess() -> None:
+    """Only the default repeats finished runs, as the reference of today's version."""
+    plan = [specs.complete(s) for s in plans.peers()]
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    lines = read(results / f"{name}-h200.jsonl" for name in FINISHED)
+    finished = {specs.key_of(r["spec"]) for r in lines if "error" not in r}
+    repeated = {s["method"] for s in plan if specs.key_of(s) in finished}
+    assert repeated == {"ctr"}
+    others = [s for s in plan if s["method"] not in ("ctr", "adamw")]
+    first = others[: 2 * len(peers.RATES)]
+    assert [(s["task"], s["method"], s["lr"]) for s in first] == [
+        (task, method, rates[0]) for method, rates in peers.RATES.items() for task in ("e2e", "gsm8k")
+    ]
+    assert len(others) == 6 * len(peers.RATES)
+    adamw = {(s["task"], s["lr"]) for s in [*plan, *(r["spec"] for r in lines)] if is_full_run(s, "adamw")}
+    assert {(task, lr) for task in ("e2e", "gsm8k") for lr in (2e-4, 8e-4, 3.2e-3)} <= adamw
+
+
+def is_full_run(spec: dict[str, Any], method: str) -> bool:
+    """Whether a run has the setting of ``peers`` except for its method and rate."""
+    setting = plans.setting(spec["task"])
+    return specs.key_of({**setting, "method": method, "lr": spec["lr"]}) == specs.key_of(spec)

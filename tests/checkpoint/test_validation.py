@@ -79,7 +79,8 @@ def test_every_number_is_checked(saved: dict[str, Any], refused: Refuses) -> Non
         if isinstance(value, int):
             refused(changed(saved, "param_groups", 0, "ctr", name, value=1.5), f"checkpoint: {name} is")
             refused(changed(saved, "param_groups", 0, "ctr", name, value=None), f"checkpoint: {name} is")
-        if name not in ("version", "watched", "credit", "error"):  # checkpoints of earlier versions lack these
+        later = ("version", "watched", "credit", "error", "loss_scale", "loss_scale_unit")
+        if name not in later:  # checkpoints of earlier versions lack these
             refused(changed(saved, "param_groups", 0, "ctr", name, drop=True), name)
     for bad in (None, 3, [], "ctr"):
         refused(changed(saved, "param_groups", 0, "ctr", value=bad), "another optimizer wrote it")

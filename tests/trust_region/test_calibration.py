@@ -137,16 +137,19 @@ def test_measurements_are_averaged_but_for_what_the_slope_explains() -> None:
         opt.step()
         with torch.no_grad():
             measured = float(exact_kl(logits, model(ids)[labels != -100]).mean())
+        numbers = opt.state_dict()["param_groups"][0]["ctr"]
+        relative = numbers["loss_scale_unit"] / numbers["loss_scale"]  # without memory, the scale of this step
         form = 2 * kl_of_step(factors_of(opt), weights, weights_of(opt))
         moves = (
             (p.grad * (p.detach() - before[name])).sum() for name, p in model.named_parameters() if p.requires_grad
         )
         explained, weight = (float(sum(moves)) ** 2 / form) ** SLOPE_EXPONENT, max(0.2, 5 / (step + 5))
-        level = ((1 - weight) * level**0.5 + weight * (2 * measured / form / explained) ** 0.5) ** 2
+        level = ((1 - weight) * level**0.5 + weight * (2 * measured / (form * relative) / explained) ** 0.5) ** 2
         state = opt._trust.coupling.state
         assert state.coupling / state.alignment**SLOPE_EXPONENT == pytest.approx(level, rel=0.05)
         # A measured step uses at least its own coupling, measured at about its final length.
-        assert opt.metrics()["trust/coupling"] == pytest.approx(max(level * explained, 2 * measured / form), rel=0.1)
+        expected = max(level * explained * relative, 2 * measured / form)
+        assert opt.metrics()["trust/coupling"] == pytest.approx(expected, rel=0.1)
 
 
 def test_the_kl_from_the_base_model_is_measured_too() -> None:

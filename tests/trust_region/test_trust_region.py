@@ -44,15 +44,20 @@ def test_alignment_of_a_step_that_goes_nowhere() -> None:
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> None:
-    """The slope is that of the applied step, momentum and weight decay included."""
+    """The slope is that of the applied step, momentum and weight decay included, relative to the loss scale."""
     model = net()
     opt = optimizer(
         model, lr=0.1, weight_decay=0.1, max_kl=1e-4, calibration_interval=50, factor_interval=1, maximize=maximize
     )
-    typical = coupling = None
+    typical = coupling = average = None
     for step in range(3, 8):  # Only the first of these steps is measured.
         opt.zero_grad()
-        backward(model, batch(step))
+        data = batch(step)
+        with torch.no_grad():
+            logits = model(data[0])
+        (gradient,) = torch.autograd.grad(loss_of(logits.requires_grad_(), data[1]), logits)
+        scale = int((data[1] != -100).sum()) * float(gradient.square().sum())
+        backward(model, data)
         before, weights = snapshot(model), weights_of(opt)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         opt.step()
@@ -60,10 +65,11 @@ def test_between_measurements_the_coupling_follows_the_slope(maximize: bool) -> 
         moved = snapshot(model)
         slope = sum(float((g * (moved[name] - before[name])).sum()) for name, g in grads.items())
         assert slope * (1 if maximize else -1) > 0
-        ratio = slope**2 / (2 * kl_of_step(factors_of(opt), weights, weights_of(opt)))
-        if typical is None or coupling is None:
-            typical, coupling = ratio, found["trust/coupling"]
-        expected = coupling * min(max(ratio / typical, 1 / 3), 9) ** SLOPE_EXPONENT
+        now = opt.state_dict()["param_groups"][0]["ctr"]["loss_scale"]
+        ratio = slope**2 / scale * now / (2 * kl_of_step(factors_of(opt), weights, weights_of(opt)))
+        if typical is None or coupling is None or average is None:
+            typical, coupling, average = ratio, found["trust/coupling"], now
+        expected = coupling * average / now * min(max(ratio / typical, 1 / 3), 9) ** SLOPE_EXPONENT
         assert found["trust/coupling"] == pytest.approx(expected, rel=1e-4)
         saved = opt.state_dict()
         saved["param_groups"][0]["ctr"] |= {"steps": 101, "watched": 0}  # No measurement is due.
