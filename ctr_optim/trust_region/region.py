@@ -98,7 +98,9 @@ class TrustRegion:
         """
         if self.bound.state.max_kl is None:
             return torch.ones_like(step.q)
-        return scale_within(0.5 * self.coupling.usually(step) * step.q, limit, largest_factor(self.bound, groups))
+        relative = step if self.loss_scale is None else self.loss_scale.relative(step)
+        predicted = 0.5 * self.coupling.usually(relative) * relative.q
+        return scale_within(predicted, limit, largest_factor(self.bound, groups))
 
     def _bind(self, factors: Factors, given: Factors | None) -> None:
         """Set the factors of the coming step and its bound."""
