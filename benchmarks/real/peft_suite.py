@@ -22,6 +22,7 @@ import contextlib
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 import types
@@ -103,6 +104,15 @@ def patched(suite: Path, data: Path) -> None:
         if config.optimizer_type != "ctr":
             checked(config)
 
+    hashed = suite_utils.get_git_hash
+
+    def commit(module: Any) -> str | None:
+        try:
+            return hashed(module)
+        except subprocess.CalledProcessError:  # a package in a folder that is no checkout
+            return None
+
+    suite_utils.get_git_hash = commit
     suite_utils.get_optimizer_and_scheduler = optimizer_and_scheduler
     suite_utils.TrainConfig.__post_init__ = check
 
