@@ -24,7 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.real.plans import EVERYDAY
+from benchmarks.real.plan_parts import EVERYDAY
 from benchmarks.real.report import Record, Row, base_of, bases, rise, rows_of
 from benchmarks.real.run import read
 from benchmarks.real.specs import DEFAULTS, WIKITEXT, key_of

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.report import interval
-from benchmarks.real.plans import EVERYDAY
+from benchmarks.real.plan_parts import EVERYDAY
 from benchmarks.real.run import read
 from benchmarks.real.specs import DEFAULTS, Spec, complete
 
