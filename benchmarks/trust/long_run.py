@@ -105,15 +105,28 @@ class Worst:
 
 
 class Oracle:
-    """The factors' moving averages in float64, from hooks that are independent of the optimizer."""
+    """The factors' moving averages in float64, from hooks that are independent of the optimizer.
 
-    def __init__(self, opt: CTROptimizer, decay: float) -> None:
+    Squared gradients are averaged relative to ``s^2``, the loss's scale at the logits, and multiplied by its average.
+    """
+
+    def __init__(self, opt: CTROptimizer, decay: float, model: nn.Module) -> None:
         self.opt, self.decay, self.updates = opt, decay, 0
+        self.scale = self.average_scale = 0.0  # s^2 of the last backward, and its average
         self.now: dict[str, dict[str, Tensor]] = {}
         self.mean: dict[str, dict[str, Tensor]] = {}
         for pair in opt.pairs:
             pair.down.register_forward_hook(lambda _m, args, _o, n=pair.name: self._entered(n, args[0]))
             pair.up.register_forward_hook(lambda m, args, out, n=pair.name: self._left(n, m, args[0], out))
+        model.register_forward_hook(lambda _m, _args, logits: self._scaled(logits))
+
+    def _scaled(self, logits: Tensor) -> None:
+        def seen(grad: Tensor) -> None:
+            tokens = (grad != 0).any(-1).sum()
+            self.scale = float(tokens * grad.double().square().sum())
+
+        if logits.requires_grad:
+            logits.register_hook(seen)  # type: ignore[no-untyped-call]
 
     def _entered(self, name: str, x: Tensor) -> None:
         if torch.is_grad_enabled():
@@ -134,6 +147,7 @@ class Oracle:
         """
         self.updates += 1
         weight = (1 - self.decay) / (1 - self.decay**self.updates)
+        self.average_scale += weight * (self.scale - self.average_scale)
         active = {name: (t["g"] != 0).any(-1) for name, t in self.now.items()}
         tokens = min(int(a.sum()) for a in active.values())
         for name, t in self.now.items():
@@ -142,9 +156,9 @@ class Oracle:
             d = g @ t["B"]
             new = {
                 "input_diagonal": x.square().mean(0),
-                "output_diagonal": g.square().sum(0) / tokens,
+                "output_diagonal": g.square().sum(0) / tokens / self.scale,
                 "rank_input": h.mT @ h / len(h),
-                "rank_output": d.mT @ d / tokens,
+                "rank_output": d.mT @ d / tokens / self.scale,
             }
             kept = self.mean.setdefault(name, {k: torch.zeros_like(v) for k, v in new.items()})
             for key, value in new.items():
@@ -156,12 +170,17 @@ class Oracle:
         for pair in self.opt.pairs:
             for key in ("rank_input", "rank_output"):
                 if pair.name in self.mean:
-                    self.mean[pair.name][key] = self.opt.state[pair.B][key].double().clone()
+                    self.mean[pair.name][key] = self.opt.state[pair.B][key].double() / self._units(key)
+
+    def _units(self, key: str) -> float:
+        """Return the factor of an average: the loss's average scale for squared gradients, else 1."""
+        return self.average_scale if "output" in key else 1.0
 
     def compare(self, worst: Worst) -> None:
         """Record the relative difference of every factor."""
         for pair in self.opt.pairs:
-            for key, mine in self.mean[pair.name].items():
+            for key, relative in self.mean[pair.name].items():
+                mine = relative * self._units(key)
                 error = (self.opt.state[pair.B][key].double() - mine).norm() / mine.norm().clamp_min(1e-300)
                 worst.note(f"factor drift, {key}", error)
 
@@ -254,7 +273,7 @@ def run(steps: int, every: int = 1000, interval: int = 50, seed: int = 0) -> dic
     ranks = dict(interval=interval, until=1.0, hysteresis=0.0, window=4, min_rank=1, max_rank=10)
     trainable = [p for p in model.parameters() if p.requires_grad]
     opt = CTROptimizer(trainable, max_kl=MAX_KL, weight_decay=0.01, rank_scheduler=ranks)
-    oracle, worst, events = Oracle(opt, decay=0.95), Worst(), []
+    oracle, worst, events = Oracle(opt, 0.95, model), Worst(), []
     budget = sum(p.numel() for p in trainable)
     opt.on_rank_event(events.append)
     looks, losses, violations, shortened, fewest, started = [], [], 0, 0, 1.0, time.perf_counter()
