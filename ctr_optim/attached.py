@@ -33,7 +33,7 @@ from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import together
-from ctr_optim.runtime.hooks import Hook, weakly
+from ctr_optim.runtime.hooks import Hook, in_backward, weakly
 from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
 from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen, keeps_shapes
@@ -338,12 +338,16 @@ class Attached(Optimizer):
     def _forget_dropped(self) -> None:
         """Drop staged statistics if all gradients are None or zero: ``model.zero_grad()`` notifies no optimizer."""
         kfac = self._curvature
-        if not isinstance(kfac, KFAC) or not kfac.taps.enabled or self._trained.fsdp:
+        staged = isinstance(kfac, KFAC) and kfac.taps.enabled
+        if not (staged or self._trust.observing) or self._trained.fsdp:
             return  # FSDP2 accumulates gradients outside p.grad.
         if not same_parameters(parameters_of(self.param_groups), self._held):
             return
         grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
-        kfac.forget(together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None)
+        unless = together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None
+        kfac.forget(unless)
+        if not in_backward():  # Checkpointing recomputes a pass after the logits' gradients were observed.
+            self._trust.forget(unless)
 
     def _fall_back(self, reason: str) -> None:
         """Use AdamW's usual learning rate: no rate was given, and no trust region bounds the step."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ctr_optim.model.discovery import live_modules
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.runtime import distributed
+from ctr_optim.runtime.hooks import in_backward
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.settings import Settings
 
@@ -178,7 +179,7 @@ def check_outside_backward() -> None:
     Raises:
         RuntimeError: if autograd is running.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         raise RuntimeError(
             "CTROptimizer: step() was called from within a backward pass (optimizer-in-backward, one optimizer per "
             "parameter), but the trust region bounds the step of all parameters together. Build one optimizer for all "

@@ -93,7 +93,7 @@ def store(gradients: Mapping[Any, Tensor], state: State, weight: float) -> bool:
     if not all(bool(torch.isfinite(g).all()) for g in gradients.values()):
         return False
     for p, g in gradients.items():
-        if not state[p]:
+        if not state.get(p):  # state[p] would add an entry, which state_dict() cannot save.
             continue
         if weight < 1 and GRADIENT in state[p]:
             state[p][GRADIENT].lerp_(g, weight)

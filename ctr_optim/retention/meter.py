@@ -33,7 +33,7 @@ class Meter(Protocol):
 
     Attributes:
         on_text: whether the measurement uses retained text.
-        parameters: the trained A and B, each once.
+        parameters: A and B of all layers, each once.
     """
 
     on_text: ClassVar[bool]
@@ -56,7 +56,7 @@ class Meter(Protocol):
                 gradient of few tokens would change the predictions on all others.
 
         Returns:
-            the gradient; None if it cannot be computed, for example under FSDP2.
+            the gradient, 0 for frozen parameters; None if it cannot be computed, for example under FSDP2.
         """
 
     def release(self) -> None:
@@ -79,7 +79,7 @@ class TextMeter:
         self._batches: list[Batch | Tensor] = []
         self._all: list[Batch | Tensor] = []
         self._base: list[Tensor] | None = None
-        self.parameters = _trained(pairs)
+        self.parameters = _parameters(pairs)
 
     def measure(self) -> float:
         if self._base is None:
@@ -129,7 +129,7 @@ class TextMeter:
         rows, mask = logits.flatten(0, -2), mask_of(batch)
         rows = rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten()]
         most = max(1, min(most, _BYTES // (2 * rows.shape[-1]) // len(self._batches)))
-        return rows[:: -(-len(rows) // most)]
+        return rows[:: max(1, -(-len(rows) // most))]  # There are no rows if all tokens are padding.
 
 
 def _summed_kl(base: Tensor, logits: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ def _some_rows(batch: Batch | Tensor, tokens: int, part: int = 0) -> Batch | Ten
     }
 
 
-def _trained(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
-    """Return the trained A and B of the pairs, each once: layers may share their A."""
-    return list({id(p): p for pair in pairs for p in (pair.A, pair.B) if p.requires_grad}.values())
+def _parameters(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
+    """Return A and B of the pairs, each once: layers may share their A."""
+    return list({id(p): p for pair in pairs for p in (pair.A, pair.B)}.values())
 
 
 def _gradient(
@@ -188,19 +188,25 @@ def _gradient(
 
     Args:
         model: the model; its hooks collect nothing meanwhile, and DistributedDataParallel reduces nothing.
-        parameters: the parameters of the gradient.
+        parameters: the parameters of the gradient. Training may freeze some of them at any time; their gradient is 0.
         terms: yields sums ``()`` over parts of this process's tokens, and the number of tokens in each.
     """
     like = distributed.local(parameters[0])
     if distributed.fsdp_modules([model]):  # Its parameters are gathered copies in a forward pass.
         return None
     found, count = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters], 0
+    trained = [(p, g) for p, g in zip(parameters, found, strict=True) if p.requires_grad]
     failed = False
     with silent(), distributed.unsynchronized(model):
         try:
             for total, tokens in terms():
-                grads = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-                torch._foreach_add_(found, list(grads))
+                grads = torch.autograd.grad(total, [p for p, _ in trained], allow_unused=True)
+                reached = [(sums, g) for (_, sums), g in zip(trained, grads, strict=True) if g is not None]
+                if not reached:  # Reentrant checkpointing hides the parameters from torch.autograd.grad.
+                    failed = True
+                    break
+                for sums, g in reached:
+                    sums.add_(g)
                 count += tokens
         except CannotMeasure:
             raise
@@ -257,7 +263,7 @@ class BatchMeter:
     ) -> None:  # fmt: skip
         self._model, self._prober, self._quiet, self._pairs = model, prober, quiet, list(pairs)
         self._base: Tensor | None = None
-        self.parameters = _trained(pairs)
+        self.parameters = _parameters(pairs)
 
     def release(self) -> None:
         self._base = None

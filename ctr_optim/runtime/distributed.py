@@ -42,7 +42,7 @@ def add_up(tensors: Sequence[Tensor]) -> int:
     """
     world = world_size()
     if world > 1:
-        for dtype in {t.dtype for t in tensors}:
+        for dtype in dict.fromkeys(t.dtype for t in tensors):  # A set would have another order in each process.
             some = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in some])
             dist.all_reduce(flat)

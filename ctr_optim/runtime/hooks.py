@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakMethod
 
+import torch
 from torch import nn
 
 _silent = 0  # number of open contexts of silent()
@@ -23,10 +24,24 @@ def silent() -> Iterator[None]:
         _silent -= 1
 
 
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass in this thread; False in a compiled graph."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _transformed() -> bool:
+    """Return whether ``torch.jit.trace`` or a transform of :mod:`torch.func` runs, whose tensors must not stay."""
+    if torch.compiler.is_compiling():
+        return False
+    traced: bool = torch.jit.is_tracing()  # type: ignore
+    return traced or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Hook:
     """Callable hook that calls ``act`` for one module only.
 
-    ``copy.deepcopy`` and ``pickle`` copy a module together with its hooks. A copy of this hook does nothing.
+    ``copy.deepcopy`` and ``pickle`` copy a module together with its hooks. A copy of this hook does nothing. The hook
+    also ignores passes under ``torch.jit.trace`` and transforms such as ``torch.func.vmap``, which are not training.
 
     Args:
         act: the function to call, as ``act(module, *args)``.
@@ -37,7 +52,9 @@ class Hook:
         self.act, self.owner = act, owner
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        return self.act(module, *args) if id(module) == self.owner and not _silent else None
+        if id(module) != self.owner or _silent or _transformed():
+            return None
+        return self.act(module, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (_nothing, 0)

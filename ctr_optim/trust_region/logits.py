@@ -94,6 +94,18 @@ def logits_of(output: Any) -> Logits | None:
     return None if found is None else Logits([found], named)
 
 
+def unviewed(logits: Tensor) -> Tensor:
+    """Return the tensor to hook for the gradient of logits: the base of a view of the same rows, else the logits.
+
+    A linear layer with a bias returns a view of ``(n, V)``. Autograd drops the hooks of a view that a loss changes in
+    place, for example to divide by a temperature, but keeps the hooks of the base.
+    """
+    base = None if torch.compiler.is_compiling() else logits._base
+    if base is None or base.dim() < 2 or base.shape[-1] != logits.shape[-1] or base.numel() != logits.numel():
+        return logits
+    return base if base.requires_grad and base.is_contiguous() and logits.is_contiguous() else logits
+
+
 def are_log_probabilities(logits: Tensor) -> Tensor:
     """Return ``()`` whether every row of ``(n, V)`` has probabilities that sum to 1."""
     norms = torch.where(torch.isfinite(logits), logits, -torch.inf).float().logsumexp(-1)

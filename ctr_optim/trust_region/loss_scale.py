@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.amp import grad_scale
-from ctr_optim.trust_region.logits import Logits
+from ctr_optim.trust_region.logits import Logits, unviewed
 from ctr_optim.trust_region.protocols import Changes, Step
 
 
@@ -101,10 +101,11 @@ class LossScale:
         def seen(depth: int, grad: Tensor | None) -> None:  # A compiled graph accepts a function, not a bound method.
             scale._seen(depth, grad)
 
-        for chunk in logits.chunks:
+        chunks = [unviewed(chunk) for chunk in logits.chunks]
+        for chunk in chunks:
             if chunk.requires_grad and not any(chunk is other for other in before):
                 chunk.register_hook(partial(seen, depth))  # type: ignore[no-untyped-call]
-        self._hooked = [] if compiling else [weakref.ref(chunk) for chunk in logits.chunks]
+        self._hooked = [] if compiling else [weakref.ref(chunk) for chunk in chunks]
 
     def _seen(self, depth: int, grad: Tensor | None) -> None:
         if grad is None:
@@ -112,9 +113,19 @@ class LossScale:
         found, before = squares(grad.detach()), self._sums.get(depth)
         self._sums[depth] = found if before is None else before + found.to(before)
 
-    def forget(self) -> None:
-        """Drop the observed gradients, because the gradients of the parameters were cleared."""
-        self._sums = {}
+    @property
+    def observing(self) -> bool:
+        """Whether gradients were observed since the last step."""
+        return bool(self._sums)
+
+    def forget(self, unless: Tensor | None = None) -> None:
+        """Drop the observed gradients, because the gradients of the parameters were cleared.
+
+        Args:
+            unless: ``()`` condition on the device; if it is true, the observed gradients stay.
+        """
+        kept = {} if unless is None else self._sums
+        self._sums = {depth: torch.where(unless.to(sums.device), sums, 0) for depth, sums in kept.items()}  # type: ignore
 
     def observe(self, like: Tensor) -> None:
         """Read the scale of this step. All processes must call this method.

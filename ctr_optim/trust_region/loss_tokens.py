@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctr_optim.settings import IGNORED
-from ctr_optim.trust_region.logits import Logits, evenly
+from ctr_optim.trust_region.logits import Logits, evenly, unviewed
 
 # Classes of transformers' models that compare a token's logits with the label at the same position, not the next.
 _NOT_SHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining", "ForCTC")
@@ -31,7 +31,7 @@ class Watch:
         self.named, self.classes = logits.named, first.shape[-1]
         self._masks: dict[int, Tensor] = {}
         self._sums: list[Tensor] = []
-        self._missing = len(logits.chunks)
+        self._shapes = [chunk.shape[:-1] for chunk in logits.chunks]
         watch = self
 
         def seen(index: int, grad: Tensor | None) -> None:  # A compiled graph accepts a function, not a bound method.
@@ -39,12 +39,12 @@ class Watch:
 
         for index, chunk in enumerate(logits.chunks):
             if chunk.requires_grad:
-                chunk.register_hook(partial(seen, index))  # type: ignore[no-untyped-call]
+                unviewed(chunk).register_hook(partial(seen, index))  # type: ignore[no-untyped-call]
 
     def _seen(self, index: int, grad: Tensor | None) -> None:
         if grad is None:  # DistributedDataParallel(find_unused_parameters=True), and the loss does not use this output.
             return
-        self._masks[index] = (grad != 0).any(-1)
+        self._masks[index] = (grad != 0).any(-1).view(self._shapes[index])
         if not self.named:
             rows = grad.reshape(-1, grad.shape[-1])
             rows = rows[evenly(len(rows))].float()
@@ -55,7 +55,7 @@ class Watch:
     def mask(self) -> Tensor | None:
         """``(*shape)`` whether the loss has a gradient at each token; None until every chunk has a gradient."""
         masks = [self._masks[index] for index in sorted(self._masks)]
-        if len(masks) != self._missing:
+        if len(masks) != len(self._shapes):
             return None
         return masks[0] if len(masks) == 1 else torch.cat(masks, 1)
 

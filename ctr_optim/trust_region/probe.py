@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.displacement import Moved
-from ctr_optim.runtime.hooks import Hook
+from ctr_optim.runtime.hooks import Hook, in_backward
 from ctr_optim.runtime.messages import users_line
 from ctr_optim.trust_region.kept import SKIPS_HEAD, Kept
 from ctr_optim.trust_region.logits import NO_LOGITS, kl_divergence, logits_of
@@ -112,6 +112,8 @@ class Probe:
         if self.paused or not self.enabled or not torch.is_grad_enabled() or self._given_up:
             return
         if self._depth is not None and depth > self._depth:
+            return
+        if self._call is not None and in_backward():  # Checkpointing recomputes a pass, perhaps not to its end.
             return
         self._depth = depth
         try:

@@ -140,10 +140,19 @@ class TrustRegion:
         if self.loss_scale is not None:
             self.loss_scale.resume()
 
-    def forget(self) -> None:
-        """Drop the observations of passes whose gradients were cleared."""
+    @property
+    def observing(self) -> bool:
+        """Whether passes since the last step were observed."""
+        return self.loss_scale is not None and self.loss_scale.observing
+
+    def forget(self, unless: Tensor | None = None) -> None:
+        """Drop the observations of passes whose gradients were cleared.
+
+        Args:
+            unless: ``()`` condition on the device; if it is true, the observations stay.
+        """
         if self.loss_scale is not None:
-            self.loss_scale.forget()
+            self.loss_scale.forget(unless)
 
     def judge(self, closure: Callable[[], Any], before: Any, maximize: bool, like: Tensor) -> None:
         """Adapt the bound to the actual and the predicted reduction of the loss.

@@ -253,6 +253,67 @@ def test_a_model_without_a_second_backward_pass_trains_as_before(monkeypatch: py
     assert 0.8 < opt.metrics()["budget/used"] / FULL["kl_budget"] <= 1.02
 
 
+def test_layers_that_freeze_and_thaw_keep_the_gradient() -> None:
+    model, opt = full()
+    for frozen in (True, False):
+        model.up.requires_grad_(not frozen)
+        model.up.base.requires_grad_(False)
+        train(model, opt, 12, 20)
+        assert opt._budget.state.budget_span is not None
+        assert opt.metrics()["budget/used"] <= 1.02 * FULL["kl_budget"]
+
+
+def test_a_layer_that_is_frozen_from_the_start() -> None:
+    model = net(b_std=0.0)
+    opt = optimizer(model, **FULL, retain=TEXT)
+    train(model, opt, 2)
+    model.up.lora_A.weight.requires_grad_(False)
+    train(model, opt, 30, 2)
+    assert opt._budget.state.budget_span is not None
+
+
+def test_parameters_of_another_optimizer_get_no_state() -> None:
+    model = net(b_std=0.0)
+    mine = [p for name, p in model.named_parameters() if "lora_B" in name]
+    opt = CTROptimizer(mine, model=model, kl_schedule="lr", **FULL, retain=TEXT)
+    train(model, opt, 40)
+    assert opt._budget.state.budget_turn > 0
+    assert set(opt.state_dict()["state"]) == {0, 1} and set(opt.state) == set(mine)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """Reentrant checkpointing hides the parameters from autograd: there is no gradient, rather than one of zero."""
+    model: Any = tiny_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    opt = optimizer(model.train(), calibration_interval=4, kl_budget=10.0)
+    ids = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad.clone() for p in opt._budget.meter.parameters]
+    opt._budget.meter.measure()
+    found = opt._budget.meter.gradient(0)
+    assert found is None if reentrant else sum(g.norm() for g in found) > 0
+    assert all(torch.equal(p.grad, g) for p, g in zip(opt._budget.meter.parameters, grads, strict=True))
+
+
+def test_a_batch_of_padding_adds_nothing() -> None:
+    model: Any = tiny_llama()
+    ids = torch.randint(3, 64, (20, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[16:] = 0  # the last part of the batch for a gradient, as in a batch that is filled up
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    pairs = optimizer(model).pairs
+    found = []
+    for text in ([{"input_ids": ids, "attention_mask": mask}, padding], [{"input_ids": ids[:16]}]):
+        meter = TextMeter(model, lambda _, text=text: text, pairs)
+        found.append((meter.measure(), meter.gradient(0)))
+    (one, first), (two, second) = found
+    assert one == pytest.approx(two, rel=1e-3) and one > 0
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def together(rank: int, folder: Path, kind: str) -> Any:
     """Return this process's gradient, and its weights after a run with a full budget."""
     model: Any = tiny_llama()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import backward, batch, loss_of, net, optimizer, snapshot
+from support import backward, batch, loss_of, net, optimizer, snapshot, train
 from torch import Tensor, nn
 
 from ctr_optim import CTROptimizer
@@ -127,6 +127,60 @@ def test_cleared_gradients_do_not_count() -> None:
     backward(model, batch(2))
     opt.step()
     assert numbers(opt)["loss_scale"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("interval", [1, 5])
+def test_gradients_that_the_model_clears_do_not_count(set_to_none: bool, interval: int) -> None:
+    """``model.zero_grad()`` notifies no optimizer; the next forward pass finds no gradients."""
+    model = net()
+    opt = calibrated(model, factor_interval=interval)
+    for _ in range(2):  # The first step updates the factors, the second one may not.
+        backward(model, batch(1), weight=100.0)
+        model.zero_grad(set_to_none)
+        expected = squared_scale(model, batch(2))
+        for part in (slice(2), slice(2, 4)):  # Micro-batches still add up.
+            backward(model, tuple(t[part] for t in batch(2)), weight=0.5)  # type: ignore[arg-type]
+        opt.step()
+        model.zero_grad(set_to_none)
+        assert float(opt._trust.loss_scale._now) == pytest.approx(expected)
+
+
+def test_logits_that_the_loss_changes_in_place() -> None:
+    """The last layer has a bias, so that it returns a view, which loses its hooks when it changes in place."""
+    scales, sources = [], []
+    for in_place in (False, True):
+        model = net()
+        opt = calibrated(model)
+        ids, labels = batch(1)
+        out = model(ids)
+        loss_of(out.div_(2.0) if in_place else out / 2.0, labels).backward()
+        opt.step()
+        scales.append(numbers(opt)["loss_scale"])
+        sources.append(opt.metrics()["trust/source"])
+    assert scales[1] == pytest.approx(scales[0]) and scales[0] > 0
+    assert sources == ["measured", "measured"]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_transforms_between_steps_leave_no_trace(steps: int) -> None:
+    """Per-sample gradients by torch.func and tracing work with every hook, and do not count as training."""
+    model = net()
+    opt = calibrated(model, factor_interval=10)
+    train(model, opt, steps)
+    opt.zero_grad()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(torch.func.functional_call(model, weights, (ids[None],)), labels[None])
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, *batch(3))
+    torch.jit.trace(model, batch(3)[0])
+    assert grads["up.lora_A.weight"].shape == (4, *model.up.lora_A.weight.shape)
+    expected = squared_scale(model, batch(2))
+    backward(model, batch(2))
+    opt.step()
+    assert float(opt._trust.loss_scale._now) == pytest.approx(expected)
 
 
 # -- one object's hooks ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from support import batch, exact_kl, loss_of, net, optimizer, plain_bound, same,
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ctr_optim.trust_region.logits import kl_divergence
 from ctr_optim.trust_region.loss_tokens import from_labels, shifts_labels
@@ -52,6 +54,38 @@ def test_logits_without_a_gradient_are_masked_by_labels(kind: str) -> None:
     found = measured_kl(model, ids, labels, opt.step)
     assert opt.metrics()["trust/source"] == "measured"
     assert found == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.usefixtures("a_token_is_enough")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_that_recomputes_a_pass_changes_nothing(whole: bool, reentrant: bool) -> None:
+    """Checkpointing recomputes modules in the backward pass, and may stop before the end of a module."""
+    runs = []
+    for checkpointed in (False, True):
+        if whole:
+            model: Any = net()
+            dummy = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            kept = partial(checkpoint, lambda x, y, m=model: m(x) + y, use_reentrant=reentrant)
+            run = (lambda x, kept=kept, y=dummy: kept(x, y)) if checkpointed else model
+        else:  # The only layer with LoRA contains all trained parameters, and each layer is checkpointed.
+            model = tiny_llama(target_modules=["q_proj", "v_proj"], layers_to_transform=[0]).train()
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            run = lambda x, m=model: m(input_ids=x).logits  # noqa: E731
+        opt = optimizer(model, max_kl=1e-3, calibration_interval=1)
+        for step in range(3):
+            ids, labels = batch(step)
+            loss_of(run(ids), labels).backward()
+            opt.step()
+            opt.zero_grad()
+        assert opt.metrics()["trust/source"] == "measured"
+        runs.append((snapshot(model), opt._trust.loss_scale._now))
+    (plain, scale), (other, same_scale) = runs
+    torch.testing.assert_close(same_scale, scale)
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value)
 
 
 def test_without_gradient_and_labels_nothing_is_measured() -> None:
