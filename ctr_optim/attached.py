@@ -344,7 +344,7 @@ class Attached(Optimizer):
         if not same_parameters(parameters_of(self.param_groups), self._held):
             return
         grads = [p.grad for pair in self.pairs for p in (pair.A, pair.B) if p.grad is not None]
-        unless = together([n != 0 for n in torch._foreach_norm(grads)]).any() if grads else None
+        unless = (together(torch._foreach_norm(grads)) != 0).any() if grads else None
         kfac.forget(unless)
         if not in_backward():  # Checkpointing recomputes a pass after the logits' gradients were observed.
             self._trust.forget(unless)
