@@ -32,6 +32,10 @@ T = TypeVar("T")
 
 _MOST_FAILURES = 3  # After this many failures in a row, the probe stops.
 _SAME = 1e-2  # Nats per token: above this KL between a slice and the whole batch's rows, the slice is not valid.
+_HIDDEN = (
+    "autograd finds no parameter that the loss depends on, as with reentrant gradient checkpointing: pass "
+    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+)
 
 
 class _Failed:
@@ -244,6 +248,7 @@ class Probe:
 
         Raises:
             NoLoss: if the model's output has no ``.loss``.
+            RuntimeError: if the loss depends on no parameter, as far as autograd can see.
         """
         assert self._call is not None
         with self._without_trace(self._call), torch.enable_grad():
@@ -253,7 +258,10 @@ class Probe:
                     "curvature='hutchinson' needs a model that returns its loss (pass labels to it); "
                     "the output has no .loss: use curvature='kfac', which needs only gradients"
                 )
-            return list(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+            if all(g is None for g in grads):
+                raise RuntimeError(_HIDDEN)
+            return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
 
     def logits_with_graph(self) -> Tensor:
         """Return ``(n, V)`` logits of the compared tokens with the current parameters, to differentiate.

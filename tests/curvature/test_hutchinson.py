@@ -111,3 +111,20 @@ def test_a_sample_that_fails_is_left_out(error, monkeypatch):
     monkeypatch.setattr(probe, "gradients", working)
     step()
     assert any(bool(entry["hessian_diagonal"].any()) for entry in optimizer.state.values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_never_gives_a_hessian_of_zero(reentrant: bool) -> None:
+    """Reentrant checkpointing hides the parameters from autograd, which is a failure and not a gradient of zero."""
+    model, batch = tiny_llama(), llama_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    params = [p for p in model.train().parameters() if p.requires_grad]
+    opt = CTROptimizer(params, model=model, curvature="hutchinson", calibration_interval=1)
+    model(**batch).loss.backward()
+    opt.step()
+    refused, sizes = opt._curvature.prober.refused, [opt.state[p]["hessian_diagonal"].norm() for p in params]
+    if reentrant:
+        assert refused is not None and "use_reentrant" in refused
+    else:
+        assert refused is None and all(size > 0 for size in sizes)
