@@ -18,6 +18,7 @@ from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.registry import CURVATURES
+from ctr_optim.direction.average import Average
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack
@@ -63,6 +64,7 @@ class Attached(Optimizer):
     _retained: Retained
     _kl_budget: float | None
     _holdout: Holdout | None
+    _average: Average | None
 
     def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
         """Find the LoRA layers that own the parameters, and hook them.
@@ -199,6 +201,8 @@ class Attached(Optimizer):
             self._judge.forget(self.state)
         if self._budget is not None:
             self._budget.forget(self.state)
+        if self._average is not None:
+            self._average.forget(self.state)
         self._restack()
 
     def _restack(self) -> None:
@@ -278,6 +282,7 @@ class Attached(Optimizer):
         owners = [self._counters, self._rank_state, *self._trust.states]
         owners += [] if self._budget is None else [self._budget.state]
         owners += [] if self._judge is None else [self._judge.state]
+        owners += [] if self._average is None else [self._average.state]
         return owners if self._curvature.state is None else [*owners, self._curvature.state]
 
     def _go_on(self, numbers: Mapping[str, Any]) -> None:
@@ -322,6 +327,10 @@ class Attached(Optimizer):
 
     def _forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Prepare for a training forward pass: move the state to the model's device, drop outdated statistics."""
+        if self._average is not None and self._average.loaded:
+            distributed.reshard(self._trained.fsdp)
+            with torch.no_grad():
+                self._average.leave(self._held, self.state)
         if self._bound.needs_rows:
             self._trust.rows.look(args, kwargs)
         if not self._trained.fsdp:
@@ -384,6 +393,7 @@ class Attached(Optimizer):
             "_retained": self._retained,
             "_kl_budget": self._kl_budget,
             "_holdout": self._holdout,
+            "_average": self._average,
             "_carried": self._numbers(),
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
@@ -395,6 +405,7 @@ class Attached(Optimizer):
         self._model, self._ranks, self._attached = None, None, False
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = chosen("kl_schedule", self._settings.kl_schedule, BOUNDS)(self._settings.max_kl)
+        self._bound.averaged = self._average is not None
         self._attach(self.__dict__.pop("_carried"))
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ctr_optim.attached import Attached
 from ctr_optim.checkpoint.validation import checked
 from ctr_optim.curvature.blocks import drop_sketches
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.registry import CURVATURES
+from ctr_optim.direction.average import Average, drop_averages
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.gradients import all_finite
 from ctr_optim.direction.layout import parameters_of
@@ -40,9 +40,10 @@ from ctr_optim.runtime.messages import warn_failed
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
 from ctr_optim.settings import LEARNING_RATE, Settings, check_group, chosen, due
 from ctr_optim.trust_region.bound import BOUNDS
+from ctr_optim.weights import Weights
 
 
-class CTROptimizer(Attached):
+class CTROptimizer(Weights):
     r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
 
     The method is reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For layers :math:`y = W_0 x + s B A x`
@@ -93,6 +94,8 @@ class CTROptimizer(Attached):
             text, or on the batch if there is none; None for no bound.
         holdout: a few batches that training never uses, or a :class:`~ctr_optim.holdout.Holdout`. If the loss on them
             rises, the bound shrinks, and the best weights are restored.
+        average: True: keep a running average of the weights, for training without a schedule. Evaluate and save inside
+            ``with opt.averaged():``, and call ``opt.use_average()`` at the end.
         foreach: None: the fastest available (Triton kernels on a GPU); True: torch operations on stacked layers;
             False: layer by layer.
 
@@ -131,6 +134,7 @@ class CTROptimizer(Attached):
         retain: Iterable[Any] | Retention | str | None = None,
         kl_budget: float | None = None,
         holdout: Iterable[Any] | Holdout | None = None,
+        average: bool = False,
     ) -> None:
         self._settings = Settings(
             max_kl, kl_schedule, calibration_interval, trust_penalty, curvature, factor_structure, factor_decay,
@@ -143,6 +147,8 @@ class CTROptimizer(Attached):
         self._retained, self._kl_budget, self._holdout = Retained(retain), kl_budget, Holdout.of(holdout)
         self._counters, self._rank_state = Counters(), RankState()
         self._bound = chosen("kl_schedule", kl_schedule, BOUNDS)(self._settings.max_kl)
+        self._average = Average.of(average)
+        self._bound.averaged = average
         self._ranks: RankController | None = None
         rate = LEARNING_RATE if lr is None else lr
         defaults = dict(lr=rate, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach)
@@ -172,6 +178,7 @@ class CTROptimizer(Attached):
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             self._watch.no_gradient(self.steps)
             return loss
+        self._check_training_weights()
         self._retain()
         stacks = self._stack()
         self._judged(first=True)
@@ -187,6 +194,8 @@ class CTROptimizer(Attached):
         self._counters.steps += 1
         if scale is not None and not self._bound.sets_length:
             self._watch.stepped(self.steps, self.param_groups, self._trust.predicted, scale, self._trust.limit)
+        if self._average is not None:
+            self._average.add(self._held, self.state)
         try:
             self._judged()
             self._reallocate()
@@ -220,17 +229,6 @@ class CTROptimizer(Attached):
         scale = factor * (torch.ones_like(step.q) if scale is None else scale)
         step.take_(scale)
         budget.moved(length, factor, scale, self._budget_due, self.state)
-
-    def restore_best(self) -> float:
-        """Restore the weights with the lowest held-out loss, and return that loss in nats per token.
-
-        Raises:
-            ValueError: if the optimizer has no hold-out.
-        """
-        if self._judge is None:
-            raise ValueError("restore_best: this optimizer has no hold-out; pass holdout=batches to CTROptimizer")
-        distributed.reshard(self._trained.fsdp)
-        return self._judge.restore_best(self.steps, self._held, self.state)
 
     def _look(self) -> Tensor:
         """Return ``()`` whether all gradients are finite; count a skipped step if not."""
@@ -390,10 +388,14 @@ class CTROptimizer(Attached):
             raise ValueError("checkpoint: it was written without retain; build the optimizer without retain to load it")
         if carried:
             self._retained.settle()
+        if self._average is None:
+            drop_averages(state)
         if self._budget is None:
             forget(state)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._go_on(numbers)
+        if self._average is not None:
+            self._average.loaded = self._average.in_use(self._held, self.state)
         self._mirror()
         self._restack()
         self._arm()

@@ -96,6 +96,7 @@ CTR = "from ctr_optim import CTROptimizer, RankScheduler\n"
 SETUPS: dict[str, list[str | None]] = {
     "README.md": [LOOP, TRAINER, SFT],
     "docs/README.md": [LOOP],
+    "docs/choosing.md": [LOOP],
     "docs/coming-from-adamw.md": [LOOP, TRAINER, DPO],
     "docs/compress.md": [LOOP + CTR + STEPS, LOOP + CTR],
     "docs/distributed.md": [FSDP, None],

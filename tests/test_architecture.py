@@ -37,7 +37,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     ),
     "metrics": _BELOW,
     "attached": (*_BELOW, "metrics"),
-    "optimizer": (*_BELOW, "metrics", "attached"),
+    "weights": (*_BELOW, "attached"),
+    "optimizer": (*_BELOW, "metrics", "attached", "weights"),
     # These modules build an optimizer, so that they may import it.
     "ranks.initialize": (*_BELOW, "optimizer"),
     "ranks.compress": (*_BELOW, "optimizer"),

@@ -16,6 +16,7 @@ from ctr_optim.curvature.base import Curvature
 from ctr_optim.curvature.blocks import OVERSAMPLED, factor_state, sketch_state
 from ctr_optim.curvature.factors import STRUCTURES
 from ctr_optim.curvature.kfac import KFAC
+from ctr_optim.direction.average import AVERAGE, TRAINING
 from ctr_optim.direction.stack import initial_state
 from ctr_optim.holdout.judge import BEST
 from ctr_optim.model.coordinates import SCALES, VECTORS, empty
@@ -35,7 +36,7 @@ OPTIONAL = {
     "budget_used", "budget_rate", "budget_path", "budget_age", "budget_ahead", "budget_span", "budget_turn",
     "budget_length", "rows_seen", "rows_sketch", "holdout_loss", "holdout_best", "holdout_best_step", "holdout_factor",
     "watched", "window_seen", "window_distinct", "next_seen", "next_distinct", "credit", "error",
-    "loss_scale", "loss_scale_unit", "others_ratio", "others_measured",
+    "loss_scale", "loss_scale_unit", "others_ratio", "others_measured", "averaged_steps",
 }  # fmt: skip
 LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that only checkpoints of format 1 may lack
 
@@ -184,9 +185,9 @@ def _expected_entry(
     """
     # The meta device allocates no memory: the parameter may be as large as a model's embedding.
     bare = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
-    best: dict[str, Tensor] = {BEST: bare} if isinstance(entry, Mapping) and BEST in entry else {}
-    if isinstance(entry, Mapping) and GRADIENT in entry:
-        best[GRADIENT] = bare.to(torch.promote_types(p.dtype, torch.float32))
+    wide = bare.to(torch.promote_types(p.dtype, torch.float32))
+    stored = {BEST: bare, TRAINING: bare, AVERAGE: wide, GRADIENT: wide}
+    best: dict[str, Tensor] = {k: v for k, v in stored.items() if isinstance(entry, Mapping) and k in entry}
     if pair is not None and isinstance(curvature, KFAC):
         expected = initial_state(bare, -1 if p is pair.B else -2)
         if p is pair.B:

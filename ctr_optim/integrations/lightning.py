@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 
 from ctr_optim.integrations import accept_ranks, check_ownership, set_length, unwrap
+from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.report.log import EventLog, scalars
 
 
@@ -15,7 +17,8 @@ class CTRCallback(pl.Callback):
     """Log the optimizer's metrics through ``log_dict``, and connect the Trainer with the rank scheduler.
 
     The callback lets ``ckpt_path`` resume after ranks have moved. If ``RankScheduler.total_steps`` is None, the
-    callback sets it to the number of steps that the Trainer expects.
+    callback sets it to the number of steps that the Trainer expects. With ``average=True``, the module holds the
+    average of the weights during validation and after the training. Checkpoints contain the training weights.
 
     Args:
         events: file or directory of the event log; None for the Trainer's log directory.
@@ -25,6 +28,7 @@ class CTRCallback(pl.Callback):
         self.events = events
         self._log: EventLog | None = None
         self._hooks: list[Any] = []
+        self._average = ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the model load weights of any rank, because Lightning loads it before it builds the optimizer."""
@@ -56,8 +60,21 @@ class CTRCallback(pl.Callback):
             losses = {"loss": float(outputs["loss"])} if isinstance(outputs, dict) and "loss" in outputs else {}
             pl_module.log_dict(scalars(self._log.log(**losses)))
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the module hold the average of the weights if the optimizer keeps one."""
+        optimizer = unwrap(trainer.optimizers[0]) if trainer.optimizers else None
+        if isinstance(optimizer, CTROptimizer) and optimizer.averages and not trainer.sanity_checking:
+            self._average.enter_context(optimizer.averaged())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the module keep the average of the weights."""
+        optimizer = unwrap(trainer.optimizers[0])
+        if optimizer.averages:
+            optimizer.use_average()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the validation losses to the event log."""
+        """Restore the training weights, and write the validation losses to the event log."""
+        self._average.close()
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
         if self._log is not None and found and not trainer.sanity_checking:
             self._log.evaluated(**found)

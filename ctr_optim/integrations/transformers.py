@@ -17,6 +17,7 @@ import inspect
 import os
 import warnings
 import weakref
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
 
@@ -101,6 +102,8 @@ class CTRCallback(TrainerCallback):
     - If ``RankScheduler.total_steps`` is None, it becomes the Trainer's number of steps.
     - ``resume_from_checkpoint`` works after ranks have moved, even if the optimizer is built after the checkpoint is
       loaded.
+    - With ``average=True``, the Trainer evaluates and saves the average of the weights, and the model holds it after
+      the training.
 
     Args:
         events: file or directory of the event log; None for the Trainer's ``output_dir``.
@@ -110,6 +113,7 @@ class CTRCallback(TrainerCallback):
         self.events = events
         self._log: EventLog | None = None
         self._hooks: list[Any] = []
+        self._averages: _Averages | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Store the tokenizer; if there is no optimizer yet, let the model load weights of any rank."""
@@ -134,7 +138,8 @@ class CTRCallback(TrainerCallback):
             )
         for hook in self._hooks:
             hook.remove()
-        _move_to_front(self)
+        self._averages = self._averages or _Averages()
+        _place(self, self._averages)
         optimizer = unwrap(kwargs["optimizer"])
         if kwargs.get("model") is not None:
             check_ownership(optimizer, kwargs["model"])
@@ -192,8 +197,52 @@ def _warn_of_ignored_rate(args: TrainingArguments, optimizer: CTROptimizer) -> N
         )
 
 
-def _move_to_front(callback: TrainerCallback) -> None:
-    """Move this callback before the loggers in the calling handler, so that loggers see the added metrics.
+class _Averages(TrainerCallback):
+    """Let the model hold the average of the weights while the Trainer evaluates or saves, and after the training.
+
+    It runs after all other callbacks, because they decide whether the Trainer evaluates or saves after a step.
+    """
+
+    def __init__(self) -> None:
+        self._context = ExitStack()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the model hold the average if the Trainer evaluates or saves now."""
+        optimizer = unwrap(kwargs["optimizer"])
+        if optimizer.averages and (control.should_evaluate or control.should_save):
+            self._context.enter_context(optimizer.averaged())
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do as after a step: the Trainer may evaluate and save after an epoch."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the training weights."""
+        self._context.close()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the training weights."""
+        self._context.close()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the average, or the best checkpoint's weights if the Trainer has loaded them."""
+        optimizer = unwrap(kwargs["optimizer"])
+        if optimizer.averages:
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            optimizer.use_average(keep=best)
+            self._context.pop_all()
+
+
+def _place(first: TrainerCallback, last: TrainerCallback) -> None:
+    """Place a callback before the loggers in the calling handler, and another after all callbacks.
 
     Loggers read ``logs`` when they are called, and the Trainer calls user callbacks last. The Trainer does not pass its
     callback handler, so this function takes the handler from two frames up the stack.
@@ -202,4 +251,4 @@ def _move_to_front(callback: TrainerCallback) -> None:
     caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     handler = caller.f_locals.get("self") if caller is not None else None
     if isinstance(handler, CallbackHandler):  # assign a new list, because the handler iterates over the old one
-        handler.callbacks = [callback, *(c for c in handler.callbacks if c is not callback)]
+        handler.callbacks = [first, *(c for c in handler.callbacks if c not in (first, last)), last]

@@ -61,9 +61,11 @@ class Bound(Protocol):
         needs_rows: whether it uses :attr:`Evidence.passes`.
         sets_length: whether the bound may lengthen a step beyond its learning rate. Then only the shape of the
             learning rate's schedule matters.
+        averaged: whether the average of the weights is used, which tolerates longer steps at a constant rate.
     """
 
     state: BoundState
+    averaged: bool
     needs_closure: ClassVar[bool]
     needs_rows: ClassVar[bool]
     sets_length: ClassVar[bool]
@@ -92,7 +94,7 @@ class Constant:
     sets_length: ClassVar[bool] = False
 
     def __init__(self, max_kl: float | None) -> None:
-        self.state = BoundState(max_kl)
+        self.state, self.averaged = BoundState(max_kl), False
 
     @property
     def needs_others(self) -> bool:
@@ -117,7 +119,7 @@ class Auto(FollowsRate):
 
     - ``schedule``: as :class:`FollowsRate`.
     - ``constant_rate``: at a constant learning rate, steps of equal length never settle at an optimum. The factor is
-      ``1 / (1 + t / patience)`` after t steps at one rate.
+      ``1 / (1 + t / patience)`` after t steps at one rate, with ``averaged_patience`` if the weights are averaged.
     - ``few_tokens``: a few labels that cannot be learned must not change the whole model. Below ``enough`` loss tokens,
       the factor is proportional to their number.
     - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
@@ -131,6 +133,7 @@ class Auto(FollowsRate):
     sets_length: ClassVar[bool] = True
     enough: ClassVar[float] = 256.0
     patience: ClassVar[float] = 25.0
+    averaged_patience: ClassVar[float] = 100.0
     repeats: ClassVar[float] = 8.0
     least: ClassVar[float] = 1e-3
     outside: ClassVar[float] = math.inf
@@ -140,7 +143,8 @@ class Auto(FollowsRate):
         return self.state.max_kl is not None and math.isfinite(self.outside)
 
     def factors(self, evidence: Evidence) -> Factors:
-        common = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / self.patience)}
+        patience = self.averaged_patience if self.averaged else self.patience
+        common = {**super().factors(evidence), "constant_rate": 1 / (1 + evidence.flat / patience)}
         found: dict[str, Tensor | float] = {}
         if evidence.tokens is not None:
             found["few_tokens"] = (evidence.tokens / self.enough).clamp_max(1.0)
