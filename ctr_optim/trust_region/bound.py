@@ -123,7 +123,7 @@ class Auto(FollowsRate):
       the factor is proportional to their number.
     - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
       ``n ** -repeats``, and at least ``least``. A repeat counts by its step's ``schedule``: after two epochs at a
-      constant rate, n is 2; if the rate falls to zero along a cosine over both epochs, n is 1.1.
+      constant rate, n is 2; if the rate falls to zero along a cosine over both epochs, n is 1.06.
     - ``other_tokens``: a step also changes the model on prompts. The factor lowers the bound if the step's KL per token
       outside the loss would exceed ``outside`` nats. This limit follows ``schedule`` and ``constant_rate`` as well.
       With the default of inf, the KL outside the loss is not measured, and the factor does not exist.
@@ -133,7 +133,7 @@ class Auto(FollowsRate):
     sets_length: ClassVar[bool] = True
     enough: ClassVar[float] = 256.0
     patience: ClassVar[float] = 25.0
-    repeats: ClassVar[float] = 8.0
+    repeats: ClassVar[float] = 12.0
     least: ClassVar[float] = 1e-3
     outside: ClassVar[float] = math.inf
 

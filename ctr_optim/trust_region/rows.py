@@ -151,7 +151,7 @@ def stale_passes(now: Tensor, then: Tensor, spared: Tensor) -> Tensor:
     growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
     stale = (1 - growth[1] / (STEADY * growth[0]).clamp_min(torch.finfo(now.dtype).tiny)).clamp(0, 1)
     repeats: Tensor = (seen / ((1 + ERROR) * known) - 1).clamp_min(0)
-    weight = (1 - spared / (seen - known).clamp_min(1)).clamp(0, 1)  # mean over the repeats
+    weight: Tensor = (1 - spared / (seen - known).clamp_min(1)).clamp(0, 1)  # mean over the repeats
     return 1 + repeats * stale * weight
 
 

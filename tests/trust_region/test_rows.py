@@ -101,9 +101,9 @@ def test_passes_grow_with_the_weight_of_the_repeats(known: int, epochs: float, o
 
 
 @pytest.mark.parametrize("rows", [300, 3000])
-@pytest.mark.parametrize(("epochs", "least", "most"), [(1, 1.0, 1.0), (2, 0.6, 1.0), (3, 0.1, 0.3), (10, 1e-3, 1e-3)])
+@pytest.mark.parametrize(("epochs", "least", "most"), [(1, 1.0, 1.0), (2, 0.4, 0.8), (3, 0.03, 0.2), (10, 1e-3, 1e-3)])
 def test_the_last_factor_of_a_run_with_a_cosine_schedule(rows: int, epochs: int, least: float, most: float) -> None:
-    """The same rule stays off in two epochs, in which the rate has fallen before rows come again, and acts in ten."""
+    """The same rule is mild in two epochs, in which the rate has fallen before rows come again, and acts in ten."""
     counter, batches = Rows(), torch.randint(0, 50000, (rows, 12)).split(rows // 20)
     for step in range(steps := epochs * len(batches)):
         weight = kl_ratio(0.5 * (1 + math.cos(math.pi * step / steps)))
