@@ -23,7 +23,8 @@ class Evidence:
         rate: largest ratio of a group's learning rate to its peak, in [0, 1].
         flat: number of steps since this ratio last changed.
         tokens: ``()`` number of loss tokens of this step, over micro-batches and processes; None if unknown.
-        passes: ``()`` how often training used each row on average, without repeats among new rows; None if unknown.
+        passes: ``()`` how often training used each row on average, without repeats among new rows. A repeat counts by
+            the factor ``schedule`` of its step. None if unknown.
         others: ratio of the step's KL per token outside the loss to its KL per loss token; None if unknown.
     """
 
@@ -111,7 +112,7 @@ class FollowsRate(Constant):
     """Bound ``max_kl (lr / peak lr)^2``: the KL is quadratic in the step's length, so lengths follow the schedule."""
 
     def factors(self, evidence: Evidence) -> Factors:
-        return {"schedule": evidence.rate**2}
+        return {"schedule": kl_ratio(evidence.rate)}
 
 
 class Auto(FollowsRate):
@@ -123,7 +124,8 @@ class Auto(FollowsRate):
     - ``few_tokens``: a few labels that cannot be learned must not change the whole model. Below ``enough`` loss tokens,
       the factor is proportional to their number.
     - ``seen_rows``: repeated rows can be memorised. If training used each row n times on average, the factor is
-      ``n ** -repeats``, and at least ``least``.
+      ``n ** -repeats``, and at least ``least``. A repeat counts by its step's ``schedule``: after two epochs at a
+      constant rate, n is 2; if the rate falls to zero along a cosine over both epochs, n is 1.06.
     - ``other_tokens``: a step also changes the model on prompts. The factor lowers the bound if the step's KL per token
       outside the loss would exceed ``outside`` nats. This limit follows ``schedule`` and ``constant_rate`` as well.
       With the default of inf, the KL outside the loss is not measured, and the factor does not exist.
@@ -134,7 +136,7 @@ class Auto(FollowsRate):
     enough: ClassVar[float] = 256.0
     patience: ClassVar[float] = 25.0
     averaged_patience: ClassVar[float] = 100.0
-    repeats: ClassVar[float] = 8.0
+    repeats: ClassVar[float] = 12.0
     least: ClassVar[float] = 1e-3
     outside: ClassVar[float] = math.inf
 
@@ -203,6 +205,15 @@ def adapted_bound(bound: float, initial: float, actual: float, predicted: float)
     return min(max(bound, initial / 100), initial * 100)
 
 
+def kl_ratio(rate: float) -> float:
+    """Return the ratio of a step's KL to its KL at the peak learning rate.
+
+    Args:
+        rate: ratio of the learning rate to its peak, in [0, 1].
+    """
+    return rate**2
+
+
 def rate_ratio(groups: Sequence[dict[str, Any]]) -> float:
     """Return the largest ratio of a group's learning rate to its peak; update ``peak_lr`` in every group.
 
@@ -238,13 +249,17 @@ def limit_of(bound: Bound, factors: Factors) -> Tensor | float | None:
 
 def observed(
     state: BoundState,
-    groups: Sequence[dict[str, Any]],
+    rate: float,
     tokens: Tensor | None,
     passes: Tensor | None = None,
     others: float | None = None,
 ) -> Evidence:
-    """Return the evidence for the coming step; update ``rate`` and ``flat`` in ``state``."""
-    rate = rate_ratio(groups)
+    """Return the evidence for the coming step; update ``rate`` and ``flat`` in ``state``.
+
+    Args:
+        state: checkpoint numbers of the bound.
+        rate, tokens, passes, others: as in :class:`Evidence`.
+    """
     state.flat = state.flat + 1 if rate == state.rate else 0
     state.rate = rate
     return Evidence(rate, state.flat, tokens, passes, others)

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.messages import warn_unmeasured
-from ctr_optim.trust_region.bound import Bound, Factors, everyday_factor, largest_factor, limit_of, observed
+from ctr_optim.trust_region.bound import (
+    Bound,
+    Factors,
+    everyday_factor,
+    kl_ratio,
+    largest_factor,
+    limit_of,
+    observed,
+    rate_ratio,
+)
 from ctr_optim.trust_region.coupling import Coupling
 from ctr_optim.trust_region.loss_scale import LossScale
 from ctr_optim.trust_region.protocols import Adapter, Step
@@ -60,10 +69,11 @@ class TrustRegion:
             groups: the parameter groups, for the bound's schedule.
             given: additional factors of ``max_kl``, by name.
         """
-        passes = self.rows.passes(step.q) if self.bound.needs_rows else None
+        rate = rate_ratio(groups)
+        passes = self.rows.passes(step.q, kl_ratio(rate)) if self.bound.needs_rows else None
         others = self.coupling.others
         usual = None if others is None else others.expected(first=not self.coupling.known)
-        evidence = observed(self.bound.state, groups, step.tokens, passes, usual)
+        evidence = observed(self.bound.state, rate, step.tokens, passes, usual)
         self._bind(self.bound.factors(evidence), given)
         farthest = largest_factor(self.bound, groups)
         relative = step if self.loss_scale is None else self.loss_scale.relative(step)

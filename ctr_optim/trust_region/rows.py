@@ -1,4 +1,4 @@
-"""Count how often training uses each row on average, on the device.
+"""Count how often training uses each row on average, on the device. A repeat counts by the KL that its step may have.
 
 A row's key is a sum of hashes over pairs of neighbouring tokens; the length of its padding does not change it.
 HyperLogLog (Flajolet, Fusy, Gandouet and Meunier 2007) counts the distinct keys: each register stores the longest run
@@ -38,6 +38,8 @@ class RowState:
         rows_sketch: the registers, two hexadecimal digits each.
         window_seen, window_distinct: numbers of rows and of distinct rows at the start of the current window.
         next_seen, next_distinct: the same numbers at the start of the next window.
+        rows_spared: sum of ``1 - weight`` over the repeats, with the weight of each repeat's step. Checkpoints without
+            this number load as 0: their repeats count in full.
     """
 
     rows_seen: int = 0
@@ -46,6 +48,7 @@ class RowState:
     window_distinct: float = 0.0
     next_seen: float = 0.0
     next_distinct: float = 0.0
+    rows_spared: float = 0.0
 
 
 class Rows:
@@ -57,6 +60,7 @@ class Rows:
         self._seen: Tensor | None = None
         self._registers: Tensor | None = None
         self._marks: Tensor | None = None  # (2, 2) rows and distinct rows, at the start of this window and of the next
+        self._spared: Tensor | None = None  # () as RowState.rows_spared
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Record the rows of a forward pass."""
@@ -64,51 +68,62 @@ class Rows:
         if keys is not None:
             self._keys.append(keys)
 
-    def passes(self, like: Tensor) -> Tensor | None:
+    def passes(self, like: Tensor, weight: float = 1.0) -> Tensor | None:
         """Return ``()`` :func:`stale_passes` of the rows used so far, this step included.
 
         Every process returns the same number, over all processes. None if no forward pass had rows.
 
         Args:
             like: tensor on the device of collective communication.
+            weight: how much a repeat in this step counts, in [0, 1], equal in all processes.
         """
         keys, self._keys = self._keys, []
         if not self._begin(bool(keys), like.device):
             return None
-        assert self._seen is not None and self._registers is not None and self._marks is not None
+        assert self._seen is not None and self._registers is not None
+        assert self._marks is not None and self._spared is not None
+        before = self._numbers()
         new = self._count(torch.cat([key.to(like.device) for key in keys])) if keys else torch.zeros_like(self._seen)
         self._seen = self._seen + distributed.total(new)
         self._registers = distributed.largest(self._registers)
-        now = torch.stack([self._seen.double(), distinct(self._registers).double().clamp_min(1)])
+        now = self._numbers()
         self._marks = torch.where(now[0] >= WINDOW * self._marks[1, 0], torch.stack([self._marks[1], now]), self._marks)
-        return stale_passes(now, self._marks[0]).to(like.dtype)
+        self._spared = self._spared + (1 - weight) * ((now[0] - now[1]) - (before[0] - before[1]))
+        return stale_passes(now, self._marks[0], self._spared).to(like.dtype)
 
     def settle(self) -> None:
         """Update :attr:`state` from the device; waits for the device."""
-        if self._seen is not None and self._registers is not None and self._marks is not None:
-            marks = self._marks.flatten().tolist()
-            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex(), *marks)
+        if self._seen is not None and self._registers is not None:
+            assert self._marks is not None and self._spared is not None
+            rest = [*self._marks.flatten().tolist(), float(self._spared)]
+            self.state = RowState(int(self._seen), bytes(self._registers.tolist()).hex(), *rest)
 
     def resume(self) -> None:
         """Continue from the numbers loaded into :attr:`state`."""
-        self._seen = self._registers = self._marks = None
+        self._seen = self._registers = self._marks = self._spared = None
 
     def _begin(self, wanted: bool, device: torch.device) -> bool:
         """Create the registers, or move them to a device; return whether there are any.
 
         Several processes always create them, because the collective operations need all processes.
         """
-        if self._seen is None or self._registers is None or self._marks is None:
+        if self._seen is None or self._registers is None or self._marks is None or self._spared is None:
             if not (wanted or self.state.rows_seen or distributed.world_size() > 1):
                 return False
             registers = bytes.fromhex(self.state.rows_sketch) or bytes(REGISTERS)
             self._registers = torch.tensor(list(registers), dtype=torch.int64, device=device)
             self._seen = torch.tensor(self.state.rows_seen, device=device)
-            marks = astuple(self.state)[2:]
+            *marks, spared = astuple(self.state)[2:]
             self._marks = torch.tensor(marks, dtype=torch.float64, device=device).view(2, 2)
+            self._spared = torch.tensor(spared, dtype=torch.float64, device=device)
         self._seen, self._registers = self._seen.to(device), self._registers.to(device)
-        self._marks = self._marks.to(device)
+        self._marks, self._spared = self._marks.to(device), self._spared.to(device)
         return True
+
+    def _numbers(self) -> Tensor:
+        """Return ``(2,)`` the numbers of rows and of distinct rows, at least 1, float64."""
+        assert self._seen is not None and self._registers is not None
+        return torch.stack([self._seen.double(), distinct(self._registers).double()]).clamp_min(1)
 
     def _count(self, keys: Tensor) -> Tensor:
         """Return ``()`` the number of distinct keys of a step, and add the keys to the registers."""
@@ -120,21 +135,24 @@ class Rows:
         return 1 + (keys[1:] != keys[:-1]).sum()
 
 
-def stale_passes(now: Tensor, then: Tensor) -> Tensor:
-    """Return ``()`` how often training used each row on average; ignore repeats in a stream with new rows.
+def stale_passes(now: Tensor, then: Tensor, spared: Tensor) -> Tensor:
+    """Return ``()`` how often training used each row on average; a repeat counts by the weight of its step.
 
-    Several passes over each batch of samples, as in PPO, repeat rows, but distinct rows and rows grow at the same
-    relative rate. After one pass over a data set, the distinct rows stop growing, and every repeat counts.
+    Repeats in a stream with new rows do not count. Several passes over each batch of samples, as in PPO, repeat rows,
+    but distinct rows and rows grow at the same relative rate. After one pass over a data set, the distinct rows stop
+    growing, and every repeat counts.
 
     Args:
         now: ``(2,)`` current numbers of rows and of distinct rows.
         then: ``(2,)`` the same numbers at the start of the window.
+        spared: ``()`` sum of ``1 - weight`` over the repeats.
     """
     seen, known = now
     growth = ((now - then) / now).clamp_min(0)  # relative growth of rows and of distinct rows
     stale = (1 - growth[1] / (STEADY * growth[0]).clamp_min(torch.finfo(now.dtype).tiny)).clamp(0, 1)
     repeats: Tensor = (seen / ((1 + ERROR) * known) - 1).clamp_min(0)
-    return 1 + repeats * stale
+    weight: Tensor = (1 - spared / (seen - known).clamp_min(1)).clamp(0, 1)  # mean over the repeats
+    return 1 + repeats * stale * weight
 
 
 def row_keys(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
