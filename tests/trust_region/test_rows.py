@@ -177,7 +177,7 @@ def test_registers_estimate_zero_and_many() -> None:
 
 def test_the_bound_falls_with_the_passes_and_not_before() -> None:
     bound = Auto(0.1)
-    at = [float(bound.factors(Evidence(1.0, passes=torch.tensor(n)))["seen_rows"]) for n in (1.0, 1.5, 2.0, 50.0)]
+    at = [float(bound.factors(Evidence(1.0, passes=torch.tensor(n)))["seen_rows"]) for n in (1.0, 1.2, 1.5, 50.0)]
     assert at[0] == 1.0 and at[0] > at[1] > at[2] > at[3] == pytest.approx(Auto.least)
 
 
