@@ -126,6 +126,16 @@ def test_a_repeat_counts_by_the_rate_of_its_step() -> None:
     assert falling[-1] > 10 * constant[-1]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_new_rows_at_small_rates_leave_a_valid_checkpoint(seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = Rows()
+    for data in torch.randint(0, 10**6, (60, 16, 8)):  # The estimate of distinct rows is sometimes above all rows.
+        count(rows, data, weight=0.25)
+        rows.settle()
+        assert rows.state.rows_spared >= 0
+
+
 def test_no_rows_no_passes() -> None:
     assert Rows().passes(LIKE) is None
     rows = Rows()
