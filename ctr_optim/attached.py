@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ctr_optim.checkpoint.matching import resize_on_load
-from ctr_optim.checkpoint.numbers import pack, unpack
 from ctr_optim.curvature.blocks import Block, drop_sketches
 from ctr_optim.curvature.defaults import CurvatureBase
 from ctr_optim.curvature.kfac import KFAC
 from ctr_optim.curvature.registry import CURVATURES
-from ctr_optim.direction.average import Average
 from ctr_optim.direction.fused import Fused
 from ctr_optim.direction.layout import Layout, lay_out, parameters_of, same_parameters
 from ctr_optim.direction.stack import Stack
@@ -26,6 +23,7 @@ from ctr_optim.holdout import Holdout, Judge
 from ctr_optim.model import checks
 from ctr_optim.model.pair import LoRAPair
 from ctr_optim.model.trained import Trained
+from ctr_optim.numbered import Numbered
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention.budget import Budget, check_budget
@@ -35,7 +33,7 @@ from ctr_optim.runtime import distributed
 from ctr_optim.runtime.counters import Counters
 from ctr_optim.runtime.devices import together
 from ctr_optim.runtime.hooks import Hook, in_backward, weakly
-from ctr_optim.runtime.messages import Once, warn_skipped, warn_unbounded
+from ctr_optim.runtime.messages import Once, warn_unbounded
 from ctr_optim.runtime.watch import Watch
 from ctr_optim.settings import EVERYDAY_RATE, LEARNING_RATE, Settings, chosen, keeps_shapes
 from ctr_optim.trust_region.bound import BOUNDS, Bound
@@ -46,7 +44,7 @@ from ctr_optim.trust_region.probe import Probe
 from ctr_optim.trust_region.region import TrustRegion
 
 
-class Attached(Optimizer):
+class Attached(Numbered):
     """Base class that finds the LoRA layers of the parameters, hooks them, and stacks parameters with their state.
 
     :class:`~ctr_optim.CTROptimizer` adds the step and the public methods.
@@ -56,15 +54,11 @@ class Attached(Optimizer):
     _settings: Settings
     _model: weakref.ref[nn.Module] | None
     _attached: bool
-    _counters: Counters
-    _rank_state: RankState
     _bound: Bound
     _scheduler: RankScheduler | None
-    _ranks: RankController | None
     _retained: Retained
     _kl_budget: float | None
     _holdout: Holdout | None
-    _average: Average | None = None
 
     def _attach(self, numbers: Mapping[str, Any] | None = None) -> None:
         """Find the LoRA layers that own the parameters, and hook them.
@@ -278,42 +272,6 @@ class Attached(Optimizer):
         if opened and self._ranks is not None:
             self._ranks.begin_sketch()
         return opened
-
-    def _owners(self) -> list[Any]:
-        """Return the state objects whose numbers a checkpoint stores."""
-        owners = [self._counters, self._rank_state, *self._trust.states]
-        owners += [] if self._budget is None else [self._budget.state]
-        owners += [] if self._judge is None else [self._judge.state]
-        owners += [] if self._average is None else [self._average.state]
-        return owners if self._curvature.state is None else [*owners, self._curvature.state]
-
-    def _go_on(self, numbers: Mapping[str, Any]) -> None:
-        """Copy checkpoint numbers into the objects that own them."""
-        if numbers:
-            unpack(numbers, self._owners())
-        if self._average is not None:
-            self._average.loaded = self._average.in_use
-        self._trust.resume()
-        self._curvature.resume()
-
-    def _numbers(self) -> dict[str, Any]:
-        """Return the optimizer-wide numbers; checkpoints store them in the first group under ``"ctr"``."""
-        if self._ranks is not None:
-            self._ranks.settle()
-        self._curvature.settle()
-        self._trust.settle()
-        return pack(self._owners())
-
-    def _count_skipped(self) -> None:
-        """Add the device's count of skipped steps to the state; waits for the device."""
-        skipped, self._skipped = int(self._skipped or 0), None
-        if skipped:
-            self._counters.skipped += skipped
-            warn_skipped()
-
-    def _mirror(self) -> None:
-        """Copy the numbers to the first group, because torch.distributed.checkpoint saves the live groups."""
-        self.param_groups[0]["ctr"] = self._numbers()
 
     def _rank_loaded(self, pair: LoRAPair, resized: bool) -> None:
         """React to a model that loads a pair's weights; drop the pair's state if the weights have another shape."""

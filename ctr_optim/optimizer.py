@@ -27,8 +27,8 @@ from ctr_optim.holdout import Holdout
 from ctr_optim.metrics import describe, metrics_of
 from ctr_optim.model import checks
 from ctr_optim.model.coordinates import VECTORS
+from ctr_optim.ranked import Ranked
 from ctr_optim.ranks.controller import RankController, RankState
-from ctr_optim.ranks.events import RankEvent
 from ctr_optim.ranks.scheduler import RankScheduler
 from ctr_optim.retention import Retention
 from ctr_optim.retention.boundary import forget
@@ -40,10 +40,9 @@ from ctr_optim.runtime.messages import warn_failed
 from ctr_optim.runtime.options import check_group_keys, given_parameters, suggests_options
 from ctr_optim.settings import LEARNING_RATE, Settings, check_group, chosen, due
 from ctr_optim.trust_region.bound import BOUNDS
-from ctr_optim.weights import Weights
 
 
-class CTROptimizer(Weights):
+class CTROptimizer(Ranked):
     r"""Adam in the K-FAC eigenbasis of LoRA layers, inside a trust region in nats per token.
 
     The method is reconstructed from the abstract of CTR-LoRA (arXiv 2510.15962). For layers :math:`y = W_0 x + s B A x`
@@ -271,62 +270,11 @@ class CTROptimizer(Weights):
         slopes = ([slope(rest, finite)] if rest else []) + known[1:]
         return Step(deltas, fused, together(forms).sum(), together(slopes).sum(), True, self._curvature.tokens())
 
-    def _reallocate(self) -> None:
-        """Run a rank event if one is due."""
-        if self._ranks is None:
-            return
-        checks.check_ranks_belong_to_us(self.param_groups)
-        step, curvature = self._counters.steps, self._curvature
-        if step != self._ranks.scheduler.next_event(step):
-            return
-        if not (isinstance(curvature, KFAC) and curvature.able):  # A closed optimizer collects no statistics.
-            return
-        masked = self._masked()
-        if not masked:
-            checks.check_single_process()
-        blocks = self.blocks
-        distributed.reshard(self._trained.fsdp)
-        try:
-            with exact(block.H.device for block in blocks):
-                coupling = self._trust.coupling.of_adapter if self._trust.coupling.known else None
-                self._ranks.event(blocks, self.state, step, masked, coupling)
-        finally:
-            self._forget_shapes()
-
     # -- properties, metrics and checkpoints --------------------------------------------------------------------
 
     def __repr__(self) -> str:
         ranks = {p.name: p.rank for p in self.pairs} if self._ranks is None else self._ranks.known
         return describe(self.param_groups, self.pairs, ranks, self._settings, self._scheduler, self.steps)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps taken."""
-        return self._counters.steps
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank in use of each layer, by name. After a checkpoint is loaded, this may wait for device and processes."""
-        if self._ranks is not None:
-            distributed.reshard(self._trained.fsdp)
-            return dict(self._ranks.ranks)
-        return {pair.name: pair.rank for pair in self.pairs}
-
-    @property
-    def rank_scheduler(self) -> RankScheduler | None:
-        """The rank scheduler, or None. A new scheduler may be assigned during training."""
-        return self._scheduler
-
-    @rank_scheduler.setter
-    def rank_scheduler(self, scheduler: RankScheduler) -> None:
-        if self._ranks is None:
-            raise ValueError("rank_scheduler: this optimizer was built without one; pass it to CTROptimizer")
-        self._scheduler = scheduler
-        self._ranks.use(scheduler)
-        if not scheduler.sketches(self.steps):
-            drop_sketches(self.state, self.pairs)
-            self._restack()
-        self._arm()
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Any]:
@@ -347,12 +295,6 @@ class CTROptimizer(Weights):
         metrics |= {"trust/unbounded": 0 if bounded else trained}
         metrics |= {} if self._judge is None else self._judge.metrics()
         return metrics if self._budget is None else metrics | self._budget.metrics()
-
-    def on_rank_event(self, listener: Callable[[RankEvent], None]) -> None:
-        """Call ``listener`` with each :class:`RankEvent`, ordered by layer name; ValueError without a scheduler."""
-        if self._ranks is None:
-            raise ValueError("on_rank_event: this optimizer has no rank_scheduler; pass one to CTROptimizer")
-        self._ranks.listeners.append(listener)
 
     def close(self) -> None:
         """Remove every hook from the model. Later steps use the current factors and ranks."""

@@ -36,9 +36,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
         "trust_region.bound",
     ),
     "metrics": _BELOW,
-    "attached": (*_BELOW, "metrics"),
+    "numbered": _BELOW,
+    "attached": (*_BELOW, "metrics", "numbered"),
     "weights": (*_BELOW, "attached"),
-    "optimizer": (*_BELOW, "metrics", "attached", "weights"),
+    "ranked": (*_BELOW, "attached", "weights"),
+    "optimizer": (*_BELOW, "metrics", "attached", "weights", "ranked"),
     # These modules build an optimizer, so that they may import it.
     "ranks.initialize": (*_BELOW, "optimizer"),
     "ranks.compress": (*_BELOW, "optimizer"),

@@ -88,7 +88,8 @@ class Rows:
         self._registers = distributed.largest(self._registers)
         now = self._numbers()
         self._marks = torch.where(now[0] >= WINDOW * self._marks[1, 0], torch.stack([self._marks[1], now]), self._marks)
-        self._spared = self._spared + (1 - weight) * ((now[0] - now[1]) - (before[0] - before[1]))
+        repeats = (now[0] - now[1]) - (before[0] - before[1])  # an estimate, which may be negative
+        self._spared = (self._spared + (1 - weight) * repeats).clamp_min(0)
         return stale_passes(now, self._marks[0], self._spared).to(like.dtype)
 
     def settle(self) -> None:

@@ -111,7 +111,7 @@ def test_it_trains_within_its_bound_and_loads_again(name: str, tmp_path: Path) -
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     ranks = dict(interval=3, window=2, hysteresis=0.0, until=1.0)
-    opt = CTROptimizer(trained.values(), rank_scheduler=ranks, max_kl=1e-2)
+    opt = CTROptimizer(trained.values(), rank_scheduler=ranks, max_kl=1e-2, kl_schedule="lr")
     events: list[Any] = []
     opt.on_rank_event(events.append)
     assert len(opt.pairs) == case.pairs

@@ -55,7 +55,7 @@ def test_a_misspelt_option_is_told_the_nearest(given: str, meant: str) -> None:
 
 
 def test_an_option_like_no_other_gets_the_list() -> None:
-    with pytest.raises(TypeError, match=r"unknown option 'qqqq'; expected one of basis_interval, betas"):
+    with pytest.raises(TypeError, match=r"unknown option 'qqqq'; expected one of average, basis_interval, betas"):
         CTROptimizer(trainable(net()), qqqq=1)
 
 
