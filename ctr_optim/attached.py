@@ -172,6 +172,8 @@ class Attached(Numbered):
         """Add the tensors of curvature and retention to the parameters' state."""
         self._curvature.prepare(state, kept)
         self._retained.prepare(state, self.pairs)
+        if self._average is not None:
+            self._average.prepare(kept, state)
 
     def _retain(self) -> None:
         """Measure the retained text once, and start all layers with ``B = 0`` in its coordinates.
@@ -280,17 +282,13 @@ class Attached(Numbered):
         for p in (pair.A, pair.B):
             self.state.pop(p, None)
         drop_sketches(self.state, self.pairs)  # All layers must restart their sketches together.
-        if self._budget is not None:
-            self._budget.forget(self.state)
-        self._restack()
+        self._forget_shapes()
         self._arm()
 
     def _forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Prepare for a training forward pass: move the state to the model's device, drop outdated statistics."""
-        if self._average is not None and self._average.loaded:
-            distributed.reshard(self._trained.fsdp)
-            with torch.no_grad():
-                self._average.leave(self._held, self.state)
+        if self._average is not None and self._average.loaded and not self._trained.fsdp:
+            self._use_training()
         if self._bound.needs_rows:
             self._trust.rows.look(args, kwargs)
         if not self._trained.fsdp:
@@ -298,6 +296,13 @@ class Attached(Numbered):
         self._curvature.follow_devices(self.state)
         self._follow_devices()
         self._forget_dropped()
+
+    @torch.no_grad()
+    def _use_training(self) -> None:
+        """Let the parameters hold the training weights, if they hold the average."""
+        if self._average is not None and self._average.in_use:
+            distributed.reshard(self._trained.fsdp)
+            self._average.leave(self._held, self.state)
 
     def _follow_devices(self) -> None:
         """Move the state of parameters outside LoRA layers to their current device."""
@@ -331,8 +336,12 @@ class Attached(Numbered):
         if judge is None or (steps != 0 if first else not judge.holdout.due(steps)):
             return
         distributed.reshard(self._trained.fsdp)
-        if judge.look(steps, self._held, self.state) and self._budget is not None:
+        if not judge.look(steps, self._held, self.state):
+            return
+        if self._budget is not None:
             self._budget.doubt()
+        if self._average is not None:  # It contains the abandoned weights.
+            self._average.state.averaged_steps = 0
 
     def _length(self) -> float:
         """Return a step's length, the square root of a KL in nats per token: its bound, or else the last prediction."""

@@ -29,7 +29,7 @@ class Numbered(Optimizer):
     _ranks: RankController | None
     _budget: Budget | None
     _judge: Judge | None
-    _average: Average | None
+    _average: Average | None = None
     _skipped: Tensor | None
 
     @property
@@ -49,6 +49,8 @@ class Numbered(Optimizer):
         """Copy checkpoint numbers into the objects that own them."""
         if numbers:
             unpack(numbers, self._owners())
+        if self._average is not None:
+            self._average.loaded = self._average.in_use
         self._trust.resume()
         self._curvature.resume()
 

@@ -177,7 +177,7 @@ class CTROptimizer(Ranked):
         if all(p.grad is None for p in parameters_of(self.param_groups)):
             self._watch.no_gradient(self.steps)
             return loss
-        self._check_training_weights()
+        self._check_training_weights("step")
         self._retain()
         stacks = self._stack()
         self._judged(first=True)
@@ -331,13 +331,11 @@ class CTROptimizer(Ranked):
         if carried:
             self._retained.settle()
         if self._average is None:
-            drop_averages(state)
+            drop_averages(state, numbers)
         if self._budget is None:
             forget(state)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._go_on(numbers)
-        if self._average is not None:
-            self._average.loaded = self._average.in_use(self._held, self.state)
         self._mirror()
         self._restack()
         self._arm()
@@ -354,8 +352,11 @@ class CTROptimizer(Ranked):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch, and hook its LoRA layers."""
         check_group_keys(param_group, self.defaults, Settings.__dataclass_fields__)
+        self._check_training_weights("add_param_group")
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("peak_lr", 0.0)  # Checkpoint loaders that fill a template need the key.
         check_group(self.param_groups[-1])
         if self._attached:
             self._attach()
+            if self._average is not None:  # A new parameter has no weights of earlier steps.
+                self._average.state.averaged_steps = 0

@@ -26,7 +26,7 @@ class Weights(Attached):
             ValueError: if the optimizer was built without ``average=True``.
         """
         average = self._averages("averaged")
-        inner = average.in_use(self._held, self.state)
+        inner = average.in_use
         with torch.no_grad():
             distributed.reshard(self._trained.fsdp)
             average.enter(self._held, self.state)
@@ -34,9 +34,7 @@ class Weights(Attached):
             yield
         finally:
             if not inner:
-                with torch.no_grad():
-                    distributed.reshard(self._trained.fsdp)
-                    average.leave(self._held, self.state)
+                self._use_training()
 
     @torch.no_grad()
     def use_average(self, keep: bool = False) -> None:
@@ -55,6 +53,18 @@ class Weights(Attached):
             average.enter(self._held, self.state)
         average.keep(self._held, self.state)
 
+    def use_training(self) -> None:
+        """Let the parameters hold the training weights, after a checkpoint from inside :meth:`averaged` was loaded.
+
+        The next training forward pass calls this method, but not in a compiled or sharded model. Call it there after
+        the model and the optimizer are loaded.
+
+        Raises:
+            ValueError: if the optimizer was built without ``average=True``.
+        """
+        self._averages("use_training")
+        self._use_training()
+
     @property
     def averages(self) -> bool:
         """Whether the optimizer keeps an average of the weights."""
@@ -65,16 +75,20 @@ class Weights(Attached):
             raise ValueError(f"{name}: this optimizer has no average; pass average=True to CTROptimizer")
         return self._average
 
-    def _check_training_weights(self) -> None:
-        """Check that the parameters hold the training weights, whose gradients a step needs.
+    def _check_training_weights(self, name: str) -> None:
+        """Check that the parameters hold the training weights, which a method needs.
+
+        Args:
+            name: the method.
 
         Raises:
             RuntimeError: if they hold the average.
         """
-        if self._average is not None and self._average.in_use(self._held, self.state):
+        if self._average is not None and self._average.in_use:
             raise RuntimeError(
-                "CTROptimizer.step: the parameters hold the average of the weights, so that their gradients are not "
-                "the training's; train outside of averaged(), or call use_average() to go on from the average"
+                f"CTROptimizer.{name}: the parameters hold the average of the weights, so that their gradients are not "
+                "the training's; train outside of averaged(). After a checkpoint was loaded, call use_training() "
+                "before the forward pass, or use_average() to go on from the average"
             )
 
     def restore_best(self) -> float:
@@ -85,5 +99,6 @@ class Weights(Attached):
         """
         if self._judge is None:
             raise ValueError("restore_best: this optimizer has no hold-out; pass holdout=batches to CTROptimizer")
+        self._check_training_weights("restore_best")
         distributed.reshard(self._trained.fsdp)
         return self._judge.restore_best(self._counters.steps, self._held, self.state)

@@ -36,7 +36,7 @@ OPTIONAL = {
     "budget_used", "budget_rate", "budget_path", "budget_age", "budget_ahead", "budget_span", "budget_turn",
     "budget_length", "rows_seen", "rows_sketch", "rows_spared", "holdout_loss", "holdout_best", "holdout_best_step",
     "holdout_factor", "watched", "window_seen", "window_distinct", "next_seen", "next_distinct", "credit", "error",
-    "loss_scale", "loss_scale_unit", "others_ratio", "others_measured", "averaged_steps",
+    "loss_scale", "loss_scale_unit", "others_ratio", "others_measured", "averaged_steps", "average_used",
 }  # fmt: skip
 LATER = {"version", "budget", "rate", "flat", "tokens"}  # numbers that only checkpoints of format 1 may lack
 

@@ -223,12 +223,15 @@ class _Averages(TrainerCallback):
     ) -> None:
         """Restore the training weights."""
         self._context.close()
+        optimizer = unwrap(kwargs["optimizer"])
+        if optimizer.averages:  # A resumed checkpoint may be from inside averaged().
+            optimizer.use_training()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the training weights."""
-        self._context.close()
+        """Do as before a step: an epoch may begin without one."""
+        self.on_step_begin(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

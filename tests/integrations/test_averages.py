@@ -79,6 +79,21 @@ def test_the_best_averaged_checkpoint_is_loaded(tmp_path: Path) -> None:
     assert same(adapter(trainer.model), seen[0])
 
 
+def test_epochs_evaluate_the_average_and_an_interrupted_run_resumes_exactly(tmp_path: Path) -> None:
+    epochs: dict[str, Any] = dict(max_steps=-1, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch")
+    whole, plain = trainer_of(tmp_path, **epochs), trainer_of(tmp_path, max_steps=18, eval_strategy="no", save_steps=99)
+    seen: list[dict[str, torch.Tensor]] = []
+    evaluate = whole.evaluate
+    whole.evaluate = lambda *a, **k: (seen.append(adapter(whole.model)), evaluate(*a, **k))[1]
+    whole.train()
+    plain.train()
+    assert len(seen) == 3 and same(adapter(whole.model), seen[-1])
+    assert same(adapter(plain.model), seen[-1])  # evaluations and checkpoints change nothing
+    again = trainer_of(tmp_path, **epochs)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert same(adapter(again.model), seen[-1])
+
+
 def test_lightning_validates_the_average_and_ends_with_it(tmp_path: Path) -> None:
     pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not a dependency")
     from torch.utils.data import DataLoader

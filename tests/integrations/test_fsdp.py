@@ -166,6 +166,52 @@ def _resume(rank: int, folder: Path, lora: dict[str, Any], options: dict[str, An
     return [(whole(model), opt.metrics()), (whole(again), resumed.metrics())]
 
 
+def _average(rank: int, folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def data(step: int) -> dict[str, Tensor]:
+        return rows_of(step, rank)
+
+    def fresh() -> tuple[nn.Module, CTROptimizer]:
+        model = shard(model_of())
+        return model, CTROptimizer(model.parameters(), **OPTIONS, average=True)
+
+    model, opt = fresh()
+    train(model, opt, data, range(7))
+    before = whole(model)
+    with opt.averaged(), torch.no_grad():
+        llama_loss(model, data(0))  # FSDP2 keeps the outermost module's gathered copy
+        weights, state = get_state_dict(model, opt)
+        dcp.save({"model": weights, "optim": state}, checkpoint_id=folder / "checkpoint")
+    assert same(whole(model), before)
+    train(model, opt, data, range(7, 9))
+
+    again, resumed = fresh()
+    weights, state = get_state_dict(again, resumed)
+    dcp.load({"model": weights, "optim": state}, checkpoint_id=folder / "checkpoint")
+    set_state_dict(again, resumed, model_state_dict=weights, optim_state_dict=state)
+    resumed.use_training()
+    train(again, resumed, data, range(7, 9))
+    found = []
+    for each, optimizer in ((model, opt), (again, resumed)):
+        last = whole(each)
+        optimizer.use_average()
+        found.append((last, whole(each)))
+    return found
+
+
+def test_the_average_is_sharded_and_resumes_exactly(tmp_path: Path) -> None:
+    (run, resumed), (other, _) = spawn(_average, tmp_path)
+    assert same(run[0], resumed[0]) and same(run[1], resumed[1]) and same(run[1], other[1])
+    model = model_of()
+    opt = CTROptimizer(trainable(model), **OPTIONS, model=model, average=True)
+    train(model, opt, joined, range(9))
+    opt.use_average()
+    for name, value in whole(model).items():
+        torch.testing.assert_close(run[1][name], value, rtol=1e-5, atol=1e-7)
+
+
 EVENT = {**MOVING["rank_scheduler"], "interval": 3, "window": 1}  # an event at step 3, where the checkpoint is written
 
 

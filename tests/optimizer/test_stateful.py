@@ -7,6 +7,7 @@ gradients that are not finite.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -61,7 +62,7 @@ def optimizer_for(model: nn.Module) -> CTROptimizer:
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     return CTROptimizer(
         adapters, model=model, max_kl=1e-3, factor_interval=2, basis_interval=3, calibration_interval=3,
-        weight_decay=0.01, rank_scheduler=RANKS,
+        weight_decay=0.01, rank_scheduler=RANKS, average=True,
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ class Machine(RuleBasedStateMachine):
         self.model = build()
         self.opt = optimizer_for(self.model)
         self.budget, self.hooks = self.parameters(), hooks(self.model)
-        self.saved: tuple[bytes, int] | None = None
+        self.saved: tuple[bytes, int, dict[str, Tensor]] | None = None
         self.clock, self.grown, self.stepped = 0, False, False
 
     def parameters(self) -> int:
@@ -146,16 +147,17 @@ class Machine(RuleBasedStateMachine):
     def evaluate(self) -> None:
         weights, state = snapshot(self.model), copy.deepcopy(self.opt.state_dict())
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.opt.averaged():
             self.model(batch(self.clock)[0])
         self.model.train()
         assert same(weights, snapshot(self.model)) and str(state) == str(self.opt.state_dict())
 
-    @rule()
-    def save(self) -> None:
-        file = io.BytesIO()
-        torch.save({"model": self.model.state_dict(), "optimizer": self.opt.state_dict()}, file)
-        self.saved = file.getvalue(), len(self.opt.param_groups)
+    @rule(averaged=st.booleans())
+    def save(self, averaged: bool) -> None:
+        file, weights = io.BytesIO(), snapshot(self.model)
+        with self.opt.averaged() if averaged else contextlib.nullcontext():
+            torch.save({"model": self.model.state_dict(), "optimizer": self.opt.state_dict()}, file)
+        self.saved = file.getvalue(), len(self.opt.param_groups), weights
 
     @precondition(lambda self: self.saved is not None)
     @rule(fresh=st.booleans())
@@ -178,6 +180,9 @@ class Machine(RuleBasedStateMachine):
         loaded = self.opt.state_dict()
         assert str(loaded["param_groups"]) == str(saved["optimizer"]["param_groups"])
         assert all(str(loaded["state"][key]) == str(entry) for key, entry in saved["optimizer"]["state"].items())
+        self.opt.use_training()
+        before = self.saved[2]  # without the parameters that were frozen
+        assert all(torch.equal(p, before[name]) for name, p in snapshot(self.model).items() if name in before)
         self.stepped = False  # Checkpoints do not contain the metrics of the last step.
 
     @precondition(lambda self: not self.grown)
@@ -269,7 +274,7 @@ def test_live_memory_is_flat_over_all_of_it() -> None:
         machine.accumulate(2, True)
         machine.bad_gradient(math.nan)
         machine.evaluate()
-        machine.save()
+        machine.save(True)
         machine.freeze(0, True)
         machine.switch("other")
         machine.steps(2)
