@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ctr_optim.runtime import distributed
 
-# Key in a parameter's state: the average, at least float32. While the parameter holds the average, the training weights.
+# Key in a parameter's state: the average, at least float32; the training weights while the parameter holds the average.
 AVERAGE = "average"
 # Key in the state of half-precision parameters: the training weights while the average is in use. AVERAGE then stays,
 # because the parameter holds it rounded. Both keys always exist, because torch.distributed.checkpoint loads only keys
