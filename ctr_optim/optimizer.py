@@ -30,8 +30,7 @@ from ctr_optim.model.coordinates import VECTORS
 from ctr_optim.ranked import Ranked
 from ctr_optim.ranks.controller import RankController, RankState
 from ctr_optim.ranks.scheduler import RankScheduler
-from ctr_optim.retention import Retention
-from ctr_optim.retention.boundary import forget
+from ctr_optim.retention import Retention, boundary
 from ctr_optim.retention.source import Retained
 from ctr_optim.runtime import distributed
 from ctr_optim.runtime.counters import Counters
@@ -333,7 +332,7 @@ class CTROptimizer(Ranked):
         if self._average is None:
             drop_averages(state, numbers)
         if self._budget is None:
-            forget(state)
+            boundary.forget(state)
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self._go_on(numbers)
         self._mirror()

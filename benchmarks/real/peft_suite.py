@@ -30,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.tasks import load_rows
+
 DRAFT = Path(__file__).parents[2] / "examples" / "peft"
 SANITY = "assert 1 < wiki_loss_before < 2"  # holds for Llama-3.2-3B
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
@@ -38,8 +40,7 @@ ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 32, "lora_alpha":
 def problems(data: Path, split: str) -> list[dict[str, str]]:
     """Return gsm8k's rows in the form of the suite's datasets."""
     rows = []
-    for line in (data / "gsm8k" / f"{split}.jsonl").open(encoding="utf-8"):
-        row = json.loads(line)
+    for row in load_rows(data, "gsm8k", split):
         question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer: ")
         rows.append({"question": question, "answer": " " + row["target"]})
     return rows

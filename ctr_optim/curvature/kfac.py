@@ -145,8 +145,7 @@ class KFAC(CurvatureBase):
         tokens = torch.where(seen, tokens, 1.0)
         # Gradients of a sum loss need no scale. For a mean loss, each process divided by about tokens / world tokens.
         summed = tokens / world if self.settings.loss_reduction == "mean" else torch.ones_like(tokens)
-        amplified = grad_scale()  # a Python number stays one: converting it to a tensor would make the host wait
-        summed = summed / (amplified.to(tokens) if isinstance(amplified, Tensor) else amplified)
+        summed = summed / grad_scale(tokens)
         kept, new = (1.0, 1.0) if loss_scale is None else loss_scale.add(self._newest_weight() * seen)
         scale = TokenScale(tokens, summed, kept, new)
         for block in self.blocks:

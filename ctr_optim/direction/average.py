@@ -137,9 +137,7 @@ class Average:
         """Start the average again from the weights that the parameters hold; their shapes may have changed."""
         self.state.averaged_steps = self.state.average_used = 0
         self.loaded = False
-        for entry in state.values():
-            entry.pop(AVERAGE, None)
-            entry.pop(TRAINING, None)
+        _drop(state)
 
 
 def drop_averages(state: State, numbers: Mapping[str, Any]) -> None:
@@ -157,9 +155,7 @@ def drop_averages(state: State, numbers: Mapping[str, Any]) -> None:
             "checkpoint: it was saved while the parameters held the average of the weights; build the optimizer "
             "with average=True to load it"
         )
-    for entry in state.values():
-        entry.pop(AVERAGE, None)
-        entry.pop(TRAINING, None)
+    _drop(state)
 
 
 def newest_weight(count: int) -> float:
@@ -173,6 +169,12 @@ def _averaged(params: Sequence[nn.Parameter], state: State) -> Iterator[tuple[Te
         entry = state.get(p, {})
         if AVERAGE in entry:
             yield distributed.local(p.detach()), entry
+
+
+def _drop(state: State) -> None:
+    for entry in state.values():
+        entry.pop(AVERAGE, None)
+        entry.pop(TRAINING, None)
 
 
 def _exchange(one: Tensor, other: Tensor) -> None:

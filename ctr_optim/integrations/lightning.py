@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ctr_optim.integrations import accept_ranks, check_ownership, set_length, unwrap
-from ctr_optim.optimizer import CTROptimizer
 from ctr_optim.report.log import EventLog, scalars
 
 
@@ -62,9 +61,10 @@ class CTRCallback(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the module hold the average of the weights if the optimizer keeps one."""
-        optimizer = unwrap(trainer.optimizers[0]) if trainer.optimizers else None
-        if isinstance(optimizer, CTROptimizer) and optimizer.averages and not trainer.sanity_checking:
-            self._average.enter_context(optimizer.averaged())
+        if trainer.optimizers and not trainer.sanity_checking:
+            optimizer = unwrap(trainer.optimizers[0])
+            if optimizer.averages:
+                self._average.enter_context(optimizer.averaged())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the module keep the average of the weights."""

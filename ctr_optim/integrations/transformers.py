@@ -212,12 +212,6 @@ class _Averages(TrainerCallback):
         if optimizer.averages and (control.should_evaluate or control.should_save):
             self._context.enter_context(optimizer.averaged())
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Do as after a step: the Trainer may evaluate and save after an epoch."""
-        self.on_step_end(args, state, control, **kwargs)
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -227,11 +221,8 @@ class _Averages(TrainerCallback):
         if optimizer.averages:  # A resumed checkpoint may be from inside averaged().
             optimizer.use_training()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Do as before a step: an epoch may begin without one."""
-        self.on_step_begin(args, state, control, **kwargs)
+    # The Trainer may evaluate and save after an epoch, and an epoch may begin without a step.
+    on_epoch_end, on_epoch_begin = on_step_end, on_step_begin
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

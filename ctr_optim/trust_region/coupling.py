@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctr_optim.runtime import distributed
 from ctr_optim.settings import calibration_due
+from ctr_optim.trust_region.measured import FALL, mixed, newest_share
 from ctr_optim.trust_region.others import Others
 from ctr_optim.trust_region.protocols import Adapter, Changes, Prober, Quiet, Step
 
@@ -34,8 +35,6 @@ _CREDIT, _EARNED = 24.0, 1 / 50
 # error from batch to batch.
 _USUAL_ERROR = 0.3
 _FARTHER = 1.5  # A measured step may be longer than the measured displacement by this factor.
-_FALL = 4.0  # Largest divisor of the usual kappa in one measurement: too long a step costs more than too short a step.
-_NEWEST = 0.2  # Smallest weight of a new measurement in the average: single measurements are off by a third.
 
 
 @dataclass(slots=True)
@@ -176,8 +175,7 @@ class Coupling:
     def _update(self, step: Step, limit: Tensor | float | None, adapter: Adapter, most: float) -> None:
         """Measure the coupling, and update the averages."""
         state, slope, q = self.state, step.slope, step.q
-        # Early measurements are forgotten fast, because models change fastest at the start.
-        newest = max(_NEWEST, 5 / (5 + state.calibrations))
+        newest = newest_share(state.calibrations)
         typical, usual = slope.square() / q, state.alignment
         aligned = torch.where(typical > 0, alignment(slope, q, usual or typical), 1.0)
         guess = self.usual * aligned
@@ -195,7 +193,7 @@ class Coupling:
             state.error = math.hypot(state.error * (1 - newest) ** 0.5, error * newest**0.5)
             if error > math.log(_EXPECTED):
                 state.watched = max(state.watched, _WATCHED)
-        state.coupling = _mixed(before, coupling / float(aligned), newest)
+        state.coupling = mixed(before, coupling / float(aligned), newest)
         now = float(typical)
         if now > 0:
             usual = usual or now
@@ -203,7 +201,7 @@ class Coupling:
             # The average coupling refers to the average slope, so it changes with it.
             state.coupling *= (state.alignment / usual) ** SLOPE_EXPONENT
         if before is not None:
-            state.coupling = max(state.coupling, before / _FALL)
+            state.coupling = max(state.coupling, before / FALL)
         state.calibrations += 1
         if state.base_coupling is None or state.calibrations % _BASE_EVERY == 0:
             self._measure_base(here, adapter)
@@ -309,8 +307,3 @@ def alignment(slope: Tensor, q: Tensor, typical: float | Tensor) -> Tensor:
 def margin(error: float) -> float:
     """Return the factor on the predicted KL of a step without a measurement, from the usual error of predictions."""
     return math.exp(max(0.0, error - _USUAL_ERROR))
-
-
-def _mixed(before: float | None, new: float, weight: float) -> float:
-    """Return the weighted mean of the square roots of the former value and a measurement, squared."""
-    return new if before is None else ((1 - weight) * before**0.5 + weight * new**0.5) ** 2

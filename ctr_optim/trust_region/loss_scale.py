@@ -141,9 +141,7 @@ class LossScale:
             total = torch.where(sums[1] > 0, sums, total)
         self.forget()
         world = distributed.add_up([total])
-        amplified = grad_scale()
-        amplified = amplified.to(total) if isinstance(amplified, Tensor) else amplified
-        squared = total.prod() / (world * amplified) ** 2
+        squared = total.prod() / (world * grad_scale(total)) ** 2
         observed = torch.isfinite(squared) & (squared > 0)
         if self._average is None or self._unit is None:
             numbers = (self.state.loss_scale, self.state.loss_scale_unit)

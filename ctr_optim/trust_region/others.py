@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ctr_optim.runtime import distributed
+from ctr_optim.trust_region.measured import FALL, mixed, newest_share
 
 LEAST_OTHERS = 32  # Smallest number of tokens outside the loss, over all processes: fewer give a noisy ratio.
 MOST_OTHERS = 256  # Largest number of tokens outside the loss that are added to a sample of loss tokens.
-_NEWEST = 0.2  # Smallest weight of a new measurement in the average, as for kappa.
-_FALL = 4.0  # Largest divisor of the average in one measurement: too small a ratio costs more than too large a ratio.
 _LEAST_RATIO = 1e-6
 _GUESS = 1.0  # Ratio that sets the length of the first displacement only.
 
@@ -113,12 +112,9 @@ def averaged(before: float | None, new: float, count: int) -> float:
     Args:
         before: average so far; None before the first measurement.
         new: the measured ratio.
-        count: number of earlier measurements. Early measurements are forgotten fast, as models change fastest then.
+        count: number of earlier measurements.
     """
-    if before is None:
-        return new
-    weight = max(_NEWEST, 5 / (5 + count))
-    return float(max(((1 - weight) * before**0.5 + weight * new**0.5) ** 2, before / _FALL))
+    return new if before is None else max(mixed(before, new, newest_share(count)), before / FALL)
 
 
 def outside_the_loss(inputs: Mapping[str, Any], in_loss: Tensor) -> Tensor | None:

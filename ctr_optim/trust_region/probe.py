@@ -269,36 +269,36 @@ class Probe:
         Raises:
             RuntimeError: if the slice cannot be run again.
         """
-        call = self._call
-        args, kwargs = ((), {}) if call is None else call.inputs_for_logits()
-        if call is not None:
-            with self._without_trace(call), torch.enable_grad():
-                logits = logits_of(call.module(*args, **kwargs))
-                found = None if logits is None else call.compared(logits.whole())
-            if found is not None:
-                return found
-        raise RuntimeError(self.refused or NO_LOGITS)
+        with torch.enable_grad():
+            found = None if self._call is None else self._rerun(self._call)
+        if found is None:
+            raise RuntimeError(self.refused or NO_LOGITS)
+        return found
 
     @torch.no_grad()
     def _attempt(self, call: Kept) -> Tensor | None:
         """Return the compared logits of a re-run; on any failure return None and set ``refused``."""
         self._out_of_memory = False
         try:
-            args, kwargs = call.inputs_for_logits()
-            with self._without_trace(call):
-                logits = logits_of(call.module(*args, **kwargs))
-            if logits is None:
-                self.refused = NO_LOGITS
-                return None
-            found = call.compared(logits.whole())
-            if found is None:
-                self.refused = "the model's logits have another shape for a part of the batch"
-            return found
+            return self._rerun(call)
         except Exception as error:
             told = self._refuse(error)
             self.refused = f"{NO_LOGITS}, and without labels: {told}" if call.fused else told
         self._free()
         return None
+
+    def _rerun(self, call: Kept) -> Tensor | None:
+        """Return the compared logits of a re-run; None, with the reason in ``refused``, if the model gives none."""
+        args, kwargs = call.inputs_for_logits()
+        with self._without_trace(call):
+            logits = logits_of(call.module(*args, **kwargs))
+        if logits is None:
+            self.refused = NO_LOGITS
+            return None
+        found = call.compared(logits.whole())
+        if found is None:
+            self.refused = "the model's logits have another shape for a part of the batch"
+        return found
 
     def _tried(self, work: Callable[[], T], caught: type[Exception] = torch.OutOfMemoryError) -> T | _Failed:
         """Return the result of ``work`` in this process; on failure return ``_Failed()`` and set ``refused``."""
