@@ -71,7 +71,6 @@ class Coupling:
 
     Attributes:
         state: checkpoint numbers.
-        kappa: kappa of the last step; None before the first step.
         due: whether the coming step is measured.
         shared: whether another caller uses the stored batch after this measurement.
     """
@@ -81,7 +80,6 @@ class Coupling:
         self.state = CouplingState(watched=_FIRST)
         self.extra = False  # whether the measurement is outside the schedule
         self.due = self.shared = False
-        self.kappa: Tensor | float | None = None
         self._here: float | None = None  # coupling measured along the current step
 
     def arm(self, step: int, others: bool = False) -> None:
@@ -134,14 +132,13 @@ class Coupling:
         return self.usual * alignment(step.slope, step.q, self.state.alignment)
 
     def along(self, step: Step) -> Tensor | float:
-        """Return kappa of a step, and store it in :attr:`kappa`."""
+        """Return kappa of a step, with the measurement of this step if there is one."""
         kappa = self.usually(step)
         if self._here is None:
             kappa = kappa * margin(self.state.error)
         else:  # A slice that moves little may do so by chance: the average counts for half.
             expected = torch.as_tensor(kappa, dtype=step.q.dtype, device=step.q.device)
             kappa = (expected * self._here).sqrt().clamp_min(self._here)
-        self.kappa = kappa
         return kappa
 
     def measure(self, step: Step, limit: Tensor | float | None, adapter: Adapter, most: float = 1.0) -> None:
